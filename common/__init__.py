@@ -1,0 +1,18 @@
+"""Small utilities shared by the four algorithm files: everything that no paper's equation needs.
+
+Plain functions, no inheritance. An algorithm file imports from here and from nothing else of this project; nothing
+here imports an algorithm.
+"""
+
+import sys
+
+
+def fail(message):
+    """Ends the program for a user's mistake: `message` (what is wrong, where, what to do) on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def warn(message):
+    """Prints a warning on stderr and goes on."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)

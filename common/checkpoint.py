@@ -1,0 +1,69 @@
+"""Checkpoints: written whole or not at all, verified when read, the previous one kept.
+
+`checkpoint.pt` is the latest and `checkpoint_previous.pt` the one before. A checkpoint holds tensors, numbers, strings
+and containers of them only, and is read with `torch.load(weights_only=True)`, so that a stranger's file runs no code.
+"""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from common import fail, warn
+
+LATEST, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
+
+
+def save(run_dir, payload):
+    """Saves `payload` as the run's latest checkpoint; a kill at any moment leaves a whole one behind.
+
+    Raises:
+        SystemExit: (code 1) when the disk is full or the directory unwritable; the last checkpoint stays.
+    """
+    run_dir = Path(run_dir)
+    latest, temporary = run_dir / LATEST, run_dir / (LATEST + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if latest.exists():
+            os.replace(latest, run_dir / PREVIOUS)
+        os.replace(temporary, latest)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        kept = f"the last checkpoint is kept: {latest}" if latest.exists() else "there is no earlier checkpoint"
+        raise SystemExit(f"error: could not save a checkpoint in {run_dir} ({error}); {kept}") from None
+
+
+def load(run_dir):
+    """The latest whole checkpoint of a run; a damaged one is reported and the previous one used.
+
+    Raises:
+        SystemExit: (code 2) when there is none.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        fail(f"--resume {run_dir} is not a directory")
+    problems = []
+    for name in (LATEST, PREVIOUS):
+        path = run_dir / name
+        if not path.exists():
+            problems.append(f"{name} is missing")
+            continue
+        try:
+            with zipfile.ZipFile(path) as archive:  # every member's checksum; torch.load does not look at them
+                damaged = archive.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+            payload = torch.load(path, map_location="cpu", weights_only=True)
+            payload["args"], payload["step"]
+        except (OSError, EOFError, KeyError, TypeError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            problems.append(f"{name} is damaged ({str(error).splitlines()[0]})")
+            continue
+        if problems:
+            warn(f"{run_dir}: {'; '.join(problems)}; going on from {name} at step {payload['step']}")
+        return payload
+    fail(f"--resume {run_dir} has no usable checkpoint: {'; '.join(problems)}")

@@ -1,0 +1,288 @@
+"""Makes OGBench datasets locally with OGBench's own scripted collectors, for machines without the official files.
+
+    python -m common.collect --dataset cube-single-play-v0                      # as large as the official set
+    python -m common.collect --dataset pointmaze-medium-navigate-v0 --num-episodes 200 --seed 1
+
+Writes `{dataset}-generated-{episodes}ep-seed{seed}.npz` and `...-val.npz` (10% more episodes) in OGBench's row format,
+so that OGBench's loader reads them; the name keeps them apart from official files. The collection recipe is OGBench's
+(arXiv 2410.20092, appendix on data collection): `play` follows a noisy plan to random targets, `noisy` a reactive
+script with strong action noise, `navigate` and `stitch` walk a maze along shortest paths. Every episode is a function
+of (seed, split, episode number) alone, so the file does not depend on the number of worker processes, and an
+interrupted collection continues where it stopped.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+
+from common import fail
+from common.envs import import_ogbench
+
+EPISODES_PER_PART = 10  # an interrupted collection loses at most this many episodes a worker
+
+# dataset -> (episodes, rows an episode) of the official files.
+OFFICIAL_SIZES = {
+    **{f"{env}-{kind}-v0": (1000, 1001) for env in ("cube-single", "cube-double", "scene") for kind in ("play", "noisy")},
+    **{f"puzzle-{size}-{kind}-v0": (1000, 1001) for size in ("3x3", "4x4") for kind in ("play", "noisy")},
+    **{f"{env}-{kind}-v0": (3000, 1001) for env in ("cube-triple", "puzzle-4x5") for kind in ("play", "noisy")},
+    **{f"{env}-{kind}-v0": (5000, 1001) for env in ("cube-quadruple", "puzzle-4x6") for kind in ("play", "noisy")},
+    **{f"pointmaze-{size}-navigate-v0": (1000, 1001) for size in ("medium", "large", "teleport")},
+    "pointmaze-giant-navigate-v0": (500, 2001),
+    **{f"pointmaze-{size}-stitch-v0": (5000, 201) for size in ("medium", "large", "giant", "teleport")},
+}
+STACKING = {"double": (0.0, 0.25), "triple": (0.05, 0.35), "quadruple": (0.1, 0.5)}  # probability range of an episode
+
+
+@dataclasses.dataclass
+class CollectArgs:
+    dataset: str = "cube-single-play-v0"
+    """dataset to make, by OGBench's name"""
+    dataset_dir: str = "~/.ogbench/data"
+    """directory of the files"""
+    num_episodes: Optional[int] = None
+    """training episodes (default: the official set's number); validation gets 10% more, at least one"""
+    seed: int = 0
+    """seed of the collection"""
+    num_workers: int = 0
+    """worker processes (0: one a core)"""
+
+
+def generated_path(dataset, dataset_dir, num_episodes, seed):
+    """Path of the generated training file; its `-val` sibling lies beside it."""
+    return Path(dataset_dir).expanduser() / f"{dataset}-generated-{num_episodes}ep-seed{seed}.npz"
+
+
+def check_collectable(dataset):
+    """Ends with exit code 2 for a dataset whose collector is not a script (ant, humanoid, soccer, pixels)."""
+    if dataset in OFFICIAL_SIZES:
+        return
+    if any(name in dataset for name in ("ant", "humanoid", "soccer")):
+        fail(
+            f"{dataset} cannot be generated: its collector is a trained expert policy, not a script. "
+            "Use --dataset-source official, which downloads it"
+        )
+    fail(f"{dataset} cannot be generated; generated datasets: {', '.join(sorted(OFFICIAL_SIZES))}")
+
+
+def make_collection_env(dataset):
+    """The environment that a dataset is collected in: no task, never terminating, episodes of the official length."""
+    import_ogbench()
+    import gymnasium
+
+    base = dataset.rsplit("-", 2)[0]
+    length = OFFICIAL_SIZES[dataset][1]
+    kwargs = {} if "maze" in dataset else {"mode": "data_collection"}
+    return gymnasium.make(f"{base}-v0", terminate_at_goal=False, max_episode_steps=length, **kwargs)
+
+
+def collect_episode(env, dataset, seed):
+    """One episode as a dictionary of row arrays; numpy's global generator, which the oracles draw from, is seeded.
+
+    Args:
+        env: of `make_collection_env`.
+        dataset: OGBench's dataset name.
+        seed: sequence of ints (seed, split, episode); equal sequences give equal episodes.
+
+    Returns:
+        observations (T, D), actions (T, A), qpos, qvel float32; terminals (T,) bool, true in the last row;
+        button_states int64 for scene and puzzles.
+    """
+    collect = collect_maze if "maze" in dataset else collect_manipulation
+    for attempt in range(100):
+        episode_seed = int(np.random.SeedSequence([*seed, attempt]).generate_state(1)[0])
+        np.random.seed(episode_seed)
+        rows = collect(env, dataset, episode_seed)
+        episode = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+        if "scene" not in dataset or cube_stays_in_reach(episode["qpos"][:, 14:17]):
+            break
+    dtypes = {"terminals": bool, "button_states": np.int64}
+    return {key: value.astype(dtypes.get(key, np.float32)) for key, value in episode.items()}
+
+
+def cube_stays_in_reach(xyz):
+    """False where scene's cube (T, 3) leaves the table: too far right, or too far left but not in the drawer."""
+    right = xyz[:, 1] >= 0.29
+    left = (xyz[:, 1] <= -0.3) & ((xyz[:, 2] < 0.06) | (xyz[:, 2] > 0.08))
+    return not (right | left).any()
+
+
+def make_oracles(env, dataset):
+    """OGBench's scripted oracles by the target they serve: plans for `play`, reactive scripts for `noisy`."""
+    from ogbench.manipspace.oracles.markov import button_markov, cube_markov, drawer_markov, window_markov
+    from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
+
+    closed = {"gripper_always_closed": True} if "puzzle" in dataset else {}
+    if "play" in dataset:
+        kwargs = {"env": env, "noise": 0.1, "noise_smoothing": 0.5}
+        button = button_plan.ButtonPlanOracle(**kwargs, **closed)
+        others = cube_plan.CubePlanOracle, drawer_plan.DrawerPlanOracle, window_plan.WindowPlanOracle
+    else:
+        kwargs = {"env": env, "min_norm": 0.4}
+        button = button_markov.ButtonMarkovOracle(**kwargs, **closed)
+        others = cube_markov.CubeMarkovOracle, drawer_markov.DrawerMarkovOracle, window_markov.WindowMarkovOracle
+    return {"button": button, **{kind: oracle(**kwargs) for kind, oracle in zip(("cube", "drawer", "window"), others)}}
+
+
+def collect_manipulation(env, dataset, seed):
+    """Rows of one `play` or `noisy` episode: one random target after the other until the episode's length is full."""
+    oracles = make_oracles(env, dataset)
+    noisy = "noisy" in dataset
+    p_random = (0.2 if "puzzle" in dataset else 0.1) if noisy else 0.0
+    p_stack = np.random.uniform(*STACKING.get(dataset.split("-")[1], (0.0, 0.0)))
+    xi = np.random.uniform(0, 0.1)
+    noise_std = np.array([xi, xi, xi, 3 * xi, 10 * xi])
+
+    ob, info = env.reset(seed=seed)
+    # Puzzles have buttons only, and no target_task that says so.
+    oracle = oracles[info.get("privileged/target_task", "button")]
+    oracle.reset(ob, info)
+    rows, done = [], False
+    while not done:
+        if np.random.rand() < p_random:
+            action = np.random.uniform(-1, 1, 5)
+        else:
+            action = np.asarray(oracle.select_action(ob, info))
+            if noisy:
+                action = action + np.random.normal(0, noise_std)
+        action = np.clip(action, -1, 1)
+        next_ob, _, terminated, truncated, info = env.step(action)
+        done = terminated or truncated
+        row = {"observations": ob, "actions": action, "terminals": done}
+        row |= {"qpos": info["prev_qpos"], "qvel": info["prev_qvel"]}
+        if "prev_button_states" in info:
+            row["button_states"] = info["prev_button_states"]
+        rows.append(row)
+        ob = next_ob
+        if oracle.done:
+            ob, info = env.unwrapped.set_new_target(p_stack=p_stack)
+            oracle = oracles[info.get("privileged/target_task", "button")]
+            oracle.reset(ob, info)
+    return rows
+
+
+def collect_maze(env, dataset, seed):
+    """Rows of one maze episode: unit steps along the shortest path plus noise of deviation 0.5.
+
+    `navigate`: from any cell to a random junction, and on to the next when it is reached. `stitch`: one goal, four
+    cells away.
+    """
+    maze = env.unwrapped
+    cells = [tuple(map(int, cell)) for cell in np.argwhere(maze.maze_map == 0)]
+
+    def is_corridor(i, j):
+        up, down, left, right = maze.maze_map[[i - 1, i + 1, i, i], [j, j, j - 1, j + 1]]
+        return (up == down == 0 and left == right == 1) or (up == down == 1 and left == right == 0)
+
+    junctions = [cell for cell in cells if not is_corridor(*cell)]
+    start = cells[np.random.randint(len(cells))]
+    goals = junctions
+    if "stitch" in dataset:
+        xy = np.array(maze.ij_to_xy(start))
+        distances = maze.get_oracle_subgoal(xy, xy)[1]
+        goals = [tuple(map(int, cell)) for cell in np.argwhere(distances == 4)] or cells
+    goal = goals[np.random.randint(len(goals))]
+
+    env.action_space.seed(seed)
+    ob, _ = env.reset(seed=seed, options={"task_info": {"init_ij": start, "goal_ij": goal}})
+    rows, done = [], False
+    while not done:
+        xy = maze.get_xy()
+        direction = maze.get_oracle_subgoal(xy, maze.cur_goal_xy)[0] - xy
+        action = direction / (np.linalg.norm(direction) + 1e-6) + np.random.normal(0, 0.5, 2)
+        action = np.clip(action, -1, 1)
+        next_ob, _, terminated, truncated, info = env.step(action)
+        done = terminated or truncated
+        row = {"observations": ob, "actions": action, "terminals": done}
+        rows.append(row | {"qpos": info["prev_qpos"], "qvel": info["prev_qvel"]})
+        ob = next_ob
+        if info["success"] and "navigate" in dataset:
+            goal = junctions[np.random.randint(len(junctions))]
+            maze.set_goal(goal_xy=maze.add_noise(maze.ij_to_xy(goal)))
+    return rows
+
+
+def _save_npz(path, arrays, compressed):
+    """Writes `path` whole or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as file:
+        (np.savez_compressed if compressed else np.savez)(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _collect_part(part_path, dataset, seed, split, episodes):
+    """Worker: the given episodes of a split, concatenated in one file; returns the number of rows."""
+    env = make_collection_env(dataset)
+    parts = [collect_episode(env, dataset, [seed, split, episode]) for episode in episodes]
+    arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    _save_npz(Path(part_path), arrays, compressed=False)
+    return len(arrays["terminals"])
+
+
+def collect(dataset, dataset_dir, num_episodes=None, seed=0, num_workers=0):
+    """Makes the training and validation files, skipping what exists; returns the training file's path.
+
+    Args:
+        dataset: OGBench's name, e.g. `cube-single-play-v0`.
+        dataset_dir: directory for the files, made if missing.
+        num_episodes: training episodes; None for the official number.
+        seed: of the whole collection.
+        num_workers: processes; 0 for one a core.
+
+    Raises:
+        SystemExit: (code 2) for a dataset without a scripted collector or a number below 1.
+    """
+    from tqdm import tqdm
+
+    check_collectable(dataset)
+    num_episodes = OFFICIAL_SIZES[dataset][0] if num_episodes is None else num_episodes
+    if num_episodes < 1 or num_workers < 0:
+        fail(f"--num-episodes {num_episodes} --num-workers {num_workers}: at least 1 episode, and no negative number")
+    train_path = generated_path(dataset, dataset_dir, num_episodes, seed)
+    val_path = train_path.with_name(train_path.stem + "-val.npz")
+    train_path.parent.mkdir(parents=True, exist_ok=True)
+
+    # Each file is cut into parts, which the workers share out; finished parts survive an interruption.
+    jobs = []
+    for split, (path, episodes) in enumerate(((train_path, num_episodes), (val_path, max(1, num_episodes // 10)))):
+        if not path.exists():
+            parts = path.with_name(path.stem + ".parts")
+            parts.mkdir(exist_ok=True)
+            numbers = range(0, episodes, EPISODES_PER_PART)
+            chunks = [range(first, min(first + EPISODES_PER_PART, episodes)) for first in numbers]
+            jobs += [(path, parts / f"{chunk[0]:06d}.npz", split, chunk) for chunk in chunks]
+    todo = [job for job in jobs if not job[1].exists()]
+    if todo:
+        workers = min(num_workers or len(os.sched_getaffinity(0)), len(todo))
+        length = OFFICIAL_SIZES[dataset][1]
+        bar = tqdm(total=sum(len(job[3]) for job in todo) * length, unit=" transitions", desc=f"collecting {dataset}")
+        with bar, ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            futures = [pool.submit(_collect_part, str(part), dataset, seed, split, chunk) for _, part, split, chunk in todo]
+            try:
+                for future in as_completed(futures):
+                    bar.update(future.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    for path in (train_path, val_path):
+        parts = [part for target, part, _, _ in jobs if target == path]
+        if parts:
+            files = [np.load(part) for part in parts]
+            _save_npz(path, {key: np.concatenate([file[key] for file in files]) for key in files[0].files}, compressed=True)
+            shutil.rmtree(parts[0].parent)
+    return train_path
+
+
+if __name__ == "__main__":
+    import tyro
+
+    args = tyro.cli(CollectArgs, description=__doc__)
+    path = collect(args.dataset, args.dataset_dir, args.num_episodes, args.seed, args.num_workers)
+    print(f"{path} ({path.stat().st_size / 2**20:.0f} MiB)")

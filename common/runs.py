@@ -1,0 +1,431 @@
+"""A run: its arguments, device, random draws, directory, csv rows, Weights & Biases, learning curve and signals."""
+
+import csv
+import ctypes
+import dataclasses
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import checkpoint, envs, fail, warn
+
+# Updates whose indices and noise are drawn at once; also the updates between checks for non-finite losses.
+CHUNK = 50
+
+# What may differ between a run and its continuation; everything else would change its numbers.
+MAY_CHANGE = {
+    "resume", "runs_dir", "cuda", "track", "wandb_project_name", "wandb_entity", "capture_video", "dataset_dir",
+    "dataset_path", "eval_workers", "save_interval", "total_timesteps", "compile", "cudagraphs",
+}  # fmt: skip
+
+
+# --- Arguments ---
+
+
+def parse_args(Args, tuned, quick, positive, argv=None):
+    """Reads the command line; a flag that the user passes wins over everything.
+
+    Without it: the stored arguments with --resume; else Args' defaults, then `tuned` of the environment, then `quick`
+    with --quick.
+
+    Args:
+        Args: the algorithm's dataclass.
+        tuned: {environment and dataset type: {field: value}}.
+        quick: {field: value}.
+        positive: names of the fields that must be above zero (each element, for tuples).
+        argv: words; None for the command line's.
+
+    Returns:
+        args, and the checkpoint to continue from (None for a new run).
+
+    Raises:
+        SystemExit: (code 2) for a flag that does not exist, a value out of range, an unknown environment, or a
+            --resume that cannot be continued; the message lists the arguments that contradict the stored ones.
+    """
+    import tyro
+
+    parse = lambda default: tyro.cli(Args, args=argv, default=default, description=sys.modules[Args.__module__].__doc__)
+    args, resumed = parse(Args()), None
+    if args.resume is not None:
+        resumed = checkpoint.load(args.resume)
+        names = {field.name for field in dataclasses.fields(Args)}
+        stored = {name: tuple(v) if isinstance(v, list) else v for name, v in resumed["args"].items() if name in names}
+        if resumed["algorithm"] != Path(sys.modules[Args.__module__].__file__).stem:
+            fail(f"--resume {args.resume} is a run of {resumed['algorithm']}.py")
+        default = Args(**stored)
+        args = parse(default)
+        differing = [name for name in sorted(names - MAY_CHANGE) if getattr(args, name) != getattr(default, name)]
+        if differing:
+            listed = ", ".join(f"--{n.replace('_', '-')} {getattr(args, n)} (the run has {getattr(default, n)})" for n in differing)
+            fail(f"--resume {args.resume} cannot go on with other arguments: {listed}")
+        if args.total_timesteps < resumed["step"]:
+            fail(f"--total-timesteps {args.total_timesteps}: the run in {args.resume} is at step {resumed['step']} already")
+    else:
+        if args.quick:
+            args = parse(Args(**quick))  # --quick may choose another environment, whose tuned values apply
+        args = parse(Args(**{**tuned.get(args.env_id.split("-singletask")[0], {}), **(quick if args.quick else {})}))
+
+    for name in positive:
+        value = getattr(args, name)
+        if value is not None and not all(number > 0 for number in (value if isinstance(value, tuple) else (value,))):
+            fail(f"--{name.replace('_', '-')} {value}: must be above zero")
+    if not 0 < args.gamma < 1 or not 0 < args.tau <= 1:
+        fail(f"--gamma {args.gamma} must lie between 0 and 1, --tau {args.tau} above 0 and at most 1")
+    if args.seed < 0:
+        fail(f"--seed {args.seed}: must be at least 0")
+    if args.resume is None:
+        envs.check_env_id(args.env_id)
+    return args, resumed
+
+
+def setup_torch(args):
+    """Sets up determinism and float32 matrix products; returns the device (the CPU, with a warning, without CUDA)."""
+    if args.cuda and not torch.cuda.is_available():
+        warn("--cuda: torch finds no CUDA device; training on the CPU (--no-cuda silences this)")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.torch_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if device.type == "cpu":
+        use_fast_float32_matmul()
+        keep_freed_memory()
+    return device
+
+
+def keep_freed_memory():
+    """Tells glibc to reuse large freed blocks: giving them back to the system costs a quarter of an update's time."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):  # another system's C library
+        pass
+
+
+def use_fast_float32_matmul():
+    """Lets the CPU's matrix products go through oneDNN where that is both exact and faster.
+
+    torch sends float32 products to MKL, which runs at half speed on AMD; the setting "medium" sends them to oneDNN,
+    which may then round the factors to bfloat16 where the CPU has units for that. So: measured, and undone where the
+    error is not float32's.
+    """
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 512, 512, generator=generator) for _ in range(2))
+    exact = torch.bmm(a.double(), b.double())
+
+    def error_and_seconds(precision):
+        torch.set_float32_matmul_precision(precision)
+        seconds = []
+        for _ in range(6):
+            start = time.perf_counter()
+            product = torch.bmm(a, b)
+            seconds.append(time.perf_counter() - start)
+        return ((product - exact).norm() / exact.norm()).item(), min(seconds)
+
+    _, plain = error_and_seconds("highest")
+    error, seconds = error_and_seconds("medium")
+    if error > 1e-6 or seconds > 0.8 * plain:
+        torch.set_float32_matmul_precision("highest")
+
+
+# --- Random draws ---
+
+
+def chunk_generator(seed, chunk, device):
+    """The generator of one seed's draws in one chunk of updates: a function of (seed, chunk), so nothing to save."""
+    state = int(np.random.SeedSequence([seed, chunk]).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(state)
+
+
+def draw_chunk(agent, args, seeds, num_transitions, chunk, device):
+    """Batch indices and noise of CHUNK updates: {"indices": (CHUNK, S, B), noise name: (CHUNK, S, rows, dim)}.
+
+    Each seed draws with its own generator, so that it draws the same alone and beside others.
+    """
+    draws = []
+    for seed in seeds:
+        generator = chunk_generator(seed, chunk, device)
+        shape = (CHUNK, args.batch_size)
+        indices = torch.randint(num_transitions, shape, generator=generator, device=device)
+        draws.append({"indices": indices} | agent.draw_noise(generator, CHUNK))
+    return {name: torch.stack([draw[name] for draw in draws], dim=1) for name in draws[0]}
+
+
+# --- Run directory ---
+
+
+def start_run(args, resumed, device, identity):
+    """Makes the run directory and its args.json, or takes a resumed run's csv files back to its checkpoint.
+
+    Raises:
+        SystemExit: (code 2) for an unwritable directory, another dataset than the checkpoint's, or csv files that
+            have lost rows since.
+    """
+    if resumed is None:
+        for attempt in range(100):
+            run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time()) + attempt}"
+            try:
+                run_dir.mkdir(parents=True)
+                break
+            except FileExistsError:
+                if not run_dir.parent.is_dir():
+                    fail(f"--runs-dir {args.runs_dir} is not a directory")
+            except OSError as error:
+                fail(f"--runs-dir {args.runs_dir} is not writable: {error}")
+    else:
+        run_dir = Path(args.resume)
+        if identity["sha256"] != resumed["dataset"]["sha256"]:
+            fail(f"--resume {run_dir}: the run's dataset is {resumed['dataset']}, found here: {identity}")
+        for name, size in resumed["csv_sizes"].items():
+            path = run_dir / name
+            if size and (not path.exists() or path.stat().st_size < size):
+                fail(f"--resume {run_dir}: {name} has lost rows that were written before the checkpoint")
+            if path.exists():
+                os.truncate(path, size)  # rows after the checkpoint will be written again, to the same numbers
+
+    packages = ("torch", "ogbench", "mujoco", "gymnasium", "numpy")
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    info = {
+        "algorithm": Path(sys.argv[0]).stem,
+        "args": dataclasses.asdict(args),
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
+        "git_commit": git.stdout.strip() or None,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
+        "dataset": identity,
+    }
+    write_text(run_dir / "args.json", json.dumps(info, indent=2))
+    return run_dir
+
+
+def write_text(path, text):
+    """Writes a small file whole or not at all; an OSError ends the program with exit code 1."""
+    try:
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SystemExit(f"error: could not write {path} ({error})") from None
+
+
+def append_rows(path, rows):
+    """Appends dictionaries to a csv file, with a header if it is new; on return they are in the kernel's hands.
+
+    Floats are written so that they read back to the same bits. A failed write ends the program with exit code 1; the
+    last checkpoint stays.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    try:
+        with open(path, "ab") as file:  # one unbuffered write: a row is written whole or not at all
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerows(rows)
+            file.write(text.getvalue().encode())
+    except OSError as error:
+        raise SystemExit(f"error: could not write {path} ({error}); the last checkpoint is kept") from None
+
+
+def csv_sizes(run_dir):
+    """{file: bytes} of the run's csv files, flushed to the disk, for its checkpoint."""
+    sizes = {}
+    for name in ("train.csv", "eval.csv", "timing.csv"):
+        path = Path(run_dir) / name
+        sizes[name] = 0
+        if path.exists():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                sizes[name] = os.fstat(file.fileno()).st_size
+    return sizes
+
+
+def check_finite(history, names, first_step, seeds, run_dir):
+    """Ends with exit code 1 at the first non-finite loss: its name, step and seed.
+
+    Args:
+        history: (updates, losses, S), the losses of consecutive updates.
+        names: of the losses.
+        first_step: the first update's step.
+    """
+    if torch.isfinite(history).all():
+        return
+    update, loss, seed = torch.nonzero(~torch.isfinite(history))[0].tolist()
+    raise SystemExit(
+        f"error: {names[loss]} is {history[update, loss, seed].item()} at step {first_step + update} (seed {seeds[seed]}); "
+        f"stopped, the last checkpoint in {run_dir} is from before it"
+    )
+
+
+# --- Progress and logs ---
+
+
+class Clock:
+    """Seconds spent training and evaluating; the first block of updates (compilation, graph capture) is left out."""
+
+    def __init__(self):
+        self.seconds = {"training": 0.0, "evaluating": 0.0}
+        self.updates, self.reported = 0, (0, 0.0)
+        self.warming_up = True
+        self.last = time.perf_counter()
+
+    def add(self, kind, updates=0):
+        """Books the time since the last call under `kind`."""
+        now = time.perf_counter()
+        if kind == "evaluating" or not self.warming_up:
+            self.seconds[kind] += now - self.last
+            self.updates += updates
+        self.warming_up &= kind == "evaluating"
+        self.last = now
+
+    def updates_per_second(self):
+        """Rate since the last call (0.0 where nothing was timed yet)."""
+        updates, seconds = self.updates - self.reported[0], self.seconds["training"] - self.reported[1]
+        self.reported = self.updates, self.seconds["training"]
+        return updates / seconds if seconds else 0.0
+
+
+def progress_bar(total, done, text):
+    """A tqdm bar over the updates."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=done, desc=text, unit=" updates", smoothing=0.05, dynamic_ncols=True)
+
+
+def describe(args, run_dir, identity, device):
+    """What is about to run, for the terminal: every argument, the dataset, the device, the directory."""
+    lines = [f"  {name} = {value}" for name, value in dataclasses.asdict(args).items()]
+    data = f"{identity['file']} ({identity['source']}, {identity['transitions']:,} transitions)"
+    return "\n".join([*lines, f"dataset: {data}", f"device: {device}", f"run: {run_dir}"])
+
+
+def log_training(run_dir, step, seeds, names, losses, clock, wandb_runs):
+    """One row a seed in train.csv and one in timing.csv; losses (number of names, S)."""
+    rows = [{"step": step, "seed": seed} | dict(zip(names, losses[:, s].tolist())) for s, seed in enumerate(seeds)]
+    append_rows(run_dir / "train.csv", rows)
+    rate, seconds = clock.updates_per_second(), clock.seconds
+    timing = {"step": step, "updates_per_second": f"{rate:.4g}"}
+    timing |= {f"seconds_{kind}": f"{seconds[kind]:.1f}" for kind in ("training", "evaluating")}
+    append_rows(run_dir / "timing.csv", [timing])
+    log_wandb(wandb_runs, rows, "training", step)
+
+
+def log_evaluation(run_dir, rows, phase, wandb_runs, bar):
+    """Writes an evaluation's rows to eval.csv and the terminal, and draws the curve anew."""
+    order = ("step", "seed", "phase", "success", "episode_return", "episode_length", "episodes")
+    rows = [{name: (row | {"phase": phase})[name] for name in order} for row in rows]
+    append_rows(run_dir / "eval.csv", rows)
+    log_wandb(wandb_runs, rows, "evaluation", rows[0]["step"])
+    success = " ".join(f"{row['success']:.2f}" for row in rows)
+    bar.write(f"step {rows[0]['step']:>8}: success {success}" + (f" (a seed each)" if len(rows) > 1 else ""))
+    plot_curve(run_dir)
+
+
+def finish(run_dir, wandb_runs):
+    """Says how the run ended: the published statistic, the mean of the last three evaluations, over the seeds."""
+    for run in wandb_runs:
+        run.finish()
+    with open(run_dir / "eval.csv") as file:
+        rows = list(csv.DictReader(file))
+    last = sorted({int(row["step"]) for row in rows})[-3:]
+    scores = {}
+    for row in rows:
+        if int(row["step"]) in last:
+            scores.setdefault(row["seed"], []).append(100 * float(row["success"]))
+    means = [np.mean(values) for values in scores.values()]
+    spread = f" +- {np.std(means, ddof=1):.1f} over {len(means)} seeds" if len(means) > 1 else ""
+    print(f"success, mean of the evaluations at {last}: {np.mean(means):.1f}%{spread}; see {run_dir}/curve.png")
+
+
+# --- Weights & Biases ---
+
+
+def start_wandb(args, run_dir):
+    """One Weights & Biases run a seed, grouped by run directory; [] without --track (wandb is then not imported)."""
+    if not args.track:
+        return []
+    import wandb
+
+    common = dict(project=args.wandb_project_name, entity=args.wandb_entity, group=run_dir.name, resume="allow")
+    return [
+        wandb.init(
+            **common, id=f"{run_dir.name}-{seed}", name=f"{run_dir.name}-s{seed}", dir=str(run_dir), reinit="create_new",
+            config=dataclasses.asdict(args) | {"seed": seed},
+        )
+        for seed in range(args.seed, args.seed + args.num_seeds)
+    ]  # fmt: skip
+
+
+def log_wandb(wandb_runs, rows, prefix, step):
+    """Logs one row a seed under OGBench's names: `training/critic/critic_loss`, `evaluation/success`, ..."""
+    for run, row in zip(wandb_runs, rows):
+        values = {f"{prefix}/{name}": value for name, value in row.items() if name not in ("step", "seed", "phase")}
+        run.log(values, step=step)
+
+
+# --- Learning curve ---
+
+
+def plot_curve(run_dir):
+    """Draws curve.png: success against steps, one thin line a seed, their mean thick."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with open(run_dir / "eval.csv") as file:
+        rows = list(csv.DictReader(file))
+    curves = {}
+    for row in rows:
+        curves.setdefault(int(row["seed"]), {})[int(row["step"])] = 100 * float(row["success"])
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for seed, curve in sorted(curves.items()):
+        label = f"seed {seed}" if len(curves) <= 8 else None
+        axes.plot(*zip(*sorted(curve.items())), marker=".", linewidth=1, alpha=0.6, label=label)
+    if len(curves) > 1:
+        steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))
+        axes.plot(steps, [np.mean([c[s] for c in curves.values()]) for s in steps], color="black", linewidth=2.5, label="mean")
+    axes.set(xlabel="updates", ylabel="success (%)", ylim=(-3, 103), title=run_dir.name.split("__")[0])
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", fontsize="small")
+    figure.savefig(run_dir / "curve.png", dpi=120)
+    plt.close(figure)
+
+
+# --- Signals ---
+
+
+class StopRequest:
+    """True once SIGTERM (schedulers send it) or SIGINT (Ctrl-C) has arrived; the loop then saves and leaves.
+
+    A second SIGINT interrupts at once.
+    """
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __bool__(self):
+        return self.signal is not None
+
+    def leave(self, run_dir, step):
+        """Ends the program with the signal's usual exit code (143 or 130), after the checkpoint was saved."""
+        program = Path(sys.argv[0]).name
+        print(f"stopped by {signal.Signals(self.signal).name} at step {step}; go on with: python {program} --resume {run_dir}")
+        raise SystemExit(128 + self.signal)
