@@ -198,20 +198,23 @@ class MLP(nn.Module):
         self.scales = nn.ParameterList(torch.ones(*stack, 1, h) for h in norms)
         self.shifts = nn.ParameterList(torch.zeros(*stack, 1, h) for h in norms)
 
-    def layers(self, detach=False):
+    def layers(self, detach=False, fold=True):
         """[(weight, bias)] of every layer; a LayerNorm's scale and shift are folded into the layer after it:
         (norm(h) * scale + shift) W + b = norm(h) (scale W) + (shift W + b). `detach` stops gradients to the weights.
         """
         layers = list(zip(self.weights, self.biases))
-        for i, (scale, shift) in enumerate(zip(self.scales, self.shifts), start=1):
+        for i, (scale, shift) in enumerate(zip(self.scales, self.shifts) if fold else (), start=1):
             weight, bias = layers[i]
             layers[i] = (scale.mT * weight, linear(shift, weight, bias))
         return [(weight.detach(), bias.detach()) for weight, bias in layers] if detach else layers
 
-    def hidden(self, x):
-        """What follows a hidden layer's linear part: GELU, then LayerNorm without its scale and shift."""
+    def hidden(self, x, norm=None):
+        """What follows a hidden layer's linear part: GELU, then LayerNorm; its scale and shift only if not folded,
+        for which `norm` names it.
+        """
         x = F.gelu(x, approximate="tanh")
-        return F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.layer_norm else x
+        x = F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.layer_norm else x
+        return x if norm is None or not self.layer_norm else torch.addcmul(self.shifts[norm], x, self.scales[norm])
 
     def forward(self, x, detach=False):
         """(*stack, N, inputs) -> (*stack, N, outputs)."""
@@ -241,12 +244,12 @@ class Velocity(nn.Module):
     def __init__(self, args, stack, condition_dim, q_min, q_max):
         super().__init__()
         self.use_prob_embed, self.time_embedding = args.use_prob_embed, args.time_embedding
+        self.use_resnets = args.use_resnets
         self.condition_dim, self.sigma, self.block_depth = condition_dim, args.sigma, args.block_depth
         z_dim = args.num_bins - 1 if args.use_prob_embed else 1
         t_dim = 1 if args.time_embedding == "cos" else 64
         hidden = 1 + args.num_transformations * args.block_depth if args.use_resnets else args.block_depth
         self.mlp = MLP(stack, (condition_dim + z_dim + t_dim, *[args.block_width] * hidden, 1), args.layer_norm)
-        self.residual_at = range(1, hidden, args.block_depth) if args.use_resnets else range(0)
         self.register_buffer("edges", torch.linspace(q_min, q_max, args.num_bins), persistent=False)
         self.register_buffer("frequencies", math.pi * torch.arange(1, 65), persistent=False)
 
@@ -267,23 +270,28 @@ class Velocity(nn.Module):
         Returns:
             velocity(z, t): (S, E, N * repeats, 1), and t of the same shape or a float -> (S, E, N * repeats, 1).
         """
-        layers = self.mlp.layers(detach)
-        weight, bias = layers[0]
+        layers = self.mlp.layers(detach, fold=not self.use_resnets)
+        (weight, bias), *blocks = layers[:-1]
         weight_sa, weight_zt = weight[..., : self.condition_dim, :], weight[..., self.condition_dim :, :]
         condition = to_ensemble(torch.cat([observations, actions], dim=-1), weight.shape[1])  # (S, E, N, D + A)
         base = linear(condition, weight_sa, bias).repeat_interleave(repeats, dim=-2)  # (S, E, N * repeats, H)
 
         def velocity(z, t):
             h = self.mlp.hidden(linear(self.embed(z, t), weight_zt, base))
-            for i, (weight, bias) in enumerate(layers[1:-1], start=1):
-                if i in self.residual_at:
-                    block_input = h
+            for weight, bias in blocks:
                 h = self.mlp.hidden(linear(h, weight, bias))
-                if i + 1 - self.block_depth in self.residual_at:
-                    h = h + block_input
             return linear(h, *layers[-1])
 
-        return velocity
+        def velocity_resnet(z, t):
+            h = self.mlp.hidden(linear(self.embed(z, t), weight_zt, base), norm=0)
+            for first in range(0, len(blocks), self.block_depth):
+                block_input = h
+                for i, (weight, bias) in enumerate(blocks[first : first + self.block_depth], start=first + 1):
+                    h = self.mlp.hidden(linear(h, weight, bias), norm=i)
+                h = block_input + h
+            return linear(h, *layers[-1])
+
+        return velocity_resnet if self.use_resnets else velocity
 
 
 def hl_gauss(z, edges, sigma):

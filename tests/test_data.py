@@ -1,0 +1,187 @@
+"""Collected datasets: repeatable, readable by OGBench, rewards right; damaged files are refused by name and key."""
+
+import hashlib
+
+import numpy as np
+import ogbench
+import pytest
+
+from common import collect, datasets, envs
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def val(path):
+    return path.with_name(path.stem + "-val.npz")
+
+
+def test_the_file_depends_on_the_seed_and_not_on_the_workers(maze_data, tmp_path):
+    again = collect.collect("pointmaze-medium-navigate-v0", tmp_path, num_episodes=10, num_workers=1)
+    assert again.name == maze_data.name == "pointmaze-medium-navigate-v0-generated-10ep-seed0.npz"
+    assert sha256(again) == sha256(maze_data) and sha256(val(again)) == sha256(val(maze_data))
+    other = collect.collect("pointmaze-medium-navigate-v0", tmp_path, num_episodes=10, seed=1)
+    assert sha256(other) != sha256(again)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in (again, val(again), other, val(other)))
+
+
+def test_an_episode_does_not_depend_on_the_episodes_before_it():
+    env = collect.make_collection_env("cube-single-noisy-v0")
+    env.reset(seed=0)
+    collect.OFFICIAL_SIZES  # full episodes: 1001 rows
+    first = collect.collect_episode(env, "cube-single-noisy-v0", [0, 0, 1])
+    collect.collect_episode(env, "cube-single-noisy-v0", [0, 0, 2])
+    again = collect.collect_episode(env, "cube-single-noisy-v0", [0, 0, 1])
+    assert all(np.array_equal(first[key], again[key]) for key in first)
+
+
+def test_an_interrupted_collection_uses_its_finished_parts(maze_data, tmp_path, monkeypatch):
+    path = collect.generated_path("pointmaze-medium-navigate-v0", tmp_path, 20, 0)
+    whole = collect.collect("pointmaze-medium-navigate-v0", tmp_path, num_episodes=20)
+    expected = sha256(whole)
+    whole.unlink()
+    parts = path.with_name(path.stem + ".parts")
+    parts.mkdir()
+    collect._collect_part(parts / "000010.npz", "pointmaze-medium-navigate-v0", 0, 0, range(10, 20))
+    stamp = (parts / "000010.npz").stat().st_mtime_ns
+    seen = []
+    original = collect._save_npz
+    monkeypatch.setattr(collect, "_save_npz", lambda p, a, compressed: (seen.append((parts / "000010.npz").stat().st_mtime_ns), original(p, a, compressed)))
+    collect.collect("pointmaze-medium-navigate-v0", tmp_path, num_episodes=20)
+    assert sha256(whole) == expected and seen == [stamp] and not parts.exists()
+
+
+@pytest.mark.parametrize(
+    "dataset", ["cube-double-play-v0", "scene-play-v0", "scene-noisy-v0", "puzzle-3x3-play-v0", "puzzle-3x3-noisy-v0", "pointmaze-medium-stitch-v0"]
+)
+def test_every_collector_makes_official_rows(dataset, monkeypatch):
+    monkeypatch.setitem(collect.OFFICIAL_SIZES, dataset, (1, 120))
+    env = collect.make_collection_env(dataset)
+    episode = collect.collect_episode(env, dataset, [0, 0, 0])
+    assert episode["terminals"].tolist() == [False] * 119 + [True]
+    dtypes = {"observations": "float32", "actions": "float32", "qpos": "float32", "qvel": "float32", "terminals": "bool"}
+    if "scene" in dataset or "puzzle" in dataset:
+        dtypes["button_states"] = "int64"
+    assert {key: str(value.dtype) for key, value in episode.items()} == dtypes
+    assert np.abs(episode["actions"]).max() <= 1 and len(np.unique(episode["actions"], axis=0)) > 100
+    assert episode["observations"].shape[1:] == env.observation_space.shape
+    moved = np.linalg.norm(np.diff(episode["observations"], axis=0), axis=-1)
+    assert (moved > 0).all()
+
+
+def test_stitch_goals_are_four_cells_away(monkeypatch):
+    monkeypatch.setitem(collect.OFFICIAL_SIZES, "pointmaze-large-stitch-v0", (1, 201))
+    env = collect.make_collection_env("pointmaze-large-stitch-v0")
+    episode = collect.collect_episode(env, "pointmaze-large-stitch-v0", [0, 0, 3])
+    path = np.linalg.norm(np.diff(episode["qpos"], axis=0), axis=-1).sum()
+    assert 4 * 4 * 0.7 < path
+    reached = np.linalg.norm(episode["qpos"] - env.unwrapped.cur_goal_xy, axis=-1).min()
+    assert reached < 1.0
+
+
+def test_loads_through_ogbench_with_rewards_of_an_independent_relabelling(cube_data):
+    env_id = "cube-single-play-singletask-task1-v0"
+    dataset, identity = datasets.load_dataset(cube_data, env_id, "cpu")
+    _, train, _ = ogbench.make_env_and_datasets(env_id, dataset_path=str(cube_data))
+    assert len(train["rewards"]) == identity["transitions"] == 2 * 1000
+    with np.load(cube_data) as file:
+        rows = {key: file[key] for key in file.files}
+    last = rows["terminals"]
+    follows = np.concatenate([[False], ~last[:-1]])
+    np.testing.assert_array_equal(dataset["observations"], rows["observations"][~last])
+    np.testing.assert_array_equal(dataset["next_observations"], rows["observations"][follows])
+    np.testing.assert_allclose(dataset["actions"], rows["actions"][~last], atol=1.1e-5)
+    assert dataset["actions"].abs().max() < 1
+    # Task 1: the cube (free joint behind the arm's 14) within 4 cm of (0.425, -0.1, 0.02).
+    cube = rows["qpos"][~last][:, 14:17]
+    success = np.linalg.norm(cube - np.array([0.425, -0.1, 0.02]), axis=-1) <= 0.04
+    np.testing.assert_array_equal(dataset["rewards"], success - 1.0)
+    np.testing.assert_array_equal(dataset["masks"], 1.0 - success)
+    np.testing.assert_array_equal(dataset["rewards"], train["rewards"])
+    assert identity["source"] == "generated" and identity["sha256"] == sha256(cube_data)
+
+
+def test_maze_rewards_are_those_of_the_goal_distance(maze_data):
+    dataset, _ = datasets.load_dataset(maze_data, "pointmaze-medium-navigate-singletask-task1-v0", "cpu")
+    with np.load(maze_data) as file:
+        xy = file["qpos"][~file["terminals"]]
+    success = np.linalg.norm(xy - np.array([20.0, 20.0]), axis=-1) <= 1.0  # cell (6, 6), 4 units a cell from (1, 1)
+    assert success.any()
+    np.testing.assert_array_equal(dataset["rewards"], success - 1.0)
+    np.testing.assert_array_equal(dataset["masks"], 1.0 - success)
+
+
+def test_generated_data_is_made_once_and_named_so(tmp_path):
+    find = lambda: datasets.find_dataset("pointmaze-medium-navigate-singletask-v0", tmp_path, None, "generated", 2)
+    path = find()
+    stamp = path.stat().st_mtime_ns
+    assert "-generated-2ep-" in path.name and find().stat().st_mtime_ns == stamp
+
+
+def rewritten(source, target, **changes):
+    with np.load(source) as file:
+        arrays = {key: file[key] for key in file.files} | changes
+    np.savez(target, **{key: value for key, value in arrays.items() if value is not None})
+    return target
+
+
+def load_error(path, capsys, env_id="pointmaze-medium-navigate-singletask-v0"):
+    with pytest.raises(SystemExit) as stop:
+        datasets.load_dataset(path, env_id, "cpu")
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert str(path) in message
+    return message
+
+
+def test_truncated_and_foreign_files_are_refused(maze_data, tmp_path, capsys):
+    path = tmp_path / "broken.npz"
+    path.write_bytes(maze_data.read_bytes()[:-500])
+    assert "not a whole npz file" in load_error(path, capsys)
+    path.write_text("hello")
+    assert "not a whole npz file" in load_error(path, capsys)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    assert "not a whole npz file" in load_error(tmp_path / "array.npy", capsys)
+    content = bytearray(maze_data.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    assert "is damaged" in load_error(path, capsys)
+
+
+def test_incomplete_or_unfit_arrays_are_refused_by_key(maze_data, cube_data, tmp_path, capsys):
+    path = tmp_path / "changed.npz"
+    with np.load(maze_data) as file:
+        rows = {key: file[key] for key in file.files}
+    assert "lacks the keys actions, qpos" in load_error(rewritten(maze_data, path, actions=None, qpos=None), capsys)
+    broken = rows["observations"].copy()
+    broken[17, 1] = np.nan
+    message = load_error(rewritten(maze_data, path, observations=broken), capsys)
+    assert "observations has a non-finite value, first in row 17" in message
+    message = load_error(rewritten(maze_data, path, actions=rows["actions"][:-1]), capsys)
+    assert "key actions has shape" in message
+    message = load_error(rewritten(maze_data, path, actions=np.zeros((len(rows["actions"]), 5), np.float32)), capsys)
+    assert "a row of actions has shape (5,)" in message and "(2,)" in message
+    assert "a row of observations has shape (28,)" in load_error(cube_data, capsys)
+    message = load_error(rewritten(maze_data, path, terminals=np.zeros(len(rows["terminals"]), bool)), capsys)
+    assert "terminals" in message
+    message = load_error(rewritten(maze_data, path, observations=rows["observations"].astype("U9")), capsys)
+    assert "not numbers" in message
+    assert "lacks the key button_states" in load_error(cube_data, capsys, "scene-play-singletask-v0")
+
+
+def test_names_of_environments_and_datasets():
+    assert envs.dataset_name("cube-single-play-singletask-task2-v0") == "cube-single-play-v0"
+    assert envs.gym_id("cube-single-play-singletask-task2-v0") == "cube-single-singletask-task2-v0"
+    assert envs.gym_id("puzzle-4x4-noisy-singletask-v0") == "puzzle-4x4-singletask-v0"
+    ids = envs.known_env_ids()
+    for env_id in ("antmaze-giant-navigate-singletask-task5-v0", "visual-cube-double-play-singletask-v0", "scene-play-singletask-v0"):
+        assert env_id in ids
+        envs.check_env_id(env_id)
+
+
+@pytest.mark.parametrize("dataset", ["antmaze-large-navigate-v0", "humanoidmaze-medium-navigate-v0", "antsoccer-arena-navigate-v0"])
+def test_experts_data_cannot_be_generated(dataset, capsys):
+    with pytest.raises(SystemExit) as stop:
+        collect.check_collectable(dataset)
+    assert stop.value.code == 2 and "--dataset-source official" in capsys.readouterr().err
