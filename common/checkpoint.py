@@ -20,10 +20,14 @@ def save(run_dir, payload):
     """Saves `payload` as the run's latest checkpoint; a kill at any moment leaves a whole one behind.
 
     Raises:
-        SystemExit: (code 1) when the disk is full or the directory unwritable; the last checkpoint stays.
+        SystemExit: (code 1) for non-finite weights, a full disk or an unwritable directory; the last checkpoint stays.
     """
     run_dir = Path(run_dir)
     latest, temporary = run_dir / LATEST, run_dir / (LATEST + ".part")
+    kept = f"the last checkpoint is kept: {latest}" if latest.exists() else "there is no earlier checkpoint"
+    for name, value in payload["agent"].items():
+        if not torch.isfinite(value).all():
+            raise SystemExit(f"error: weights {name} are non-finite at step {payload['step']}; not saved, {kept} (it is from before it)")
     try:
         with open(temporary, "wb") as file:
             torch.save(payload, file)
@@ -34,7 +38,6 @@ def save(run_dir, payload):
         os.replace(temporary, latest)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         temporary.unlink(missing_ok=True)
-        kept = f"the last checkpoint is kept: {latest}" if latest.exists() else "there is no earlier checkpoint"
         raise SystemExit(f"error: could not save a checkpoint in {run_dir} ({error}); {kept}") from None
 
 

@@ -1,0 +1,181 @@
+"""Evaluation: hand counts, seeded resets, success timing, videos, dying workers."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from common import envs, rollout
+
+ENV_ID = "pointmaze-medium-navigate-singletask-task4-v0"  # the shortest task
+
+
+@pytest.fixture
+def start():
+    """start(**changes) -> evaluation workers of two seeds, ended after the test."""
+    started = []
+
+    def start_workers(num_episodes=3, num_workers=2, num_seeds=2, **changes):
+        started.append(rollout.start_workers(ENV_ID, num_seeds, num_episodes, num_workers, **changes))
+        return started[-1]
+
+    yield start_workers
+    for workers in started:
+        rollout.stop_workers(workers)
+
+
+def make_expert():
+    """A policy that walks the shortest path, with a little noise; (S, P, 2), (S, P, 2) -> (S, P, 2)."""
+    env = envs.make_env(ENV_ID)
+    envs.reset_env(env, 0)
+    maze, goal = env.unwrapped, np.array(env.unwrapped.cur_goal_xy)
+
+    def policy(observations, noise):
+        actions = torch.zeros(*observations.shape[:2], 2)
+        for index in np.ndindex(*observations.shape[:2]):
+            xy = observations[index].double().numpy()
+            direction = maze.get_oracle_subgoal(xy, goal)[0] - xy
+            actions[index] = torch.as_tensor(direction / (np.linalg.norm(direction) + 1e-6))
+        return (actions + 0.3 * noise).clamp(-1, 1)
+
+    return policy
+
+
+def draw_noise(generator, num_steps):
+    return torch.randn(num_steps, 2, generator=generator)
+
+
+def evaluate(workers, policy, num_episodes=3, step=5, **kwargs):
+    seeds = list(range(10, 10 + len(workers.where)))
+    return rollout.evaluate(workers, policy, draw_noise, seeds, num_episodes, step, "cpu", **kwargs)
+
+
+def count_by_hand(policy, seed, num_episodes, step, success_timing="post"):
+    """Plays the same episodes one after the other in this process: (success, return, length) of each."""
+    env, episodes = envs.make_env(ENV_ID, success_timing), []
+    for number in range(num_episodes):
+        words = np.random.SeedSequence([seed, step, number]).generate_state(2, np.uint32)
+        noise = draw_noise(torch.Generator().manual_seed(int(words[0])), env.spec.max_episode_steps)
+        ob, _ = envs.reset_env(env, int(words[1] >> 1))
+        total, length, done = 0.0, 0, False
+        while not done:
+            observation = torch.as_tensor(ob, dtype=torch.float32).view(1, 1, 2)
+            ob, reward, terminated, truncated, info = env.step(policy(observation, noise[length].view(1, 1, 2)).numpy()[0, 0])
+            total, length, done = total + reward, length + 1, terminated or truncated
+        episodes.append((info["success"], total, length))
+    return np.array(episodes)
+
+
+def test_expert_succeeds_and_equals_a_hand_count(start):
+    expert = make_expert()
+    rows = evaluate(start(), expert)
+    for row, seed in zip(rows, (10, 11)):
+        success, returns, lengths = count_by_hand(expert, seed, 3, 5).mean(axis=0)
+        assert success == row["success"] == 1.0
+        assert (row["episode_return"], row["episode_length"]) == (returns, lengths)
+        assert (row["seed"], row["step"], row["episodes"]) == (seed, 5, 3)
+
+
+def test_a_policy_that_stands_still_never_succeeds(start):
+    for row in evaluate(start(num_episodes=1), lambda observations, noise: torch.zeros_like(observations), 1):
+        assert (row["success"], row["episode_return"], row["episode_length"]) == (0.0, -1000.0, 1000.0)
+
+
+def test_a_policy_that_sometimes_succeeds_is_counted_right(start):
+    expert = make_expert()
+    # The start is (16, 20) +- 1 and the way leads to the right: episodes that start in the cell's left half stay there.
+    stuck = lambda ob: (15 <= ob[..., :1]) & (ob[..., :1] < 16) & (ob[..., 1:] > 18.5)
+    sometimes = lambda observations, noise: expert(observations, noise) * ~stuck(observations)
+    rows = evaluate(start(num_episodes=6), sometimes, 6)
+    by_hand = [count_by_hand(sometimes, seed, 6, 5) for seed in (10, 11)]
+    assert 0 < np.concatenate(by_hand)[:, 0].mean() < 1
+    for row, episodes in zip(rows, by_hand):
+        expected = episodes.mean(axis=0)
+        assert (row["success"], row["episode_return"], row["episode_length"]) == tuple(expected)
+
+
+def test_rows_do_not_depend_on_workers_or_on_other_seeds(start):
+    expert = make_expert()
+    rows = evaluate(start(num_workers=2), expert)
+    assert evaluate(start(num_workers=1), expert) == rows
+    assert evaluate(start(num_seeds=1), expert) == rows[:1]
+    assert evaluate(start(), expert, step=6) != rows
+
+
+def test_success_timing_pre_judges_one_step_later(start):
+    expert = make_expert()
+    post, pre = (evaluate(start(success_timing=timing), expert) for timing in ("post", "pre"))
+    for a, b in zip(post, pre):
+        assert a["success"] == b["success"] == 1.0
+        assert b["episode_length"] == a["episode_length"] + 1  # the step from the goal is still taken
+        assert b["episode_return"] == a["episode_return"] - 1
+
+
+@pytest.mark.parametrize("env_id", ["cube-single-play-singletask-v0", "pointmaze-medium-navigate-singletask-v0", "antmaze-large-navigate-singletask-v0"])
+def test_reset_is_a_function_of_its_seed(env_id):
+    def start_and_steps(seed):
+        env = envs.make_env(env_id)
+        ob = [envs.reset_env(env, seed)[0]]
+        action = np.full(env.action_space.shape, 0.3, np.float32)
+        return np.array(ob + [env.step(action)[0] for _ in range(5)])
+
+    np.random.rand()  # whatever the global generator's state is
+    assert np.array_equal(start_and_steps(3), start_and_steps(3))
+    assert not np.array_equal(start_and_steps(3)[0], start_and_steps(4)[0])
+
+
+def test_a_killed_worker_is_an_error_and_not_a_hang(start):
+    workers = start()
+
+    def policy(observations, noise):
+        os.kill(workers.processes[0].pid, signal.SIGKILL)
+        return torch.zeros_like(observations)
+
+    begin = time.time()
+    with pytest.raises(RuntimeError, match="worker 0 died with exit code -9"):
+        evaluate(workers, policy)
+    assert time.time() - begin < 20
+
+
+def test_a_failing_worker_is_an_error_with_its_traceback(start):
+    with pytest.raises(RuntimeError, match="(?s)worker . failed.*Traceback.*Error"):
+        evaluate(start(), lambda observations, noise: torch.zeros(*observations.shape[:2], 7))
+
+
+def test_an_evaluation_can_be_given_up(start):
+    class Stop:
+        calls = 0
+
+        def __bool__(self):
+            self.calls += 1
+            return self.calls > 4
+
+    assert evaluate(start(), make_expert(), stop=Stop()) is None
+
+
+def test_frames_are_stacked_on_the_channel_axis():
+    class Env:
+        def reset(self, **kwargs):
+            self.count = 0
+            return np.full((4, 4, 3), 0, np.uint8), {}
+
+        def step(self, action):
+            self.count += 1
+            return np.full((4, 4, 3), self.count, np.uint8), 0.0, False, False, {}
+
+    env = envs.FrameStack(Env(), 3)
+    assert env.reset()[0].shape == (4, 4, 9) and env.reset()[0].max() == 0
+    env.step(None)
+    assert env.step(None)[0][0, 0, ::3].tolist() == [0, 1, 2]
+    assert env.step(None)[0][0, 0, ::3].tolist() == [1, 2, 3]
+
+
+def test_gif_has_every_frame(tmp_path):
+    from PIL import Image
+
+    rollout.save_gif(tmp_path / "videos" / "a.gif", [np.full((20, 30, 3), 40 * i, np.uint8) for i in range(5)])
+    with Image.open(tmp_path / "videos" / "a.gif") as image:
+        assert image.n_frames == 5 and image.size == (30, 20)

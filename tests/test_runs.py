@@ -1,0 +1,337 @@
+"""Runs as a user starts them: equal csv files, resume after SIGKILL and SIGTERM, bad input, faults while training."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import checkpoint, runs
+from conftest import ROOT, SMALL_FLAGS, run_floq
+
+ENV = ("--env-id", "pointmaze-medium-navigate-singletask-task4-v0")
+LENGTHS = "--total-timesteps 420 --eval-interval 150 --log-interval 20 --save-interval 90 --num-seeds 2 --eval-episodes 1".split()
+
+
+@pytest.fixture(scope="module")
+def flags(maze_data):
+    return [*ENV, "--dataset-path", maze_data, *SMALL_FLAGS, *LENGTHS]
+
+
+def only_run(directory):
+    (run_dir,) = directory.iterdir()
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def finished(flags, tmp_path_factory):
+    """The run directory of the run that nothing interrupted."""
+    directory = tmp_path_factory.mktemp("finished")
+    run_floq(*flags, "--runs-dir", directory)
+    return only_run(directory)
+
+
+def start(flags, directory):
+    """Starts a run and waits for its directory; returns the process."""
+    command = [sys.executable, ROOT / "floq.py", *flags, "--runs-dir", directory]
+    process = subprocess.Popen(
+        [str(word) for word in command], env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    return process
+
+
+def wait_for_rows(process, directory, name, rows):
+    """Waits until a csv file has so many rows; returns the run directory."""
+    for _ in range(6000):
+        files = list(directory.glob(f"*/{name}"))
+        if files and files[0].read_bytes().count(b"\n") > rows:
+            return files[0].parent
+        if process.poll() is not None:
+            raise AssertionError(process.communicate()[1][-3000:])
+        time.sleep(0.01)
+    raise AssertionError("no rows")
+
+
+def assert_same_results(run_dir, finished):
+    for name in ("train.csv", "eval.csv"):
+        assert (run_dir / name).read_bytes() == (finished / name).read_bytes(), name
+    mine, other = checkpoint.load(run_dir), checkpoint.load(finished)
+    assert mine["step"] == other["step"] == 420
+    for name, value in other["agent"].items():
+        assert torch.equal(mine["agent"][name], value), name
+    for index, state in other["optimizer"]["state"].items():
+        assert all(torch.equal(mine["optimizer"]["state"][index][key], value) for key, value in state.items())
+
+
+def test_a_run_leaves_what_is_promised(finished):
+    info = json.loads((finished / "args.json").read_text())
+    assert info["algorithm"] == "floq" and info["args"]["batch_size"] == 16 and info["args"]["gamma"] == 0.99
+    assert set(info["versions"]) == {"python", "torch", "ogbench", "mujoco", "gymnasium", "numpy"}
+    assert info["dataset"]["source"] == "generated" and len(info["dataset"]["sha256"]) == 64
+    assert info["dataset"]["transitions"] == 10_000 and "git_commit" in info and info["device"].startswith("cpu")
+    train = (finished / "train.csv").read_text().splitlines()
+    assert train[0].startswith("step,seed,critic/critic_loss,") and "actor/bc_flow_loss" in train[0]
+    assert [line.split(",")[:2] for line in train[1:5]] == [["20", "0"], ["20", "1"], ["40", "0"], ["40", "1"]]
+    evaluations = (finished / "eval.csv").read_text().splitlines()
+    assert evaluations[0] == "step,seed,phase,success,episode_return,episode_length,episodes"
+    assert [line.split(",")[:3] for line in evaluations[1::2]] == [[s, "0", "offline"] for s in ("1", "150", "300", "420")]
+    timing = (finished / "timing.csv").read_text().splitlines()
+    assert timing[0] == "step,updates_per_second,seconds_training,seconds_evaluating" and len(timing) == 22
+    assert (finished / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(finished.glob("*.part"))
+
+
+def test_the_same_command_gives_the_same_files(flags, finished, tmp_path):
+    run_floq(*flags, "--runs-dir", tmp_path)
+    assert_same_results(only_run(tmp_path), finished)
+
+
+@pytest.mark.parametrize("name, rows", [("train.csv", 5), ("eval.csv", 3), ("train.csv", 31)])
+def test_killed_and_resumed_equals_uninterrupted(flags, finished, tmp_path, name, rows):
+    process = start(flags, tmp_path)
+    run_dir = wait_for_rows(process, tmp_path, name, rows)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if not (run_dir / "checkpoint.pt").exists():  # killed before the first checkpoint: nothing to resume, and it says so
+        failed = run_floq("--resume", run_dir, check=False)
+        assert failed.returncode == 2 and "no usable checkpoint" in failed.stderr
+        return
+    run_floq("--resume", run_dir)
+    assert_same_results(run_dir, finished)
+
+
+def test_sigterm_saves_and_the_run_can_go_on(flags, finished, tmp_path):
+    process = start(flags, tmp_path)
+    run_dir = wait_for_rows(process, tmp_path, "train.csv", 7)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err[-2000:]
+    assert "SIGTERM" in out and f"--resume {run_dir}" in out
+    step = checkpoint.load(run_dir)["step"]
+    assert 60 < step < 420
+    # A damaged latest checkpoint: the previous one serves, if there is one; otherwise this one stays as it is.
+    if (run_dir / "checkpoint_previous.pt").exists():
+        content = bytearray((run_dir / "checkpoint.pt").read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        (run_dir / "checkpoint.pt").write_bytes(content)
+    resumed = run_floq("--resume", run_dir)
+    assert_same_results(run_dir, finished)
+    if "damaged" in resumed.stderr:
+        assert "going on from checkpoint_previous.pt" in resumed.stderr
+
+
+def test_resuming_a_finished_run_changes_nothing(finished):
+    before = {path.name: path.read_bytes() for path in finished.glob("*.csv")}
+    run_floq("--resume", finished)
+    assert {path.name: path.read_bytes() for path in finished.glob("*.csv")} == before
+
+
+# --- Checkpoints ---
+
+
+def payload(step):
+    return {"algorithm": "floq", "args": {}, "step": step, "agent": {"w": torch.full((1000,), float(step))}}
+
+
+def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, capsys):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, payload(step))
+    assert checkpoint.load(tmp_path)["step"] == 2
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    for damage in (whole[: len(whole) // 2], b"", whole[:900] + bytes([whole[900] ^ 1]) + whole[901:], b"junk"):
+        (tmp_path / "checkpoint.pt").write_bytes(damage)
+        assert checkpoint.load(tmp_path)["step"] == 1
+        message = capsys.readouterr().err
+        assert "checkpoint.pt is damaged" in message and "going on from checkpoint_previous.pt at step 1" in message
+    (tmp_path / "checkpoint.pt").unlink()  # the moment between the two renames of a save
+    assert checkpoint.load(tmp_path)["step"] == 1
+    (tmp_path / "checkpoint_previous.pt").write_bytes(b"junk")
+    with pytest.raises(SystemExit) as stop:
+        checkpoint.load(tmp_path)
+    assert stop.value.code == 2 and "no usable checkpoint" in capsys.readouterr().err
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, ("touch " + str(tmp_path / "ran"),))
+
+    torch.save(payload(1) | {"evil": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit):
+        checkpoint.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_non_finite_weights_are_not_saved(tmp_path):
+    checkpoint.save(tmp_path, payload(1))
+    with pytest.raises(SystemExit, match="non-finite"):
+        checkpoint.save(tmp_path, payload(2) | {"agent": {"w": torch.tensor([1.0, float("nan")])}})
+    assert checkpoint.load(tmp_path)["step"] == 1
+
+
+# --- Faults while training ---
+
+
+def test_non_finite_loss_names_step_loss_and_seed(tmp_path):
+    history = torch.zeros(5, 3, 2)
+    runs.check_finite(history, ["a", "b", "c"], 11, [7, 8], tmp_path)
+    history[3, 1, 1] = float("nan")
+    with pytest.raises(SystemExit, match=r"b is nan at step 14 \(seed 8\)"):
+        runs.check_finite(history, ["a", "b", "c"], 11, [7, 8], tmp_path)
+
+
+def test_diverging_training_stops_and_keeps_the_last_checkpoint(flags, tmp_path):
+    diverging = [*flags, "--learning-rate", 1e30, "--save-interval", 1, "--runs-dir", tmp_path]
+    failed = run_floq(*diverging, check=False)
+    assert failed.returncode == 1 and "at step" in failed.stderr and "is from before it" in failed.stderr, failed.stderr[-2000:]
+    agent = checkpoint.load(only_run(tmp_path))["agent"]
+    assert all(torch.isfinite(value).all() for value in agent.values())
+
+
+def test_full_disk_keeps_the_last_checkpoint(flags, tmp_path):
+    code = (
+        "import resource, sys, runpy; sys.argv = sys.argv[1:];"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    small = [*flags, "--runs-dir", tmp_path]
+    command = [sys.executable, "-c", code, ROOT / "floq.py", *small, "--block-width", 64]
+    failed = subprocess.run([str(w) for w in command], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert failed.returncode == 1 and "could not save a checkpoint" in failed.stderr, failed.stderr[-2000:]
+    assert not list(tmp_path.glob("*/*.part"))
+
+
+# --- Bad input ---
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--env-id cube-singel-play-singletask-v0", "cube-single-play-singletask-v0"),
+        ("--env-id cube-single-play-v0", "goal-conditioned"),
+        ("--batch-size 0", "--batch-size 0: must be above zero"),
+        ("--critic-flow-steps -1", "--critic-flow-steps -1: must be above zero"),
+        ("--value-hidden-dims 64 0", "--value-hidden-dims (64, 0)"),
+        ("--num-seeds 0", "--num-seeds 0"),
+        ("--gamma 1", "--gamma 1.0 must lie between 0 and 1"),
+        ("--seed -1", "--seed -1"),
+        ("--q-agg max", "--q-agg"),
+        ("--no-such-flag", "no-such-flag"),
+        ("--online-timesteps 5", "--online-timesteps 5"),
+        ("--env-id visual-cube-single-play-singletask-v0", "state observations"),
+        ("--dataset-path /nowhere.npz", "/nowhere.npz is not a file"),
+        ("--dataset-source generated --env-id antmaze-large-navigate-singletask-v0", "cannot be generated"),
+        ("--resume /nowhere", "/nowhere is not a directory"),
+    ],
+)
+def test_bad_arguments_exit_with_2_and_say_what_to_do(words, message):
+    failed = run_floq(*words.split(), "--no-cuda", check=False)
+    assert failed.returncode == 2, failed.stderr[-2000:]
+    assert message in failed.stderr + failed.stdout
+    assert "Traceback" not in failed.stderr
+
+
+def test_unwritable_run_directory(flags, tmp_path):
+    (tmp_path / "file").write_text("")
+    failed = run_floq(*flags, "--runs-dir", tmp_path / "file", check=False)
+    assert failed.returncode == 2 and "--runs-dir" in failed.stderr
+
+
+def test_unreachable_host_names_the_ways_out(tmp_path):
+    env = {"CLEANFLOW_DATASET_MIRRORS": "http://127.0.0.1:9", "CLEANFLOW_DOWNLOAD_BACKOFF": "0.01", "no_proxy": "*"}
+    failed = run_floq("--no-cuda", "--dataset-dir", tmp_path / "data", check=False, env=env)
+    assert failed.returncode == 2 and "Three ways out" in failed.stderr
+    assert "--dataset-source generated" in failed.stderr
+
+
+def test_resume_with_contradicting_arguments_lists_them(finished, tmp_path):
+    failed = run_floq("--resume", finished, "--gamma", 0.9, "--batch-size", 32, check=False)
+    assert failed.returncode == 2
+    assert "--gamma 0.9 (the run has 0.99)" in failed.stderr and "--batch-size 32 (the run has 16)" in failed.stderr
+    failed = run_floq("--resume", finished, "--total-timesteps", 100, check=False)
+    assert failed.returncode == 2 and "is at step 420 already" in failed.stderr
+    failed = run_floq("--resume", tmp_path, check=False)
+    assert failed.returncode == 2 and "no usable checkpoint" in failed.stderr
+
+
+def test_resume_refuses_another_dataset(finished, tmp_path):
+    from common.collect import collect
+
+    other = collect("pointmaze-medium-navigate-v0", tmp_path, num_episodes=1, seed=5)
+    failed = run_floq("--resume", finished, "--dataset-path", other, check=False)
+    assert failed.returncode == 2 and "dataset" in failed.stderr
+
+
+def test_cuda_without_cuda_warns_and_trains_on_the_cpu(flags, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    short = [flag for flag in flags if flag != "--no-cuda"] + ["--total-timesteps", 2, "--cuda", "--runs-dir", tmp_path]
+    assert "training on the CPU" in run_floq(*short).stderr
+
+
+# --- Arguments ---
+
+
+def test_every_flag_has_a_help_text():
+    import ast
+
+    (cls,) = [node for node in ast.parse((ROOT / "floq.py").read_text()).body if getattr(node, "name", "") == "Args"]
+    for field, text in zip(cls.body, [*cls.body[1:], None]):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(text, ast.Expr) and isinstance(text.value.value, str), f"{field.target.id} has no help text"
+    shown = run_floq("--help").stdout
+    assert "behaviour-cloning flow" in shown and "Q-functions as flows" in shown
+
+
+def parse(*words):
+    import floq
+
+    return runs.parse_args(floq.Args, floq.TUNED, floq.QUICK, floq.POSITIVE, list(words))[0]
+
+
+def test_tuned_values_apply_and_a_flag_wins():
+    args = parse("--env-id", "antmaze-giant-navigate-singletask-task2-v0")
+    assert (args.alpha, args.gamma, args.q_agg, args.batch_size, args.critic_flow_steps) == (10.0, 0.995, "min", 512, 4)
+    args = parse("--env-id", "antmaze-giant-navigate-singletask-v0", "--batch-size", "256", "--q-agg", "mean")
+    assert (args.batch_size, args.q_agg, args.gamma) == (256, "mean", 0.995)
+    assert parse().block_depth == 2 and parse("--env-id", "scene-play-singletask-v0").block_depth == 4
+    assert parse("--env-id", "puzzle-4x4-play-singletask-v0").noise_coverage == 0.25
+
+
+def test_quick_wins_over_tuned_and_a_flag_over_quick():
+    import floq
+
+    args = parse("--quick")
+    assert all(getattr(args, name) == value for name, value in floq.QUICK.items())
+    assert parse("--quick", "--alpha", "1e6").alpha == 1e6
+    assert parse("--quick", "--exp-name", "mine").exp_name == "mine"
+
+
+def test_tuned_has_the_ten_environments():
+    import floq
+    from common import envs
+
+    assert len(floq.TUNED) == 10
+    for name in floq.TUNED:
+        envs.check_env_id(f"{name}-singletask-v0")
+
+
+# --- Weights & Biases ---
+
+
+def test_wandb_is_imported_only_when_asked(flags, tmp_path):
+    code = "import sys, runpy; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nfinally: print('wandb' in sys.modules)"
+    short = [*flags, "--total-timesteps", 2, "--runs-dir", tmp_path]
+    command = [sys.executable, "-c", code, ROOT / "floq.py", *short]
+    shown = subprocess.run([str(w) for w in command], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert shown.stdout.rstrip().endswith("False"), shown.stderr[-2000:]
+
+
+def test_tracking_offline_makes_one_run_a_seed(flags, tmp_path):
+    short = [*flags, "--total-timesteps", 40, "--track", "--runs-dir", tmp_path]
+    run_floq(*short, env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"}, cwd=tmp_path)
+    assert len(list(Path(tmp_path).glob("*/wandb/offline-run-*"))) == 2
