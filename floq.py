@@ -165,6 +165,22 @@ TUNED = {
 QUICK = dict(
     exp_name="floq-quick",
     cuda=False,
+    env_id="cube-single-noisy-singletask-v0",
+    dataset_source="generated",
+    generated_episodes=120,
+    total_timesteps=16_000,
+    eval_interval=4_000,
+    log_interval=500,
+    save_interval=2_000,
+    alpha=100.0,
+    tau=0.01,
+    noise_samples=2,
+    critic_flow_steps=4,
+    actor_flow_steps=5,
+    block_width=256,
+    block_depth=2,
+    value_hidden_dims=(256, 256, 256),
+    actor_hidden_dims=(256, 256, 256),
 )
 
 # Arguments that must be above zero.
