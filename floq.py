@@ -14,7 +14,6 @@ Notation in the shapes: S seeds, E ensemble members, B batch, m noise samples, N
 """
 
 import math
-import time
 from dataclasses import asdict, dataclass
 from typing import Literal, Optional
 
@@ -183,14 +182,6 @@ QUICK = dict(
     actor_hidden_dims=(256, 256, 256),
 )
 
-# Arguments that must be above zero.
-POSITIVE = (
-    "num_seeds", "total_timesteps", "eval_interval", "eval_episodes", "log_interval", "save_interval", "batch_size",
-    "learning_rate", "alpha", "noise_samples", "critic_flow_steps", "actor_flow_steps", "noise_coverage",
-    "flow_num_ensembles", "distill_num_ensembles", "sigma", "block_width", "block_depth", "num_transformations",
-    "value_hidden_dims", "actor_hidden_dims", "generated_episodes",
-)  # fmt: skip
-
 
 # --- Networks ---
 
@@ -271,12 +262,12 @@ class Velocity(nn.Module):
 
     def embed(self, z, t):
         """[emb(z), emb(t)]: (..., N, 1) and t of the same shape or a float -> (..., N, z_dim + t_dim)."""
-        t = torch.as_tensor(t, dtype=z.dtype, device=z.device)
-        time = torch.cos(t if self.time_embedding == "cos" else t * self.frequencies)
-        time = time.expand(*z.shape[:-1], -1) if time.dim() else time.expand_as(z)
-        return torch.cat([hl_gauss(z, self.edges, self.sigma) if self.use_prob_embed else z, time], dim=-1)
+        t = t if torch.is_tensor(t) else torch.full_like(z, t)
+        z_embedding = hl_gauss(z, self.edges, self.sigma) if self.use_prob_embed else z
+        t_embedding = torch.cos(t if self.time_embedding == "cos" else t * self.frequencies)
+        return torch.cat([z_embedding, t_embedding], dim=-1)
 
-    def field(self, observations, actions, repeats=1, detach=False):
+    def field(self, observations, actions, repeats=1):
         """The field v(., . | s, a) as a function of (z, t); what does not depend on them is computed once, here.
 
         Args:
@@ -286,7 +277,7 @@ class Velocity(nn.Module):
         Returns:
             velocity(z, t): (S, E, N * repeats, 1), and t of the same shape or a float -> (S, E, N * repeats, 1).
         """
-        layers = self.mlp.layers(detach, fold=not self.use_resnets)
+        layers = self.mlp.layers(fold=not self.use_resnets)
         (weight, bias), *blocks = layers[:-1]
         weight_sa, weight_zt = weight[..., : self.condition_dim, :], weight[..., self.condition_dim :, :]
         condition = to_ensemble(torch.cat([observations, actions], dim=-1), weight.shape[1])  # (S, E, N, D + A)
@@ -383,10 +374,16 @@ class Agent(nn.Module):
         """One Adam over all networks (Adam is elementwise, so several would be the same)."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         on_gpu = parameters[0].is_cuda
-        self.optimizer = torch.optim.Adam(parameters, lr=self.args.learning_rate, eps=1e-8, fused=True, capturable=on_gpu)
+        self.optimizer = torch.optim.Adam(
+            parameters, lr=self.args.learning_rate, eps=1e-8, fused=True, capturable=on_gpu
+        )
         for p in parameters:  # Adam makes its state in the first step, which a CUDA graph would repeat
             zeros = torch.zeros_like
-            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": zeros(p), "exp_avg_sq": zeros(p)}
+            self.optimizer.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": zeros(p),
+                "exp_avg_sq": zeros(p),
+            }
 
     def state_tensors(self):
         """Every tensor that an update changes."""
@@ -527,7 +524,7 @@ class Agent(nn.Module):
 
 
 if __name__ == "__main__":
-    args, resumed = runs.parse_args(Args, TUNED, QUICK, POSITIVE)
+    args, resumed = runs.parse_args(Args, TUNED, QUICK, may_be_zero=("alpha", "reward_offset"))
     if args.online_timesteps:
         fail(f"--online-timesteps {args.online_timesteps}: floq.py has no online phase yet")
     if args.num_bins < 2:
@@ -564,12 +561,20 @@ if __name__ == "__main__":
     # --- Offline training ---
     stop = runs.StopRequest()
     step, evaluated = (resumed["step"], resumed["evaluated"]) if resumed is not None else (0, 0)
-    saved, chunk_index, workers = step, None, None
+    chunk_index, workers = None, None
     clock = runs.Clock()
     bar = runs.progress_bar(args.total_timesteps, step, "training")
+
+    def save():
+        """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
+        state = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
+        progress = {"step": step, "evaluated": evaluated, "csv_sizes": runs.csv_sizes(run_dir)}
+        checkpoint.save(run_dir, {"algorithm": "floq", "args": asdict(args), "dataset": identity} | progress | state)
+
     while True:
         # Evaluate after the first update, every eval_interval and after the last.
         if step > evaluated and (step in (1, args.total_timesteps) or step % args.eval_interval == 0):
+            save()  # an evaluation that fails loses no update
             if workers is None:
                 workers = rollout.start_workers(
                     args.env_id, args.num_seeds, args.eval_episodes, args.eval_workers, args.success_timing,
@@ -585,11 +590,8 @@ if __name__ == "__main__":
                 runs.log_evaluation(run_dir, rows, "offline", wandb_runs, bar)
 
         # Save.
-        if step > saved and (stop or step % args.save_interval == 0 or step == args.total_timesteps):
-            payload = {"algorithm": "floq", "args": asdict(args), "step": step, "evaluated": evaluated}
-            payload |= {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
-            checkpoint.save(run_dir, payload | {"dataset": identity, "csv_sizes": runs.csv_sizes(run_dir)})
-            saved = step
+        if step and (stop or step % args.save_interval == 0 or step == args.total_timesteps):
+            save()
         if stop:
             stop.leave(run_dir, step)
         if step == args.total_timesteps:
@@ -605,7 +607,7 @@ if __name__ == "__main__":
                 chunk_index = step // runs.CHUNK
                 chunk = runs.draw_chunk(agent, args, seeds, len(rewards), chunk_index, device)
             inputs = {name: value[step % runs.CHUNK] for name, value in chunk.items()}
-            if step + 1 == first_step and clock.warming_up:
+            if clock.warming_up and not history:
                 update = graphs.capture(update, inputs, agent.state_tensors(), args.cudagraphs)
             metrics = update(inputs)
             history.append(torch.stack(tuple(metrics.values())))  # (losses, S)

@@ -2,7 +2,6 @@
 
     python -m benchmarks.speed                                  # floq on this machine's default device
     python -m benchmarks.speed --compile --num-seeds 4 --json
-    python -m benchmarks.speed --memory-transitions 1000000     # peak memory with a dataset of that size loaded
 
 Efficiency = operations / seconds / the device's float32 matrix-product rate, which is measured between the updates, so
 that a busy machine slows both. Medians over the repeats, with the quartiles.
@@ -40,8 +39,6 @@ class SpeedArgs:
     """hidden layers of the velocity network"""
     quick: bool = False
     """measure at the sizes of --quick instead"""
-    memory_transitions: int = 0
-    """also hold a dataset of so many transitions"""
     json: bool = False
     """print one line of JSON"""
 
@@ -56,9 +53,13 @@ def measure(options):
     agent = floq.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0).to(device)
     agent.make_optimizer()
     generator = torch.Generator(device).manual_seed(0)
-    N = max(options.memory_transitions, 10_000)
+    N = 10_000
     draw = lambda *shape: torch.rand(*shape, generator=generator, device=device)
-    dataset = {"observations": draw(N, OBS_DIM), "next_observations": draw(N, OBS_DIM), "actions": draw(N, ACTION_DIM) * 2 - 1}
+    dataset = {
+        "observations": draw(N, OBS_DIM),
+        "next_observations": draw(N, OBS_DIM),
+        "actions": draw(N, ACTION_DIM) * 2 - 1,
+    }
     dataset |= {"rewards": -torch.ones(N, device=device), "masks": torch.ones(N, device=device)}
     chunk = runs.draw_chunk(agent, args, seeds, N, 0, device)
     gather = lambda inputs: {key: value[inputs["indices"]] for key, value in dataset.items()}
@@ -92,7 +93,11 @@ def measure(options):
     low, median, high = statistics.quantiles(seconds, n=4)
     rate = 2 * a.numel() * 512 / statistics.median(matmul_seconds)
     gigaflop = counter.get_total_flops() / 1e9
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     return {
         "algorithm": "floq",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",

@@ -27,7 +27,9 @@ def save(run_dir, payload):
     kept = f"the last checkpoint is kept: {latest}" if latest.exists() else "there is no earlier checkpoint"
     for name, value in payload["agent"].items():
         if not torch.isfinite(value).all():
-            raise SystemExit(f"error: weights {name} are non-finite at step {payload['step']}; not saved, {kept} (it is from before it)")
+            raise SystemExit(
+                f"error: weights {name} are non-finite at step {payload['step']}; not saved, {kept} (it is from before it)"
+            )
     try:
         with open(temporary, "wb") as file:
             torch.save(payload, file)
@@ -63,7 +65,16 @@ def load(run_dir):
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
             payload = torch.load(path, map_location="cpu", weights_only=True)
             payload["args"], payload["step"]
-        except (OSError, EOFError, KeyError, TypeError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        except (
+            OSError,
+            EOFError,
+            KeyError,
+            TypeError,
+            RuntimeError,
+            ValueError,
+            zipfile.BadZipFile,
+            pickle.UnpicklingError,
+        ) as error:
             problems.append(f"{name} is damaged ({str(error).splitlines()[0]})")
             continue
         if problems:

@@ -28,7 +28,11 @@ EPISODES_PER_PART = 10  # an interrupted collection loses at most this many epis
 
 # dataset -> (episodes, rows an episode) of the official files.
 OFFICIAL_SIZES = {
-    **{f"{env}-{kind}-v0": (1000, 1001) for env in ("cube-single", "cube-double", "scene") for kind in ("play", "noisy")},
+    **{
+        f"{env}-{kind}-v0": (1000, 1001)
+        for env in ("cube-single", "cube-double", "scene")
+        for kind in ("play", "noisy")
+    },
     **{f"puzzle-{size}-{kind}-v0": (1000, 1001) for size in ("3x3", "4x4") for kind in ("play", "noisy")},
     **{f"{env}-{kind}-v0": (3000, 1001) for env in ("cube-triple", "puzzle-4x5") for kind in ("play", "noisy")},
     **{f"{env}-{kind}-v0": (5000, 1001) for env in ("cube-quadruple", "puzzle-4x6") for kind in ("play", "noisy")},
@@ -264,7 +268,9 @@ def collect(dataset, dataset_dir, num_episodes=None, seed=0, num_workers=0):
         length = OFFICIAL_SIZES[dataset][1]
         bar = tqdm(total=sum(len(job[3]) for job in todo) * length, unit=" transitions", desc=f"collecting {dataset}")
         with bar, ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = [pool.submit(_collect_part, str(part), dataset, seed, split, chunk) for _, part, split, chunk in todo]
+            futures = [
+                pool.submit(_collect_part, str(part), dataset, seed, split, chunk) for _, part, split, chunk in todo
+            ]
             try:
                 for future in as_completed(futures):
                     bar.update(future.result())
@@ -275,7 +281,9 @@ def collect(dataset, dataset_dir, num_episodes=None, seed=0, num_workers=0):
         parts = [part for target, part, _, _ in jobs if target == path]
         if parts:
             files = [np.load(part) for part in parts]
-            _save_npz(path, {key: np.concatenate([file[key] for file in files]) for key in files[0].files}, compressed=True)
+            _save_npz(
+                path, {key: np.concatenate([file[key] for file in files]) for key in files[0].files}, compressed=True
+            )
             shutil.rmtree(parts[0].parent)
     return train_path
 
@@ -284,5 +292,10 @@ if __name__ == "__main__":
     import tyro
 
     args = tyro.cli(CollectArgs, description=__doc__)
-    path = collect(args.dataset, args.dataset_dir, args.num_episodes, args.seed, args.num_workers)
+    try:
+        path = collect(args.dataset, args.dataset_dir, args.num_episodes, args.seed, args.num_workers)
+    except OSError as error:
+        fail(
+            f"could not write to --dataset-dir {args.dataset_dir} ({error}); finished parts are kept, run again to go on"
+        )
     print(f"{path} ({path.stat().st_size / 2**20:.0f} MiB)")

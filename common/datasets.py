@@ -212,7 +212,9 @@ def check_file(path, env):
     needed += ["button_states"] if any(kind in env.spec.id for kind in ("scene", "puzzle")) else []
     missing = [key for key in needed if key not in keys]
     if missing:
-        fail(f"{path} lacks the key{'s' * (len(missing) > 1)} {', '.join(missing)} (it has: {', '.join(keys)}); {advice}")
+        fail(
+            f"{path} lacks the key{'s' * (len(missing) > 1)} {', '.join(missing)} (it has: {', '.join(keys)}); {advice}"
+        )
 
     rows, arrays = None, {}
     for key in needed:

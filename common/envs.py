@@ -170,6 +170,10 @@ def worker(connection):
 
 
 if __name__ == "__main__":
+    import signal
     from multiprocessing.connection import Connection
 
+    # Ctrl-C and schedulers signal the whole group; the main process saves first, and closes the connection.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     worker(Connection(int(sys.argv[1])))

@@ -43,7 +43,10 @@ def start_workers(env_id, num_seeds, num_episodes, num_workers=0, success_timing
     num_workers = num_workers or min(16, len(os.sched_getaffinity(0)))
     per_seed = min(num_episodes, max(1, -(-ENVS_PER_WORKER * num_workers // num_seeds)))
     num_workers = min(num_workers, num_seeds * per_seed)
-    where = [[((s * per_seed + p) % num_workers, (s * per_seed + p) // num_workers) for p in range(per_seed)] for s in range(num_seeds)]
+    where = [
+        [((s * per_seed + p) % num_workers, (s * per_seed + p) // num_workers) for p in range(per_seed)]
+        for s in range(num_seeds)
+    ]
 
     environment = python_environment()
     environment.setdefault("OMP_NUM_THREADS", "1")
@@ -89,7 +92,9 @@ def _receive(workers, worker) -> Any:
         ok, value = workers.connections[worker].recv()
     except (EOFError, OSError):
         code = workers.processes[worker].wait()
-        raise RuntimeError(f"evaluation worker {worker} died with exit code {code} (negative: killed by that signal)") from None
+        raise RuntimeError(
+            f"evaluation worker {worker} died with exit code {code} (negative: killed by that signal)"
+        ) from None
     if not ok:
         raise RuntimeError(f"evaluation worker {worker} failed:\n{value}")
     return value
@@ -163,7 +168,9 @@ def evaluate(workers, policy, draw_noise, seeds, num_episodes, step, device, sto
             now = torch.stack([torch.stack(row) for row in now])  # (S, P, ...)
             actions = policy(torch.as_tensor(observations).to(device), now.to(device)).cpu().numpy()  # (S, P, A)
             done = []
-            for slot, (ob, reward, over, success) in _ask(workers, "step", {slot: actions[slot] for slot in episode}).items():
+            for slot, (ob, reward, over, success) in _ask(
+                workers, "step", {slot: actions[slot] for slot in episode}
+            ).items():
                 observations[slot] = ob
                 totals[slot][0] += reward
                 totals[slot][1] += 1

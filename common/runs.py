@@ -32,7 +32,7 @@ MAY_CHANGE = {
 # --- Arguments ---
 
 
-def parse_args(Args, tuned, quick, positive, argv=None):
+def parse_args(Args, tuned, quick, may_be_zero=(), argv=None):
     """Reads the command line; a flag that the user passes wins over everything.
 
     Without it: the stored arguments with --resume; else Args' defaults, then `tuned` of the environment, then `quick`
@@ -42,7 +42,7 @@ def parse_args(Args, tuned, quick, positive, argv=None):
         Args: the algorithm's dataclass.
         tuned: {environment and dataset type: {field: value}}.
         quick: {field: value}.
-        positive: names of the fields that must be above zero (each element, for tuples).
+        may_be_zero: the algorithm's own numbers that may be zero; all others must be above it (tuples: each element).
         argv: words; None for the command line's.
 
     Returns:
@@ -66,23 +66,27 @@ def parse_args(Args, tuned, quick, positive, argv=None):
         args = parse(default)
         differing = [name for name in sorted(names - MAY_CHANGE) if getattr(args, name) != getattr(default, name)]
         if differing:
-            listed = ", ".join(f"--{n.replace('_', '-')} {getattr(args, n)} (the run has {getattr(default, n)})" for n in differing)
+            listed = ", ".join(
+                f"--{n.replace('_', '-')} {getattr(args, n)} (the run has {getattr(default, n)})" for n in differing
+            )
             fail(f"--resume {args.resume} cannot go on with other arguments: {listed}")
         if args.total_timesteps < resumed["step"]:
-            fail(f"--total-timesteps {args.total_timesteps}: the run in {args.resume} is at step {resumed['step']} already")
+            fail(
+                f"--total-timesteps {args.total_timesteps}: the run in {args.resume} is at step {resumed['step']} already"
+            )
     else:
         if args.quick:
             args = parse(Args(**quick))  # --quick may choose another environment, whose tuned values apply
         args = parse(Args(**{**tuned.get(args.env_id.split("-singletask")[0], {}), **(quick if args.quick else {})}))
 
-    for name in positive:
-        value = getattr(args, name)
-        if value is not None and not all(number > 0 for number in (value if isinstance(value, tuple) else (value,))):
-            fail(f"--{name.replace('_', '-')} {value}: must be above zero")
+    for name, value in dataclasses.asdict(args).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
+            zero = name in ("seed", "online_timesteps", "eval_workers", *may_be_zero)
+            if not all(number >= 0 if zero else number > 0 for number in numbers):
+                fail(f"--{name.replace('_', '-')} {value}: must be {'at least' if zero else 'above'} zero")
     if not 0 < args.gamma < 1 or not 0 < args.tau <= 1:
         fail(f"--gamma {args.gamma} must lie between 0 and 1, --tau {args.tau} above 0 and at most 1")
-    if args.seed < 0:
-        fail(f"--seed {args.seed}: must be at least 0")
     if args.resume is None:
         envs.check_env_id(args.env_id)
     return args, resumed
@@ -323,7 +327,7 @@ def log_evaluation(run_dir, rows, phase, wandb_runs, bar):
     append_rows(run_dir / "eval.csv", rows)
     log_wandb(wandb_runs, rows, "evaluation", rows[0]["step"])
     success = " ".join(f"{row['success']:.2f}" for row in rows)
-    bar.write(f"step {rows[0]['step']:>8}: success {success}" + (f" (a seed each)" if len(rows) > 1 else ""))
+    bar.write(f"step {rows[0]['step']:>8}: success {success}" + (" (a seed each)" if len(rows) > 1 else ""))
     plot_curve(run_dir)
 
 
@@ -390,7 +394,9 @@ def plot_curve(run_dir):
         axes.plot(*zip(*sorted(curve.items())), marker=".", linewidth=1, alpha=0.6, label=label)
     if len(curves) > 1:
         steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))
-        axes.plot(steps, [np.mean([c[s] for c in curves.values()]) for s in steps], color="black", linewidth=2.5, label="mean")
+        axes.plot(
+            steps, [np.mean([c[s] for c in curves.values()]) for s in steps], color="black", linewidth=2.5, label="mean"
+        )
     axes.set(xlabel="updates", ylabel="success (%)", ylim=(-3, 103), title=run_dir.name.split("__")[0])
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", fontsize="small")
@@ -422,5 +428,7 @@ class StopRequest:
     def leave(self, run_dir, step):
         """Ends the program with the signal's usual exit code (143 or 130), after the checkpoint was saved."""
         program = Path(sys.argv[0]).name
-        print(f"stopped by {signal.Signals(self.signal).name} at step {step}; go on with: python {program} --resume {run_dir}")
+        print(
+            f"stopped by {signal.Signals(self.signal).name} at step {step}; go on with: python {program} --resume {run_dir}"
+        )
         raise SystemExit(128 + self.signal)

@@ -47,20 +47,38 @@ def test_an_interrupted_collection_uses_its_finished_parts(maze_data, tmp_path, 
     stamp = (parts / "000010.npz").stat().st_mtime_ns
     seen = []
     original = collect._save_npz
-    monkeypatch.setattr(collect, "_save_npz", lambda p, a, compressed: (seen.append((parts / "000010.npz").stat().st_mtime_ns), original(p, a, compressed)))
+    monkeypatch.setattr(
+        collect,
+        "_save_npz",
+        lambda p, a, compressed: (seen.append((parts / "000010.npz").stat().st_mtime_ns), original(p, a, compressed)),
+    )
     collect.collect("pointmaze-medium-navigate-v0", tmp_path, num_episodes=20)
     assert sha256(whole) == expected and seen == [stamp] and not parts.exists()
 
 
 @pytest.mark.parametrize(
-    "dataset", ["cube-double-play-v0", "scene-play-v0", "scene-noisy-v0", "puzzle-3x3-play-v0", "puzzle-3x3-noisy-v0", "pointmaze-medium-stitch-v0"]
+    "dataset",
+    [
+        "cube-double-play-v0",
+        "scene-play-v0",
+        "scene-noisy-v0",
+        "puzzle-3x3-play-v0",
+        "puzzle-3x3-noisy-v0",
+        "pointmaze-medium-stitch-v0",
+    ],
 )
 def test_every_collector_makes_official_rows(dataset, monkeypatch):
     monkeypatch.setitem(collect.OFFICIAL_SIZES, dataset, (1, 120))
     env = collect.make_collection_env(dataset)
     episode = collect.collect_episode(env, dataset, [0, 0, 0])
     assert episode["terminals"].tolist() == [False] * 119 + [True]
-    dtypes = {"observations": "float32", "actions": "float32", "qpos": "float32", "qvel": "float32", "terminals": "bool"}
+    dtypes = {
+        "observations": "float32",
+        "actions": "float32",
+        "qpos": "float32",
+        "qvel": "float32",
+        "terminals": "bool",
+    }
     if "scene" in dataset or "puzzle" in dataset:
         dtypes["button_states"] = "int64"
     assert {key: str(value.dtype) for key, value in episode.items()} == dtypes
@@ -175,12 +193,18 @@ def test_names_of_environments_and_datasets():
     assert envs.gym_id("cube-single-play-singletask-task2-v0") == "cube-single-singletask-task2-v0"
     assert envs.gym_id("puzzle-4x4-noisy-singletask-v0") == "puzzle-4x4-singletask-v0"
     ids = envs.known_env_ids()
-    for env_id in ("antmaze-giant-navigate-singletask-task5-v0", "visual-cube-double-play-singletask-v0", "scene-play-singletask-v0"):
+    for env_id in (
+        "antmaze-giant-navigate-singletask-task5-v0",
+        "visual-cube-double-play-singletask-v0",
+        "scene-play-singletask-v0",
+    ):
         assert env_id in ids
         envs.check_env_id(env_id)
 
 
-@pytest.mark.parametrize("dataset", ["antmaze-large-navigate-v0", "humanoidmaze-medium-navigate-v0", "antsoccer-arena-navigate-v0"])
+@pytest.mark.parametrize(
+    "dataset", ["antmaze-large-navigate-v0", "humanoidmaze-medium-navigate-v0", "antsoccer-arena-navigate-v0"]
+)
 def test_experts_data_cannot_be_generated(dataset, capsys):
     with pytest.raises(SystemExit) as stop:
         collect.check_collectable(dataset)

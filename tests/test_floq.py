@@ -185,7 +185,9 @@ def test_q_loss_moves_the_onestep_policy_alone_and_its_scale_is_a_constant():
     agent.actor_loss(batch, noise)[1]["actor/q_loss"].sum().backward()
     plain = grads(agent)
     assert networks(plain) == {"actor_onestep_flow"}
-    scale = agent.q_values(batch["observations"], agent.onestep_action(batch["observations"], noise["distill"]).clamp(-1, 1))
+    scale = agent.q_values(
+        batch["observations"], agent.onestep_action(batch["observations"], noise["distill"]).clamp(-1, 1)
+    )
     scale = scale.mean(dim=1).abs().mean().item()
     plain = {name: grad / scale for name, grad in plain.items()}
     agent.zero_grad()
@@ -314,7 +316,10 @@ def test_graph_replay_equals_eager_updates_and_uses_fresh_noise():
     on_gpu = lambda update: [{k: v.cuda() for k, v in d.items()} for d in random_inputs(agents[0], (0, 1), update)]
 
     def update_with(agent):
-        split = lambda inputs: ({k: inputs[k] for k in batch_names}, {k: v for k, v in inputs.items() if k not in batch_names})
+        split = lambda inputs: (
+            {k: inputs[k] for k in batch_names},
+            {k: v for k, v in inputs.items() if k not in batch_names},
+        )
         return lambda inputs: agent.update(*split(inputs))
 
     batch, noise = on_gpu(0)

@@ -45,7 +45,11 @@ def parameter_of(agent, key):
     module = getattr(agent, network)
     module = getattr(module, "mlp", module)
     name, index = layer.split("_")
-    lists = {"kernel": module.weights, "bias": module.biases if name == "Dense" else module.shifts, "scale": module.scales}
+    lists = {
+        "kernel": module.weights,
+        "bias": module.biases if name == "Dense" else module.shifts,
+        "scale": module.scales,
+    }
     return lists[kind][int(index)]
 
 
@@ -66,14 +70,18 @@ def test_parity(path, num_seeds):
         assert loaded == {id(parameter) for parameter in agent.parameters()}
 
     for update in range(meta["updates"]):
-        pick = lambda kind: {k.split("/")[-1]: stack(v) for k, v in data.items() if k.startswith(f"update{update}/{kind}/")}
+        pick = lambda kind: {
+            k.split("/")[-1]: stack(v) for k, v in data.items() if k.startswith(f"update{update}/{kind}/")
+        }
         out = agent.update(pick("batch"), pick("noise"))
         recorded = {k.split("/out/")[1]: v for k, v in data.items() if k.startswith(f"update{update}/out/")}
         assert recorded
         for name, value in recorded.items():
             assert out[name].shape == (num_seeds,)
             # A loss near zero is a difference of larger terms, hence the small absolute tolerance.
-            np.testing.assert_allclose(out[name].numpy(), value, rtol=1e-4, atol=1e-6, err_msg=f"{name}, update {update}")
+            np.testing.assert_allclose(
+                out[name].numpy(), value, rtol=1e-4, atol=1e-6, err_msg=f"{name}, update {update}"
+            )
 
     for key in [key for key in data if key.startswith("params_after/")]:
         parameter = parameter_of(agent, key).detach().numpy()

@@ -63,7 +63,9 @@ def count_by_hand(policy, seed, num_episodes, step, success_timing="post"):
         total, length, done = 0.0, 0, False
         while not done:
             observation = torch.as_tensor(ob, dtype=torch.float32).view(1, 1, 2)
-            ob, reward, terminated, truncated, info = env.step(policy(observation, noise[length].view(1, 1, 2)).numpy()[0, 0])
+            ob, reward, terminated, truncated, info = env.step(
+                policy(observation, noise[length].view(1, 1, 2)).numpy()[0, 0]
+            )
             total, length, done = total + reward, length + 1, terminated or truncated
         episodes.append((info["success"], total, length))
     return np.array(episodes)
@@ -114,7 +116,14 @@ def test_success_timing_pre_judges_one_step_later(start):
         assert b["episode_return"] == a["episode_return"] - 1
 
 
-@pytest.mark.parametrize("env_id", ["cube-single-play-singletask-v0", "pointmaze-medium-navigate-singletask-v0", "antmaze-large-navigate-singletask-v0"])
+@pytest.mark.parametrize(
+    "env_id",
+    [
+        "cube-single-play-singletask-v0",
+        "pointmaze-medium-navigate-singletask-v0",
+        "antmaze-large-navigate-singletask-v0",
+    ],
+)
 def test_reset_is_a_function_of_its_seed(env_id):
     def start_and_steps(seed):
         env = envs.make_env(env_id)

@@ -40,7 +40,11 @@ def start(flags, directory):
     """Starts a run and waits for its directory; returns the process."""
     command = [sys.executable, ROOT / "floq.py", *flags, "--runs-dir", directory]
     process = subprocess.Popen(
-        [str(word) for word in command], env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [str(word) for word in command],
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     return process
 
@@ -79,7 +83,9 @@ def test_a_run_leaves_what_is_promised(finished):
     assert [line.split(",")[:2] for line in train[1:5]] == [["20", "0"], ["20", "1"], ["40", "0"], ["40", "1"]]
     evaluations = (finished / "eval.csv").read_text().splitlines()
     assert evaluations[0] == "step,seed,phase,success,episode_return,episode_length,episodes"
-    assert [line.split(",")[:3] for line in evaluations[1::2]] == [[s, "0", "offline"] for s in ("1", "150", "300", "420")]
+    assert [line.split(",")[:3] for line in evaluations[1::2]] == [
+        [s, "0", "offline"] for s in ("1", "150", "300", "420")
+    ]
     timing = (finished / "timing.csv").read_text().splitlines()
     assert timing[0] == "step,updates_per_second,seconds_training,seconds_evaluating" and len(timing) == 22
     assert (finished / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -97,7 +103,9 @@ def test_killed_and_resumed_equals_uninterrupted(flags, finished, tmp_path, name
     run_dir = wait_for_rows(process, tmp_path, name, rows)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    if not (run_dir / "checkpoint.pt").exists():  # killed before the first checkpoint: nothing to resume, and it says so
+    if not (
+        run_dir / "checkpoint.pt"
+    ).exists():  # killed before the first checkpoint: nothing to resume, and it says so
         failed = run_floq("--resume", run_dir, check=False)
         assert failed.returncode == 2 and "no usable checkpoint" in failed.stderr
         return
@@ -188,7 +196,9 @@ def test_non_finite_loss_names_step_loss_and_seed(tmp_path):
 def test_diverging_training_stops_and_keeps_the_last_checkpoint(flags, tmp_path):
     diverging = [*flags, "--learning-rate", 1e30, "--save-interval", 1, "--runs-dir", tmp_path]
     failed = run_floq(*diverging, check=False)
-    assert failed.returncode == 1 and "at step" in failed.stderr and "is from before it" in failed.stderr, failed.stderr[-2000:]
+    assert failed.returncode == 1 and "at step" in failed.stderr and "is from before it" in failed.stderr, (
+        failed.stderr[-2000:]
+    )
     agent = checkpoint.load(only_run(tmp_path))["agent"]
     assert all(torch.isfinite(value).all() for value in agent.values())
 
@@ -205,6 +215,20 @@ def test_full_disk_keeps_the_last_checkpoint(flags, tmp_path):
     assert not list(tmp_path.glob("*/*.part"))
 
 
+def test_a_dead_evaluation_worker_ends_the_run_with_its_updates_saved(flags, tmp_path):
+    process = start([*flags, "--eval-episodes", 200], tmp_path)
+    for _ in range(6000):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if list(tmp_path.glob("*/checkpoint.pt")) and children:
+            break
+        time.sleep(0.01)
+    time.sleep(2)
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "died with exit code -9" in err
+    assert checkpoint.load(only_run(tmp_path))["step"] == 1
+
+
 # --- Bad input ---
 
 
@@ -218,7 +242,7 @@ def test_full_disk_keeps_the_last_checkpoint(flags, tmp_path):
         ("--value-hidden-dims 64 0", "--value-hidden-dims (64, 0)"),
         ("--num-seeds 0", "--num-seeds 0"),
         ("--gamma 1", "--gamma 1.0 must lie between 0 and 1"),
-        ("--seed -1", "--seed -1"),
+        ("--seed -1", "--seed -1: must be at least zero"),
         ("--q-agg max", "--q-agg"),
         ("--no-such-flag", "no-such-flag"),
         ("--online-timesteps 5", "--online-timesteps 5"),
@@ -282,7 +306,9 @@ def test_every_flag_has_a_help_text():
     (cls,) = [node for node in ast.parse((ROOT / "floq.py").read_text()).body if getattr(node, "name", "") == "Args"]
     for field, text in zip(cls.body, [*cls.body[1:], None]):
         if isinstance(field, ast.AnnAssign):
-            assert isinstance(text, ast.Expr) and isinstance(text.value.value, str), f"{field.target.id} has no help text"
+            assert isinstance(text, ast.Expr) and isinstance(text.value.value, str), (
+                f"{field.target.id} has no help text"
+            )
     shown = run_floq("--help").stdout
     assert "behaviour-cloning flow" in shown and "Q-functions as flows" in shown
 
@@ -290,7 +316,7 @@ def test_every_flag_has_a_help_text():
 def parse(*words):
     import floq
 
-    return runs.parse_args(floq.Args, floq.TUNED, floq.QUICK, floq.POSITIVE, list(words))[0]
+    return runs.parse_args(floq.Args, floq.TUNED, floq.QUICK, argv=list(words))[0]
 
 
 def test_tuned_values_apply_and_a_flag_wins():
