@@ -512,8 +512,9 @@ class Agent(nn.Module):
         actor_loss.sum().backward()
 
         # The EMA comes before Adam's step, so that the targets lag by one update as in the released code.
-        targets, online = list(self.target_floq.parameters()), list(self.floq.parameters())
-        torch._foreach_lerp_(targets, online, self.args.tau)
+        with torch.no_grad():
+            targets, online = list(self.target_floq.parameters()), list(self.floq.parameters())
+            torch._foreach_lerp_(targets, online, self.args.tau)
         self.optimizer.step()
         return {name: value.detach() for name, value in (critic_metrics | actor_metrics).items()}
 

@@ -4,6 +4,7 @@ Plain functions, no inheritance. An algorithm file imports from here and from no
 here imports an algorithm.
 """
 
+import os
 import sys
 
 
@@ -16,3 +17,8 @@ def fail(message):
 def warn(message):
     """Prints a warning on stderr and goes on."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def num_cores():
+    """CPU cores that this process may use (a scheduler may have given it fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

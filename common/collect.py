@@ -21,7 +21,7 @@ from typing import Optional
 
 import numpy as np
 
-from common import fail
+from common import fail, num_cores
 from common.envs import import_ogbench
 
 EPISODES_PER_PART = 10  # an interrupted collection loses at most this many episodes a worker
@@ -264,7 +264,7 @@ def collect(dataset, dataset_dir, num_episodes=None, seed=0, num_workers=0):
             jobs += [(path, parts / f"{chunk[0]:06d}.npz", split, chunk) for chunk in chunks]
     todo = [job for job in jobs if not job[1].exists()]
     if todo:
-        workers = min(num_workers or len(os.sched_getaffinity(0)), len(todo))
+        workers = min(num_workers or num_cores(), len(todo))
         length = OFFICIAL_SIZES[dataset][1]
         bar = tqdm(total=sum(len(job[3]) for job in todo) * length, unit=" transitions", desc=f"collecting {dataset}")
         with bar, ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -4,7 +4,6 @@ An episode's start and noise are functions of (seed, step, episode number), so t
 number of workers nor on which of them is faster, and a seed's result not on its neighbours.
 """
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common import num_cores
 from common.datasets import python_environment
 
 ENVS_PER_WORKER = 6  # environments that a worker steps in turn; more of them make larger policy batches
@@ -40,7 +40,7 @@ def start_workers(env_id, num_seeds, num_episodes, num_workers=0, success_timing
     Returns:
         Workers, for `evaluate` and `stop_workers`.
     """
-    num_workers = num_workers or min(16, len(os.sched_getaffinity(0)))
+    num_workers = num_workers or min(16, num_cores())
     per_seed = min(num_episodes, max(1, -(-ENVS_PER_WORKER * num_workers // num_seeds)))
     num_workers = min(num_workers, num_seeds * per_seed)
     where = [

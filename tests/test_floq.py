@@ -228,6 +228,7 @@ def test_ema_uses_the_weights_before_the_step():
     agent.update(*random_inputs(agent))
     assert not torch.equal(agent.floq.mlp.weights[0], online)
     torch.testing.assert_close(agent.target_floq.mlp.weights[0], 0.3 * online + 0.7 * target)
+    assert all(p.is_leaf and not p.requires_grad for p in agent.target_floq.parameters())  # no graph that grows
 
 
 def test_value_flow_learns_a_constant_return():
