@@ -177,3 +177,4 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     worker(Connection(int(sys.argv[1])))
+    os._exit(0)  # past the renderers' destructors, which print errors when the interpreter is half gone

@@ -182,6 +182,23 @@ def test_frames_are_stacked_on_the_channel_axis():
     assert env.step(None)[0][0, 0, ::3].tolist() == [1, 2, 3]
 
 
+def test_video_of_each_seeds_first_episode(start, tmp_path):
+    from PIL import Image
+
+    try:
+        workers = start(num_episodes=2, num_seeds=1, render=True)
+        rows = evaluate(workers, make_expert(), 2, video_dir=tmp_path / "videos")
+    except RuntimeError as error:
+        if "GL" in str(error):
+            pytest.skip("no OpenGL on this machine")
+        raise
+    for row in rows:
+        assert row["success"] == 1.0
+        with Image.open(tmp_path / "videos" / f"step5-seed{row['seed']}.gif") as image:
+            assert image.n_frames > 5 and image.size == (200, 200)
+    assert evaluate(start(num_episodes=2, num_seeds=1), make_expert(), 2) == rows  # rendering changes no number
+
+
 def test_gif_has_every_frame(tmp_path):
     from PIL import Image
 
