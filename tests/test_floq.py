@@ -1,6 +1,7 @@
 """floq's parts against closed forms, its stop-gradients, its options, and seeds as an axis."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -340,3 +341,15 @@ def test_graph_replay_equals_eager_updates_and_uses_fresh_noise():
     first = replay(batch | noise)["critic/critic_loss"].clone()
     second = replay(batch | on_gpu(7)[1])["critic/critic_loss"].clone()
     assert not torch.equal(first, second)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_losses_equal_eager_ones():
+    eager, compiled = make_agent(small_args(critic_flow_steps=2)), make_agent(small_args(critic_flow_steps=2))
+    compiled.critic_loss, compiled.actor_loss = torch.compile(compiled.critic_loss), torch.compile(compiled.actor_loss)
+    for update in range(3):
+        expected = eager.update(*random_inputs(eager, update=update))
+        for name, value in compiled.update(*random_inputs(compiled, update=update)).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    for a, b in zip(compiled.parameters(), eager.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
