@@ -4,6 +4,7 @@ An episode's start and noise are functions of (seed, step, episode number), so t
 number of workers nor on which of them is faster, and a seed's result not on its neighbours.
 """
 
+import contextlib
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ import torch
 from common import num_cores
 from common.datasets import python_environment
 
-ENVS_PER_WORKER = 6  # environments that a worker steps in turn; more of them make larger policy batches
+# Environments of a seed (a manipulation one takes 0.2 GB). A constant, since the last bits of a matrix product depend on
+# how many rows it has: so the same policy acts the same on any number of cores.
+EPISODES_AT_ONCE = 4
 
 
 @dataclass
@@ -41,7 +44,7 @@ def start_workers(env_id, num_seeds, num_episodes, num_workers=0, success_timing
         Workers, for `evaluate` and `stop_workers`.
     """
     num_workers = num_workers or min(16, num_cores())
-    per_seed = min(num_episodes, max(1, -(-ENVS_PER_WORKER * num_workers // num_seeds)))
+    per_seed = min(num_episodes, EPISODES_AT_ONCE)
     num_workers = min(num_workers, num_seeds * per_seed)
     where = [
         [((s * per_seed + p) % num_workers, (s * per_seed + p) // num_workers) for p in range(per_seed)]
@@ -158,7 +161,7 @@ def evaluate(workers, policy, draw_noise, seeds, num_episodes, step, device, sto
             observations[slot] = ob
 
     bar = tqdm(total=S * num_episodes, desc=f"evaluating at {step}", unit=" episodes", leave=False, position=1)
-    with bar:
+    with bar, one_thread():
         begin([(s, p) for s in range(S) for p in range(P)])
         blank = torch.zeros_like(next(iter(noise.values()))[0])
         while episode:
@@ -193,6 +196,17 @@ def evaluate(workers, policy, draw_noise, seeds, num_episodes, step, device, sto
         if frames[s]:
             save_gif(video_dir / f"step{step}-seed{seed}.gif", frames[s])
     return rows
+
+
+@contextlib.contextmanager
+def one_thread():
+    """The policy's small products on one thread: idle ones would spin on the cores that the workers need."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def save_gif(path, frames, frames_per_second=20):

@@ -107,6 +107,22 @@ def test_rows_do_not_depend_on_workers_or_on_other_seeds(start):
     assert evaluate(start(), expert, step=6) != rows
 
 
+def test_a_network_acts_the_same_on_any_number_of_workers(start):
+    import floq
+    from conftest import small_args
+
+    args = small_args(actor_hidden_dims=(256, 256), block_width=16)
+    agents = {n: floq.Agent(args, 2, 2, list(range(10, 10 + n)), -1.0, 0.0) for n in (1, 2)}
+
+    def rows(num_workers, num_seeds):
+        workers = start(num_episodes=9, num_workers=num_workers, num_seeds=num_seeds)
+        return evaluate(workers, agents[num_seeds].act, num_episodes=9)
+
+    expected = rows(2, 2)
+    assert rows(1, 2) == rows(3, 2) == expected
+    assert rows(2, 1) == expected[:1]
+
+
 def test_success_timing_pre_judges_one_step_later(start):
     expert = make_expert()
     post, pre = (evaluate(start(success_timing=timing), expert) for timing in ("post", "pre"))
