@@ -5,6 +5,8 @@ downloaded. Generated ones (`common.collect`) carry `-generated-` in their name 
 own loader and relabelling are used in both cases.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -49,7 +51,9 @@ def find_dataset(env_id, dataset_dir, dataset_path=None, source="official", epis
         directory = Path(dataset_dir).expanduser()
         for file in (f"{name}-val.npz", f"{name}.npz"):
             if not (directory / file).exists():
-                download(file, directory)
+                with only_one(directory / file):
+                    if not (directory / file).exists():
+                        download(file, directory)
         return directory / file
 
     from common import collect
@@ -61,10 +65,30 @@ def find_dataset(env_id, dataset_dir, dataset_path=None, source="official", epis
         # A process of its own, so that the collecting workers load neither torch nor the algorithm.
         flags = {"--dataset": name, "--dataset-dir": dataset_dir, "--num-episodes": episodes, "--seed": seed}
         command = [sys.executable, "-m", "common.collect", *(str(word) for flag in flags.items() for word in flag)]
-        status = subprocess.run(command, env=python_environment()).returncode
+        with only_one(path):  # the second of two processes finds everything made
+            status = subprocess.run(command, env=python_environment()).returncode
         if status != 0:
             fail(f"collecting {name} failed (exit code {status}); its finished parts are kept, run again to go on")
     return path
+
+
+@contextlib.contextmanager
+def only_one(path):
+    """Lets one process at a time make `path`: the jobs of a cluster may all start at once and want the same file."""
+    lock = path.with_name(path.name + ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")
+    except OSError as error:
+        fail(f"--dataset-dir {path.parent} is not writable: {error}")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that is making {path.name}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        lock.unlink(missing_ok=True)
 
 
 def python_environment():

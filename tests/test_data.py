@@ -1,6 +1,8 @@
 """Collected datasets: repeatable, readable by OGBench, rewards right; damaged files are refused by name and key."""
 
 import hashlib
+import subprocess
+import sys
 
 import numpy as np
 import ogbench
@@ -135,6 +137,21 @@ def test_generated_data_is_made_once_and_named_so(tmp_path):
     path = find()
     stamp = path.stat().st_mtime_ns
     assert "-generated-2ep-" in path.name and find().stat().st_mtime_ns == stamp
+
+
+def test_processes_that_start_together_share_one_collection(tmp_path):
+    code = (
+        "import sys; from common import datasets;"
+        "print(datasets.find_dataset('pointmaze-medium-navigate-singletask-v0', sys.argv[1], None, 'generated', 30))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    assert len({out.splitlines()[-1] for out, _ in outputs}) == 1
+    assert sum("waiting for another process" in out for out, _ in outputs) >= 1
+    assert sum("100%" in err for _, err in outputs) == 1
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".npz", ".npz"]
 
 
 def rewritten(source, target, **changes):
