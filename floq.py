@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import checkpoint, datasets, fail, graphs, rollout, runs
+from common import checkpoint, datasets, envs, fail, graphs, rollout, runs
 
 
 # --- Arguments ---
@@ -378,12 +378,8 @@ class Agent(nn.Module):
             parameters, lr=self.args.learning_rate, eps=1e-8, fused=True, capturable=on_gpu
         )
         for p in parameters:  # Adam makes its state in the first step, which a CUDA graph would repeat
-            zeros = torch.zeros_like
-            self.optimizer.state[p] = {
-                "step": torch.zeros((), device=p.device),
-                "exp_avg": zeros(p),
-                "exp_avg_sq": zeros(p),
-            }
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
 
     def state_tensors(self):
         """Every tensor that an update changes."""
@@ -530,7 +526,7 @@ if __name__ == "__main__":
         fail(f"--online-timesteps {args.online_timesteps}: floq.py has no online phase yet")
     if args.num_bins < 2:
         fail(f"--num-bins {args.num_bins}: a histogram needs at least 2 edges")
-    if args.env_id.startswith("visual-"):
+    if envs.is_pixels(args.env_id):
         fail(f"--env-id {args.env_id}: floq.py works on state observations, as its paper does")
     device = runs.setup_torch(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))

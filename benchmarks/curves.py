@@ -5,26 +5,22 @@
 Each word is label=RUN_DIR or label=FILE.csv, a run's eval.csv.
 """
 
-import csv
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from common import fail
+from common.runs import read_success
 
 
-def read_success(path):
-    """{seed: {step: success in percent}} of a run directory or of its eval.csv."""
+def evaluation_file(path):
+    """The eval.csv that a word of the command line means."""
     path = Path(path)
     path = path / "eval.csv" if path.is_dir() else path
     if not path.is_file():
         fail(f"{path} is not an evaluation file")
-    curves = {}
-    with open(path) as file:
-        for row in csv.DictReader(file):
-            curves.setdefault(int(row["seed"]), {})[int(row["step"])] = 100 * float(row["success"])
-    return curves
+    return path
 
 
 def draw(output, labelled):
@@ -36,7 +32,7 @@ def draw(output, labelled):
 
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     for (label, path), color in zip(labelled, plt.rcParams["axes.prop_cycle"].by_key()["color"]):
-        curves = read_success(path)
+        curves = read_success(evaluation_file(path))
         steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))
         for curve in curves.values():
             axes.plot(steps, [curve[step] for step in steps], color=color, linewidth=0.8, alpha=0.5)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed                                  # floq on this machine's default device
     python -m benchmarks.speed --compile --num-seeds 4 --json
+    python -m benchmarks.speed --evaluation --num-seeds 3
 
 Efficiency = operations / seconds / the device's float32 matrix-product rate, which is measured between the updates, so
 that a busy machine slows both. Medians over the repeats, with the quartiles.
@@ -18,7 +19,7 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 import floq
-from common import graphs, runs
+from common import datasets, graphs, rollout, runs
 
 OBS_DIM, ACTION_DIM = 28, 5  # cube-single's
 
@@ -39,6 +40,8 @@ class SpeedArgs:
     """hidden layers of the velocity network"""
     quick: bool = False
     """measure at the sizes of --quick instead"""
+    evaluation: bool = False
+    """time an evaluation of 50 cube-single episodes a seed instead (untrained policies: full-length episodes)"""
     json: bool = False
     """print one line of JSON"""
 
@@ -62,8 +65,7 @@ def measure(options):
     }
     dataset |= {"rewards": -torch.ones(N, device=device), "masks": torch.ones(N, device=device)}
     chunk = runs.draw_chunk(agent, args, seeds, N, 0, device)
-    gather = lambda inputs: {key: value[inputs["indices"]] for key, value in dataset.items()}
-    update = lambda inputs: agent.update(gather(inputs), inputs)
+    update = lambda inputs: agent.update(datasets.gather(dataset, inputs["indices"]), inputs)
     inputs = lambda i: {name: value[i % runs.CHUNK] for name, value in chunk.items()}
 
     with FlopCounterMode(display=False) as counter:
@@ -115,7 +117,24 @@ def measure(options):
     }
 
 
+def measure_evaluation(options):
+    """Seconds to start the evaluation workers, and of each of three evaluations."""
+    args = floq.Args(block_depth=options.block_depth)
+    device = runs.setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available()))
+    seeds = list(range(options.num_seeds))
+    agent = floq.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0).to(device)
+    marks = [time.perf_counter()]
+    workers = rollout.start_workers(args.env_id, options.num_seeds, args.eval_episodes)
+    marks.append(time.perf_counter())
+    for step in range(3):
+        rollout.evaluate(workers, agent.act, agent.draw_act_noise, seeds, args.eval_episodes, step, device)
+        marks.append(time.perf_counter())
+    rollout.stop_workers(workers)
+    start, *evaluations = [round(b - a, 1) for a, b in zip(marks, marks[1:])]
+    return {"num_seeds": options.num_seeds, "start_seconds": start, "evaluation_seconds": evaluations}
+
+
 if __name__ == "__main__":
     options = tyro.cli(SpeedArgs, description=__doc__)
-    figures = measure(options)
+    figures = measure_evaluation(options) if options.evaluation else measure(options)
     print(json.dumps(figures) if options.json else "\n".join(f"{name:>24}: {value}" for name, value in figures.items()))

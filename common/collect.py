@@ -62,6 +62,11 @@ def generated_path(dataset, dataset_dir, num_episodes, seed):
     return Path(dataset_dir).expanduser() / f"{dataset}-generated-{num_episodes}ep-seed{seed}.npz"
 
 
+def val_path(path):
+    """Path of the validation file that lies beside a training file."""
+    return path.with_name(path.stem + "-val.npz")
+
+
 def check_collectable(dataset):
     """Ends with exit code 2 for a dataset whose collector is not a script (ant, humanoid, soccer, pixels)."""
     if dataset in OFFICIAL_SIZES:
@@ -250,12 +255,13 @@ def collect(dataset, dataset_dir, num_episodes=None, seed=0, num_workers=0):
     if num_episodes < 1 or num_workers < 0:
         fail(f"--num-episodes {num_episodes} --num-workers {num_workers}: at least 1 episode, and no negative number")
     train_path = generated_path(dataset, dataset_dir, num_episodes, seed)
-    val_path = train_path.with_name(train_path.stem + "-val.npz")
     train_path.parent.mkdir(parents=True, exist_ok=True)
 
     # Each file is cut into parts, which the workers share out; finished parts survive an interruption.
     jobs = []
-    for split, (path, episodes) in enumerate(((train_path, num_episodes), (val_path, max(1, num_episodes // 10)))):
+    for split, (path, episodes) in enumerate(
+        ((train_path, num_episodes), (val_path(train_path), max(1, num_episodes // 10)))
+    ):
         if not path.exists():
             parts = path.with_name(path.stem + ".parts")
             parts.mkdir(exist_ok=True)
@@ -277,7 +283,7 @@ def collect(dataset, dataset_dir, num_episodes=None, seed=0, num_workers=0):
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    for path in (train_path, val_path):
+    for path in (train_path, val_path(train_path)):
         parts = [part for target, part, _, _ in jobs if target == path]
         if parts:
             files = [np.load(part) for part in parts]

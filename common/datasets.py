@@ -61,7 +61,7 @@ def find_dataset(env_id, dataset_dir, dataset_path=None, source="official", epis
     collect.check_collectable(name)
     episodes = collect.OFFICIAL_SIZES[name][0] if episodes is None else episodes
     path = collect.generated_path(name, dataset_dir, episodes, seed)
-    if not (path.exists() and path.with_name(path.stem + "-val.npz").exists()):
+    if not (path.exists() and collect.val_path(path).exists()):
         # A process of its own, so that the collecting workers load neither torch nor the algorithm.
         flags = {"--dataset": name, "--dataset-dir": dataset_dir, "--num-episodes": episodes, "--seed": seed}
         command = [sys.executable, "-m", "common.collect", *(str(word) for flag in flags.items() for word in flag)]

@@ -143,7 +143,7 @@ def evaluate(workers, policy, draw_noise, seeds, num_episodes, step, device, sto
     results = {s: {} for s in range(S)}  # episode number -> (success, return, length)
 
     def begin(slots):
-        """Starts the next episode of each slot's seed, where one is left; returns {slot: first observation}."""
+        """Starts the next episode of each slot's seed, where one is left, and notes its first observation."""
         nonlocal observations
         resets = {}
         for s, p in slots:

@@ -263,7 +263,7 @@ def check_finite(history, names, first_step, seeds, run_dir):
     update, loss, seed = torch.nonzero(~torch.isfinite(history))[0].tolist()
     raise SystemExit(
         f"error: {names[loss]} is {history[update, loss, seed].item()} at step {first_step + update} (seed {seeds[seed]}); "
-        f"stopped, the last checkpoint in {run_dir} is from before it"
+        f"stopped; a checkpoint in {run_dir} is from before it"
     )
 
 
@@ -335,14 +335,9 @@ def finish(run_dir, wandb_runs):
     """Says how the run ended: the published statistic, the mean of the last three evaluations, over the seeds."""
     for run in wandb_runs:
         run.finish()
-    with open(run_dir / "eval.csv") as file:
-        rows = list(csv.DictReader(file))
-    last = sorted({int(row["step"]) for row in rows})[-3:]
-    scores = {}
-    for row in rows:
-        if int(row["step"]) in last:
-            scores.setdefault(row["seed"], []).append(100 * float(row["success"]))
-    means = [np.mean(values) for values in scores.values()]
+    curves = read_success(run_dir / "eval.csv")
+    last = sorted({step for curve in curves.values() for step in curve})[-3:]
+    means = [np.mean([curve[step] for step in last if step in curve]) for curve in curves.values()]
     spread = f" +- {np.std(means, ddof=1):.1f} over {len(means)} seeds" if len(means) > 1 else ""
     print(f"success, mean of the evaluations at {last}: {np.mean(means):.1f}%{spread}; see {run_dir}/curve.png")
 
@@ -376,6 +371,15 @@ def log_wandb(wandb_runs, rows, prefix, step):
 # --- Learning curve ---
 
 
+def read_success(path):
+    """{seed: {step: success in percent}} of an eval.csv."""
+    curves = {}
+    with open(path) as file:
+        for row in csv.DictReader(file):
+            curves.setdefault(int(row["seed"]), {})[int(row["step"])] = 100 * float(row["success"])
+    return curves
+
+
 def plot_curve(run_dir):
     """Draws curve.png: success against steps, one thin line a seed, their mean thick."""
     import matplotlib
@@ -383,11 +387,7 @@ def plot_curve(run_dir):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with open(run_dir / "eval.csv") as file:
-        rows = list(csv.DictReader(file))
-    curves = {}
-    for row in rows:
-        curves.setdefault(int(row["seed"]), {})[int(row["step"])] = 100 * float(row["success"])
+    curves = read_success(run_dir / "eval.csv")
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for seed, curve in sorted(curves.items()):
         label = f"seed {seed}" if len(curves) <= 8 else None
