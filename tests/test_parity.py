@@ -6,6 +6,7 @@ read from its `meta`.
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import pytest
 import torch
 
 import floq
+import value_flows
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
-CASES = sorted(PARITY_DIR.glob("floq*.npz"))
+METHODS = ("floq", "value_flows")
+CASES = [path for method in METHODS for path in sorted(PARITY_DIR.glob(f"{method}*.npz"))]
 
 
 def make_floq(meta, seeds):
@@ -39,10 +42,28 @@ def make_floq(meta, seeds):
     return agent
 
 
+def make_value_flows(meta, seeds):
+    """The Value Flows agent of a recorded case."""
+    hidden = tuple(meta["hidden"])
+    same_name = (
+        "tau", "ret_agg", "q_agg", "clip_flow_actions", "clip_flow_returns", "confidence_weight_temp", "dcfm_lambda",
+        "bcfm_lambda", "alpha", "normalize_q_loss", "num_samples", "num_flow_steps", "actor_layer_norm",
+        "value_layer_norm",
+    )  # fmt: skip
+    settings = {name: meta[name] for name in same_name if name in meta}
+    settings |= dict(batch_size=meta["B"], gamma=meta["discount"], learning_rate=meta["lr"])
+    settings |= dict(value_hidden_dims=hidden, actor_hidden_dims=hidden)
+    args = replace(value_flows.Args(), **settings)
+    agent = value_flows.Agent(args, meta["obs_dim"], meta["action_dim"], seeds, meta["min_reward"], meta["max_reward"])
+    agent.make_optimizer()
+    return agent
+
+
 def parameter_of(agent, key):
-    """The parameter that `params_*/<network>/.../<layer>/<kind>` names: every seed's, (S, [E,] ...)."""
+    """The parameter, or the ensemble member's part, that `params_*/<network>/.../<layer>/<kind>` names: (S, ...)."""
     _, network, *_, layer, kind = key.split("/")
-    module = getattr(agent, network)
+    member = re.fullmatch(r"(target_critic_flow|critic_flow)([12])", network)  # value_flows: two recorded networks
+    module = getattr(agent, member[1] if member else network)
     module = getattr(module, "mlp", module)
     name, index = layer.split("_")
     lists = {
@@ -50,44 +71,57 @@ def parameter_of(agent, key):
         "bias": module.biases if name == "Dense" else module.shifts,
         "scale": module.scales,
     }
-    return lists[kind][int(index)]
+    parameter = lists[kind][int(index)].data
+    return parameter[:, int(member[2]) - 1] if member else parameter
+
+
+def in_our_order(key, array):
+    """Recorded return fields expect [z, t, s, a], value_flows.py's [s, a, z, t]: the first kernel's rows move."""
+    moves = "critic_flow" in key and key.endswith("Dense_0/kernel")
+    return np.roll(array, -2, axis=-2) if moves else array
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3], ids=["alone", "stacked"])
 @pytest.mark.parametrize("path", CASES, ids=[path.stem for path in CASES])
 def test_parity(path, num_seeds):
     with np.load(path) as file:
-        data = {key: file[key] for key in file.files}
+        data = {key: in_our_order(key, file[key]) for key in file.files}
     meta = json.loads(str(data["meta"]))
-    agent = make_floq(meta, list(range(num_seeds)))
+    make_agent = make_floq if meta["method"] == "floq" else make_value_flows
+    agent = make_agent(meta, list(range(num_seeds)))
     stack = lambda array: torch.as_tensor(array).unsqueeze(0).repeat(num_seeds, *[1] * array.ndim)
-    with torch.no_grad():
-        before = [key for key in data if key.startswith("params_before/")]
-        for key in before:
-            parameter = parameter_of(agent, key)
-            parameter.copy_(stack(data[key]).reshape(parameter.shape))
-        loaded = {id(parameter_of(agent, key)) for key in before}
-        assert loaded == {id(parameter) for parameter in agent.parameters()}
+    before = [key for key in data if key.startswith("params_before/")]
+    for key in before:
+        parameter = parameter_of(agent, key)
+        parameter.copy_(stack(data[key]).reshape(parameter.shape))
+    assert sum(parameter_of(agent, key).numel() for key in before) == sum(p.numel() for p in agent.parameters())
+    assert len({parameter_of(agent, key).data_ptr() for key in before}) == len(before)
 
     for update in range(meta["updates"]):
         pick = lambda kind: {
             k.split("/")[-1]: stack(v) for k, v in data.items() if k.startswith(f"update{update}/{kind}/")
         }
-        out = agent.update(pick("batch"), pick("noise"))
+        batch, noise = pick("batch"), pick("noise")
+        rows = {}
+        if meta["method"] == "value_flows":  # losses recorded for each row, and what only a log line needs
+            rows = agent.critic_loss(batch, noise)[1] | agent.statistics(batch, noise)
+        out = agent.update(batch, noise)
         recorded = {k.split("/out/")[1]: v for k, v in data.items() if k.startswith(f"update{update}/out/")}
         assert recorded
         for name, value in recorded.items():
-            assert out[name].shape == (num_seeds,)
+            mine = rows[name] if value.ndim or name not in out else out[name]
+            assert mine.shape == (num_seeds, *value.shape)
             # A loss near zero is a difference of larger terms, hence the small absolute tolerance.
             np.testing.assert_allclose(
-                out[name].numpy(), value, rtol=1e-4, atol=1e-6, err_msg=f"{name}, update {update}"
+                mine.detach().numpy(), stack(value), rtol=1e-4, atol=1e-6, err_msg=f"{name}, update {update}"
             )
 
     for key in [key for key in data if key.startswith("params_after/")]:
-        parameter = parameter_of(agent, key).detach().numpy()
+        parameter = parameter_of(agent, key).numpy()
         for s in range(num_seeds):
             np.testing.assert_allclose(parameter[s].reshape(data[key].shape), data[key], rtol=0, atol=1e-5, err_msg=key)
 
 
-def test_every_built_method_has_cases():
-    assert CASES, f"no floq*.npz in {PARITY_DIR}"
+@pytest.mark.parametrize("method", METHODS)
+def test_every_built_method_has_cases(method):
+    assert any(path.stem.startswith(method) for path in CASES), f"no {method}*.npz in {PARITY_DIR}"
