@@ -1,24 +1,25 @@
 """Seconds, floating-point operations and efficiency of one update at the published size.
 
-    python -m benchmarks.speed                                  # floq on this machine's default device
-    python -m benchmarks.speed --compile --num-seeds 4 --json
-    python -m benchmarks.speed --evaluation --num-seeds 3
+    python -m benchmarks.speed --algorithm floq                 # on this machine's default device
+    python -m benchmarks.speed --algorithm value_flows --compile --num-seeds 4 --json
+    python -m benchmarks.speed --algorithm floq --evaluation --num-seeds 3
 
 Efficiency = operations / seconds / the device's float32 matrix-product rate, which is measured between the updates, so
 that a busy machine slows both. Medians over the repeats, with the quartiles.
 """
 
+import importlib
 import json
 import resource
 import statistics
 import time
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-import floq
 from common import datasets, graphs, rollout, runs
 
 OBS_DIM, ACTION_DIM = 28, 5  # cube-single's
@@ -26,6 +27,8 @@ OBS_DIM, ACTION_DIM = 28, 5  # cube-single's
 
 @dataclass
 class SpeedArgs:
+    algorithm: Literal["floq", "value_flows"] = "floq"
+    """file to measure"""
     num_seeds: int = 1
     """agents trained side by side"""
     cuda: bool = True
@@ -36,8 +39,6 @@ class SpeedArgs:
     """capture the update in a CUDA graph (on a GPU)"""
     repeats: int = 15
     """timed updates"""
-    block_depth: int = 4
-    """hidden layers of the velocity network"""
     quick: bool = False
     """measure at the sizes of --quick instead"""
     evaluation: bool = False
@@ -47,13 +48,14 @@ class SpeedArgs:
 
 
 def measure(options):
-    """Times updates of floq on random data; returns a dictionary of figures."""
-    args = replace(floq.Args(), num_seeds=options.num_seeds, cuda=options.cuda, block_depth=options.block_depth)
-    args = replace(args, **floq.QUICK) if options.quick else args
+    """Times updates on random data; returns a dictionary of figures."""
+    algorithm = importlib.import_module(options.algorithm)
+    args = replace(algorithm.Args(), num_seeds=options.num_seeds, cuda=options.cuda)
+    args = replace(args, **algorithm.QUICK) if options.quick else args
     device = runs.setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available()))
     seeds = list(range(options.num_seeds))
     S, B = options.num_seeds, args.batch_size
-    agent = floq.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0).to(device)
+    agent = algorithm.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0).to(device)
     agent.make_optimizer()
     generator = torch.Generator(device).manual_seed(0)
     N = 10_000
@@ -80,7 +82,7 @@ def measure(options):
     synchronize()
     warm_up = time.perf_counter() - start
 
-    a, b = draw(2 * S, B * args.noise_samples, 512), draw(2 * S, 512, 512)
+    a, b = draw(2 * S, 8 * B, 512), draw(2 * S, 512, 512)
     seconds, matmul_seconds = [], []
     for i in range(options.repeats):
         start = time.perf_counter()
@@ -101,7 +103,7 @@ def measure(options):
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
     return {
-        "algorithm": "floq",
+        "algorithm": options.algorithm,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "num_seeds": S,
         "compile": options.compile,
@@ -119,10 +121,11 @@ def measure(options):
 
 def measure_evaluation(options):
     """Seconds to start the evaluation workers, and of each of three evaluations."""
-    args = floq.Args(block_depth=options.block_depth)
+    algorithm = importlib.import_module(options.algorithm)
+    args = algorithm.Args(env_id="cube-single-play-singletask-v0")
     device = runs.setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available()))
     seeds = list(range(options.num_seeds))
-    agent = floq.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0).to(device)
+    agent = algorithm.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0).to(device)
     marks = [time.perf_counter()]
     workers = rollout.start_workers(args.env_id, options.num_seeds, args.eval_episodes)
     marks.append(time.perf_counter())
