@@ -71,9 +71,9 @@ class Args:
     total_timesteps: int = 1_000_000
     """gradient updates of the offline phase"""
     online_timesteps: int = 0
-    """environment steps of the online phase (not built yet: must be 0)"""
+    """environment steps of the online phase, with an update each (0: none)"""
     eval_interval: int = 100_000
-    """updates between evaluations; there is one after the first and after the last update too"""
+    """updates between evaluations; there is one after the first and after the last update of each phase too"""
     eval_episodes: int = 50
     """episodes an evaluation, for each seed"""
     eval_workers: int = 0
@@ -139,14 +139,14 @@ TUNED = {
     "scene-play": dict(ret_agg="min"),
 }
 
-# The paper's settings of offline-to-online runs where they differ from the defaults.
+# What offline-to-online runs change further.
 TUNED_ONLINE = {
     "antmaze-large-navigate": dict(bcfm_lambda=10.0, confidence_weight_temp=0.01, alpha=30.0, q_agg="min"),
-    "humanoidmaze-medium-navigate": dict(gamma=0.995, bcfm_lambda=3.0, alpha=100.0, q_agg="min", ret_agg="min"),
-    "cube-double-play": dict(gamma=0.995, confidence_weight_temp=3.0, alpha=300.0),
-    "cube-triple-play": dict(gamma=0.995, bcfm_lambda=3.0, confidence_weight_temp=0.03, alpha=300.0),
-    "puzzle-4x4-play": dict(bcfm_lambda=3.0, confidence_weight_temp=0.1, alpha=300.0, q_agg="min"),
-    "scene-play": dict(alpha=300.0, ret_agg="min"),
+    "humanoidmaze-medium-navigate": dict(gamma=0.995, bcfm_lambda=3.0, alpha=100.0, ret_agg="min", q_agg="min"),
+    "cube-double-play": dict(alpha=300.0),
+    "cube-triple-play": dict(alpha=300.0),
+    "puzzle-4x4-play": dict(confidence_weight_temp=0.1, alpha=300.0),
+    "scene-play": dict(alpha=300.0),
 }
 
 # What --quick changes.
@@ -529,13 +529,11 @@ def aggregate(x, how):
 
 
 if __name__ == "__main__":
-    args, resumed = runs.parse_args(Args, TUNED, QUICK, may_be_zero=("alpha", "reward_offset"))
-    if args.online_timesteps:
-        fail(f"--online-timesteps {args.online_timesteps}: floq.py has no online phase yet")
-    if args.num_bins < 2:
-        fail(f"--num-bins {args.num_bins}: a histogram needs at least 2 edges")
+    args, resumed = runs.parse_args(
+        Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "bcfm_lambda", "dcfm_lambda")
+    )
     if envs.is_pixels(args.env_id):
-        fail(f"--env-id {args.env_id}: floq.py works on state observations, as its paper does")
+        fail(f"--env-id {args.env_id}: value_flows.py works on state observations")
     device = runs.setup_torch(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
 
@@ -553,68 +551,91 @@ if __name__ == "__main__":
     obs_dim, action_dim = dataset["observations"].shape[1], dataset["actions"].shape[1]
     agent = Agent(args, obs_dim, action_dim, seeds, rewards.min().item(), rewards.max().item()).to(device)
     agent.make_optimizer()
+    replay = datasets.make_replay(dataset, args.num_seeds, args.online_timesteps)
     if resumed is not None:
         agent.load_state_dict(resumed["agent"])
         agent.optimizer.load_state_dict(resumed["optimizer"])
+        datasets.restore_replay(replay, resumed["replay"])
     if args.compile:
         agent.critic_loss, agent.actor_loss = torch.compile(agent.critic_loss), torch.compile(agent.actor_loss)
 
     def update(inputs):
         """One update on the batch and noise of `inputs`, a row of runs.draw_chunk."""
-        return agent.update(datasets.gather(dataset, inputs["indices"]), inputs)
+        return agent.update(datasets.gather(dataset, replay, inputs), inputs)
 
-    # --- Offline training ---
+    # --- Training: offline, then online ---
     stop = runs.StopRequest()
     step, evaluated = (resumed["step"], resumed["evaluated"]) if resumed is not None else (0, 0)
-    chunk_index, workers = None, None
+    last_step = args.total_timesteps + args.online_timesteps
+    chunk_key, workers, explorers = None, None, None
     clock = runs.Clock()
-    bar = runs.progress_bar(args.total_timesteps, step, "training")
+    bar = runs.progress_bar(last_step, step, "training")
 
     def save():
         """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
         state = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
+        state["replay"] = {key: rows[:, : max(0, step - args.total_timesteps)].clone() for key, rows in replay.items()}
         progress = {"step": step, "evaluated": evaluated, "csv_sizes": runs.csv_sizes(run_dir)}
-        checkpoint.save(run_dir, {"algorithm": "floq", "args": asdict(args), "dataset": identity} | progress | state)
+        checkpoint.save(
+            run_dir, {"algorithm": "value_flows", "args": asdict(args), "dataset": identity} | progress | state
+        )
 
     while True:
-        # Evaluate after the first update, every eval_interval and after the last.
-        if step > evaluated and (step in (1, args.total_timesteps) or step % args.eval_interval == 0):
+        # Evaluate after the first update, every eval_interval, and after the last of each phase.
+        due = step in (1, args.total_timesteps, last_step) or step % args.eval_interval == 0
+        if step > evaluated and due:
             save()  # an evaluation that fails loses no update
             if workers is None:
                 workers = rollout.start_workers(
                     args.env_id, args.num_seeds, args.eval_episodes, args.eval_workers, args.success_timing,
                     render=args.capture_video,
                 )  # fmt: skip
+            phase, policy = ("offline", agent.act) if step <= args.total_timesteps else ("online", agent.act_online)
             rows = rollout.evaluate(
-                workers, agent.act, agent.draw_act_noise, seeds, args.eval_episodes, step, device, stop,
+                workers, policy, agent.draw_act_noise, seeds, args.eval_episodes, step, device, stop,
                 run_dir / "videos" if args.capture_video else None,
             )  # fmt: skip
             clock.add("evaluating")
             if rows is not None:  # None: a signal came, and the evaluation is done again after --resume
                 evaluated = step
-                runs.log_evaluation(run_dir, rows, "offline", wandb_runs, bar)
+                runs.log_evaluation(run_dir, rows, phase, wandb_runs, bar)
 
         # Save.
-        if step and (stop or step % args.save_interval == 0 or step == args.total_timesteps):
+        if step and (stop or step % args.save_interval == 0 or step == last_step):
             save()
         if stop:
             stop.leave(run_dir, step)
-        if step == args.total_timesteps:
+        if step == last_step:
             break
 
+        # The online phase begins, or goes on after --resume: with a new episode.
+        online = step >= args.total_timesteps
+        if online and explorers is None:
+            explorers = rollout.start_explorers(
+                args.env_id, seeds, step, args.eval_workers, args.success_timing
+            )  # fmt: skip
+            clock.warming_up = True  # another update to capture
+
         # Update until something is due.
-        due = (runs.CHUNK, args.eval_interval, args.log_interval, args.save_interval)
-        block_end = min(*((step // interval + 1) * interval for interval in due), args.total_timesteps)
+        intervals = (runs.CHUNK, args.eval_interval, args.log_interval, args.save_interval)
+        block_end = min((step // interval + 1) * interval for interval in intervals)
+        block_end = min(block_end, last_step if online else args.total_timesteps)
         block_end = block_end if step else 1  # the first update is a block of its own
         history, first_step = [], step + 1
         while step < block_end and not stop:
-            if step // runs.CHUNK != chunk_index:
-                chunk_index = step // runs.CHUNK
-                chunk = runs.draw_chunk(agent, args, seeds, len(rewards), chunk_index, device)
+            if (online, step // runs.CHUNK) != chunk_key:
+                chunk_key = online, step // runs.CHUNK
+                chunk = runs.draw_chunk(agent, args, seeds, len(rewards), step // runs.CHUNK, device, online)
             inputs = {name: value[step % runs.CHUNK] for name, value in chunk.items()}
+            if online:  # one environment step of every seed; its transition may be drawn at once
+                transitions = rollout.explore(explorers, agent.act_online, inputs.pop("act"), step, device)
+                datasets.append(replay, transitions, step - args.total_timesteps)
+                inputs["count"] = torch.full((), step + 1 - args.total_timesteps, device=device)
             if clock.warming_up and not history:
-                update = graphs.capture(update, inputs, agent.state_tensors(), args.cudagraphs)
-            metrics = update(inputs)
+                run_update = graphs.capture(update, inputs, agent.state_tensors(), args.cudagraphs)
+            if (step + 1) % args.log_interval == 0:
+                statistics = agent.statistics(datasets.gather(dataset, replay, inputs), inputs)
+            metrics = run_update(inputs)
             history.append(torch.stack(tuple(metrics.values())))  # (losses, S)
             step += 1
         if len(history):
@@ -625,9 +646,11 @@ if __name__ == "__main__":
 
         # Log.
         if len(history) and step % args.log_interval == 0:
-            runs.log_training(run_dir, step, seeds, list(metrics), history[-1], clock, wandb_runs)
+            losses = torch.cat([history[-1], torch.stack(tuple(statistics.values())).cpu()])
+            runs.log_training(run_dir, step, seeds, [*metrics, *statistics], losses, clock, wandb_runs)
 
     bar.close()
-    if workers is not None:
-        rollout.stop_workers(workers)
+    for started in (workers, explorers and explorers.workers):
+        if started is not None:
+            rollout.stop_workers(started)
     runs.finish(run_dir, wandb_runs)

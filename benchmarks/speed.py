@@ -67,7 +67,7 @@ def measure(options):
     }
     dataset |= {"rewards": -torch.ones(N, device=device), "masks": torch.ones(N, device=device)}
     chunk = runs.draw_chunk(agent, args, seeds, N, 0, device)
-    update = lambda inputs: agent.update(datasets.gather(dataset, inputs["indices"]), inputs)
+    update = lambda inputs: agent.update(datasets.gather(dataset, None, inputs), inputs)
     inputs = lambda i: {name: value[i % runs.CHUNK] for name, value in chunk.items()}
 
     with FlopCounterMode(display=False) as counter:

@@ -141,8 +141,8 @@ def reset_env(env, seed):
 def worker(connection):
     """Steps this process's environments on request until the other end closes; every reply is (ok, value).
 
-    Requests: ("make", num_envs, make_env's keyword arguments), ("reset", {slot: seed}), ("step", {slot: action}),
-    ("render", slot). A failure is replied as (False, traceback) and ends the worker.
+    Requests: ("make", num_envs, make_env's keyword arguments), ("reset", {slot: seed}) -> {slot: observation},
+    ("step", {slot: action}) -> {slot: (observation, reward, terminated, truncated, success)}, ("render", slot). A failure is replied as (False, traceback) and ends the worker.
     """
     envs = []
     try:
@@ -161,7 +161,7 @@ def worker(connection):
                 reply = {}
                 for slot, action in payload[0].items():
                     ob, reward, terminated, truncated, info = envs[slot].step(action)
-                    reply[slot] = (ob, float(reward), terminated or truncated, float(info["success"]))
+                    reply[slot] = (ob, float(reward), bool(terminated), bool(truncated), float(info["success"]))
             else:
                 reply = envs[payload[0]].render()
             connection.send((True, reply))

@@ -1,4 +1,5 @@
-"""Evaluation: S policies x n episodes in worker processes, every environment's next action from one policy call.
+"""Evaluation: S policies x n episodes in worker processes, every environment's next action from one policy call; and
+the online phase's environments, one a seed.
 
 An episode's start and noise are functions of (seed, step, episode number), so that a result depends neither on the
 number of workers nor on which of them is faster, and a seed's result not on its neighbours.
@@ -20,11 +21,12 @@ from common.datasets import python_environment
 # Environments of a seed (a manipulation one takes 0.2 GB). A constant, since the last bits of a matrix product depend on
 # how many rows it has: so the same policy acts the same on any number of cores.
 EPISODES_AT_ONCE = 4
+EXPLORING = 2**32 - 1  # stands for the episode's number in the seeds of the online phase's episodes
 
 
 @dataclass
 class Workers:
-    """Running evaluation workers: slot (s, p), the p-th environment of seed s, is `where[s][p]` = (worker, its slot)."""
+    """Running worker processes: slot (s, p), the p-th environment of seed s, is `where[s][p]` = (worker, its slot)."""
 
     processes: list
     connections: list
@@ -33,7 +35,7 @@ class Workers:
 
 
 def start_workers(env_id, num_seeds, num_episodes, num_workers=0, success_timing="post", frame_stack=1, render=False):
-    """Starts the evaluation processes and makes their environments.
+    """Starts worker processes and makes their environments.
 
     Args:
         env_id, success_timing, frame_stack, render: see `envs.make_env`.
@@ -96,10 +98,10 @@ def _receive(workers, worker) -> Any:
     except (EOFError, OSError):
         code = workers.processes[worker].wait()
         raise RuntimeError(
-            f"evaluation worker {worker} died with exit code {code} (negative: killed by that signal)"
+            f"environment worker {worker} died with exit code {code} (negative: killed by that signal)"
         ) from None
     if not ok:
-        raise RuntimeError(f"evaluation worker {worker} failed:\n{value}")
+        raise RuntimeError(f"environment worker {worker} failed:\n{value}")
     return value
 
 
@@ -171,7 +173,7 @@ def evaluate(workers, policy, draw_noise, seeds, num_episodes, step, device, sto
             now = torch.stack([torch.stack(row) for row in now])  # (S, P, ...)
             actions = policy(torch.as_tensor(observations).to(device), now.to(device)).cpu().numpy()  # (S, P, A)
             done = []
-            for slot, (ob, reward, over, success) in _ask(
+            for slot, (ob, reward, terminated, truncated, success) in _ask(
                 workers, "step", {slot: actions[slot] for slot in episode}
             ).items():
                 observations[slot] = ob
@@ -181,7 +183,7 @@ def evaluate(workers, policy, draw_noise, seeds, num_episodes, step, device, sto
                     worker, index = workers.where[slot[0]][slot[1]]
                     _send(workers, worker, ("render", index))
                     frames[slot[0]].append(_receive(workers, worker))
-                if over:
+                if terminated or truncated:
                     results[slot[0]][episode[slot]] = (success, *totals[slot])
                     done.append(slot)
             if done:
@@ -196,6 +198,69 @@ def evaluate(workers, policy, draw_noise, seeds, num_episodes, step, device, sto
         if frames[s]:
             save_gif(video_dir / f"step{step}-seed{seed}.gif", frames[s])
     return rows
+
+
+@dataclass
+class Explorers:
+    """The online phase's environments, one a seed, and their present observations (S, D)."""
+
+    workers: Workers
+    seeds: list
+    observations: np.ndarray
+
+
+def start_explorers(env_id, seeds, step, num_workers=0, success_timing="post"):
+    """Starts one environment a seed, each at the begin of an episode that is a function of (seed, step).
+
+    Args:
+        env_id, success_timing: see `envs.make_env`.
+        seeds: the S seeds.
+        step: the training step.
+        num_workers: processes; 0 for one a core, at most 16.
+
+    Returns:
+        Explorers, for `explore`; `stop_workers(explorers.workers)` ends them.
+    """
+    workers = start_workers(env_id, len(seeds), 1, num_workers, success_timing)
+    explorers = Explorers(workers, seeds, np.zeros(0))
+    first = _reset_explorers(explorers, range(len(seeds)), step)
+    explorers.observations = np.stack([first[s] for s in range(len(seeds))])
+    return explorers
+
+
+def _reset_explorers(explorers, which, step):
+    """Begins a new episode of the seeds with the indices `which`; returns {s: first observation}."""
+    sequences = {s: np.random.SeedSequence([explorers.seeds[s], step, EXPLORING]) for s in which}
+    requests = {(s, 0): int(sequence.generate_state(1, np.uint32)[0] >> 1) for s, sequence in sequences.items()}
+    return {s: ob.astype(np.float32) for (s, _), ob in _ask(explorers.workers, "reset", requests).items()}
+
+
+def explore(explorers, policy, noise, step, device):
+    """One environment step of every seed with its stochastic policy; where an episode ends, the next one begins.
+
+    Args:
+        explorers: of `start_explorers`; their observations move on.
+        policy: see `evaluate`.
+        noise: (S, ...) on the device, one action's random numbers for each seed.
+        step: the training step, which a new episode's start depends on.
+        device: torch device of the policy.
+
+    Returns:
+        transitions: {observations, next_observations (S, D), actions (S, A), rewards, masks (S,)} float32 tensors on the
+        device; masks = 1 - terminated, so that an episode cut off at its time limit still bootstraps.
+    """
+    observations = explorers.observations
+    actions = policy(torch.as_tensor(observations).to(device).unsqueeze(1), noise.unsqueeze(1)).squeeze(1)  # (S, A)
+    replies = _ask(explorers.workers, "step", {(s, 0): action for s, action in enumerate(actions.cpu().numpy())})
+    next_observations, rewards, terminated, truncated, _ = zip(*(replies[s, 0] for s in range(len(observations))))
+    next_observations = np.stack(next_observations).astype(np.float32)  # (S, D)
+    rows = {"observations": observations, "next_observations": next_observations}
+    rows |= {"rewards": np.array(rewards, np.float32), "masks": 1 - np.array(terminated, np.float32)}
+    explorers.observations = next_observations.copy()
+    over = np.flatnonzero(np.array(terminated) | np.array(truncated)).tolist()
+    for s, ob in _reset_explorers(explorers, over, step).items():
+        explorers.observations[s] = ob
+    return {key: torch.as_tensor(value).to(device) for key, value in rows.items()} | {"actions": actions}
 
 
 @contextlib.contextmanager

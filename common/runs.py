@@ -25,22 +25,22 @@ CHUNK = 50
 # What may differ between a run and its continuation; everything else would change its numbers.
 MAY_CHANGE = {
     "resume", "runs_dir", "cuda", "track", "wandb_project_name", "wandb_entity", "capture_video", "dataset_dir",
-    "dataset_path", "eval_workers", "save_interval", "total_timesteps", "compile", "cudagraphs",
+    "dataset_path", "eval_workers", "save_interval", "total_timesteps", "online_timesteps", "compile", "cudagraphs",
 }  # fmt: skip
 
 
 # --- Arguments ---
 
 
-def parse_args(Args, tuned, quick, may_be_zero=(), argv=None):
+def parse_args(Args, tuned, tuned_online, quick, may_be_zero=(), argv=None):
     """Reads the command line; a flag that the user passes wins over everything.
 
-    Without it: the stored arguments with --resume; else Args' defaults, then `tuned` of the environment, then `quick`
-    with --quick.
+    Without it: the stored arguments with --resume; else Args' defaults, then `tuned` of the environment, then
+    `tuned_online` of it with --online-timesteps, then `quick` with --quick.
 
     Args:
         Args: the algorithm's dataclass.
-        tuned: {environment and dataset type: {field: value}}.
+        tuned, tuned_online: {environment and dataset type: {field: value}}.
         quick: {field: value}.
         may_be_zero: the algorithm's own numbers that may be zero; all others must be above it (tuples: each element).
         argv: words; None for the command line's.
@@ -70,14 +70,23 @@ def parse_args(Args, tuned, quick, may_be_zero=(), argv=None):
                 f"--{n.replace('_', '-')} {getattr(args, n)} (the run has {getattr(default, n)})" for n in differing
             )
             fail(f"--resume {args.resume} cannot go on with other arguments: {listed}")
-        if args.total_timesteps < resumed["step"]:
+        if resumed["step"] > default.total_timesteps != args.total_timesteps:
+            fail(f"--total-timesteps {args.total_timesteps}: the run in {args.resume} is in its online phase already")
+        if args.total_timesteps + args.online_timesteps < resumed["step"]:
             fail(
-                f"--total-timesteps {args.total_timesteps}: the run in {args.resume} is at step {resumed['step']} already"
+                f"--total-timesteps {args.total_timesteps} --online-timesteps {args.online_timesteps}: the run in "
+                f"{args.resume} is at step {resumed['step']} already"
             )
     else:
         if args.quick:
             args = parse(Args(**quick))  # --quick may choose another environment, whose tuned values apply
-        args = parse(Args(**{**tuned.get(args.env_id.split("-singletask")[0], {}), **(quick if args.quick else {})}))
+        environment = args.env_id.split("-singletask")[0]
+        settings = dict(tuned.get(environment, {}))
+        if args.online_timesteps and environment in tuned_online:
+            settings |= tuned_online[environment]
+        elif args.online_timesteps:
+            print(f"note: no offline-to-online settings for {environment}: using the offline ones")
+        args = parse(Args(**settings | (quick if args.quick else {})))
 
     for name, value in dataclasses.asdict(args).items():
         numbers = value if isinstance(value, tuple) else (value,)
@@ -147,17 +156,22 @@ def chunk_generator(seed, chunk, device):
     return torch.Generator(device).manual_seed(state)
 
 
-def draw_chunk(agent, args, seeds, num_transitions, chunk, device):
+def draw_chunk(agent, args, seeds, num_transitions, chunk, device, online=False):
     """Batch indices and noise of CHUNK updates: {"indices": (CHUNK, S, B), noise name: (CHUNK, S, rows, dim)}.
 
-    Each seed draws with its own generator, so that it draws the same alone and beside others.
+    Each seed draws with its own generator, so that it draws the same alone and beside others. Online, indices are
+    integers below 2**62, which `datasets.gather_replay` brings into the buffer's growing range, and "act" is the noise of
+    an action an update.
     """
+    num_transitions = 2**62 if online else num_transitions
     draws = []
     for seed in seeds:
         generator = chunk_generator(seed, chunk, device)
         shape = (CHUNK, args.batch_size)
         indices = torch.randint(num_transitions, shape, generator=generator, device=device)
         draws.append({"indices": indices} | agent.draw_noise(generator, CHUNK))
+        if online:
+            draws[-1]["act"] = agent.draw_act_noise(generator, CHUNK)
     return {name: torch.stack([draw[name] for draw in draws], dim=1) for name in draws[0]}
 
 
