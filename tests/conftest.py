@@ -14,11 +14,23 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 ROOT = Path(__file__).resolve().parent.parent
 
 import floq  # noqa: E402
+import value_flows  # noqa: E402
 
-SMALL_FLAGS = (
-    "--no-cuda --batch-size 16 --noise-samples 2 --critic-flow-steps 2 --actor-flow-steps 2 --block-width 16 "
-    "--value-hidden-dims 16 16 --actor-hidden-dims 16 16 --eval-episodes 2 --eval-workers 1"
-).split()
+ALGORITHMS = {"floq": floq, "value_flows": value_flows}
+SMALL_FLAGS = {
+    "floq": "--noise-samples 2 --critic-flow-steps 2 --actor-flow-steps 2 --block-width 16",
+    "value_flows": "--num-samples 3 --num-flow-steps 2",
+}
+for name in SMALL_FLAGS:
+    SMALL_FLAGS[name] += (
+        " --no-cuda --batch-size 16 --value-hidden-dims 16 16 --actor-hidden-dims 16 16 --eval-episodes 2 --eval-workers 1"
+    )
+    SMALL_FLAGS[name] = SMALL_FLAGS[name].split()
+# Sizes of an agent that a test can update in a millisecond.
+SMALL_ARGS = {
+    "floq": dict(noise_samples=3, critic_flow_steps=4, actor_flow_steps=5, block_width=16, block_depth=2),
+    "value_flows": dict(num_samples=4, num_flow_steps=5),
+}
 
 
 def pytest_collection_modifyitems(items):
@@ -43,9 +55,9 @@ def cube_data(tmp_path_factory):
     return collect("cube-single-play-v0", tmp_path_factory.mktemp("data"), num_episodes=2, num_workers=2)
 
 
-def run_floq(*flags, env=None, check=True, **kwargs):
-    """Runs floq.py as a user does; returns the finished process with its output as text."""
-    command = [sys.executable, str(ROOT / "floq.py"), *map(str, flags)]
+def run(algorithm, *flags, env=None, check=True, **kwargs):
+    """Runs an algorithm's file as a user does; returns the finished process with its output as text."""
+    command = [sys.executable, str(ROOT / f"{algorithm}.py"), *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "2"} | (env or {})
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
     if check:
@@ -53,24 +65,32 @@ def run_floq(*flags, env=None, check=True, **kwargs):
     return process
 
 
-def small_args(**changes):
-    """Arguments of a floq agent that a test can update in a millisecond."""
-    small = dict(
-        batch_size=6, noise_samples=3, critic_flow_steps=4, actor_flow_steps=5, block_width=16, block_depth=2,
-        value_hidden_dims=(16, 16), actor_hidden_dims=(16, 16), alpha=10.0,
-    )  # fmt: skip
-    return replace(floq.Args(), **small | changes)
+def small_args(algorithm, **changes):
+    """Arguments of an algorithm with small networks."""
+    small = dict(batch_size=6, value_hidden_dims=(16, 16), actor_hidden_dims=(16, 16), alpha=10.0)
+    return replace(ALGORITHMS[algorithm].Args(), **small | SMALL_ARGS[algorithm] | changes)
 
 
 def make_agent(args, seeds=(0,), obs_dim=5, action_dim=3, min_reward=-1.0, max_reward=0.0):
-    """A floq agent with its optimizer; the EMA target is made different from the online network."""
-    agent = floq.Agent(args, obs_dim, action_dim, list(seeds), min_reward, max_reward)
+    """The agent of `args`' algorithm with its optimizer; the EMA targets are made different from the online networks."""
+    agent = sys.modules[type(args).__module__].Agent(args, obs_dim, action_dim, list(seeds), min_reward, max_reward)
     for s, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed + 100)
-        for parameter in agent.target_floq.parameters():
-            parameter.data[s] += 0.1 * torch.randn(parameter.shape[1:], generator=generator)
+        for name, parameter in agent.named_parameters():
+            if name.startswith("target_"):
+                parameter.data[s] += 0.1 * torch.randn(parameter.shape[1:], generator=generator)
     agent.make_optimizer()
     return agent
+
+
+def gradients(agent):
+    """{name: gradient} of the parameters that a backward pass has reached."""
+    return {name: p.grad for name, p in agent.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+
+
+def networks(names):
+    """The networks that parameters' names belong to."""
+    return {name.split(".")[0] for name in names}
 
 
 def random_inputs(agent, seeds=(0,), update=0, obs_dim=5, action_dim=3):

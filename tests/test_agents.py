@@ -1,0 +1,182 @@
+"""What every algorithm has in common: the MLP, initial weights, whose gradients go where, EMA, seeds as an axis."""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ALGORITHMS, gradients, make_agent, networks, random_inputs, small_args
+
+pytestmark = pytest.mark.parametrize("algorithm", ALGORITHMS)
+
+CRITICS = {"floq": {"floq", "critic"}, "value_flows": {"critic_flow"}}
+POLICIES = {"floq": {"actor_bc_flow", "actor_onestep_flow"}, "value_flows": {"actor_flow", "actor_onestep_flow"}}
+TARGETS = {"floq": ("target_floq", "floq"), "value_flows": ("target_critic_flow", "critic_flow")}
+
+
+# --- Networks ---
+
+
+def test_mlp_equals_the_plain_formula(algorithm):
+    mlp = ALGORITHMS[algorithm].MLP((2, 3), (4, 8, 8, 1), layer_norm=True)
+    with torch.no_grad():
+        for parameter in mlp.parameters():
+            parameter.normal_()
+    x = torch.randn(2, 3, 5, 4)
+    h = x
+    for i in range(2):
+        h = torch.nn.functional.gelu(h @ mlp.weights[i] + mlp.biases[i], approximate="tanh")
+        h = (h - h.mean(-1, keepdim=True)) / torch.sqrt(h.var(-1, unbiased=False, keepdim=True) + 1e-6)
+        h = h * mlp.scales[i] + mlp.shifts[i]
+    torch.testing.assert_close(mlp(x), h @ mlp.weights[2] + mlp.biases[2], rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_glorot_uniform_with_zero_biases(algorithm):
+    module = ALGORITHMS[algorithm]
+    mlp = module.MLP((2, 2), (64, 256, 1), layer_norm=True)
+    module.init_weights(torch.nn.ModuleDict({"mlp": mlp}), [0, 1])
+    bound = math.sqrt(6 / (64 + 256))
+    for member in mlp.weights[0].flatten(0, 1):
+        assert member.abs().max() <= bound
+        np.testing.assert_allclose(member.std().item(), bound / math.sqrt(3), rtol=0.02)
+    assert not torch.equal(mlp.weights[0][0, 0], mlp.weights[0][0, 1])
+    assert not torch.equal(mlp.weights[0][0], mlp.weights[0][1])
+    assert all((bias == 0).all() for bias in mlp.biases)
+
+
+def test_targets_start_as_copies(algorithm):
+    agent = ALGORITHMS[algorithm].Agent(small_args(algorithm), 5, 3, [0, 1], -1.0, 0.0)
+    target, online = (getattr(agent, name) for name in TARGETS[algorithm])
+    for a, b in zip(target.parameters(), online.parameters()):
+        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+
+
+# --- Gradients and EMA ---
+
+
+def test_critic_loss_moves_only_the_critics(algorithm):
+    agent = make_agent(small_args(algorithm))
+    agent.critic_loss(*random_inputs(agent))[0].sum().backward()
+    assert networks(gradients(agent)) == CRITICS[algorithm]
+
+
+def test_actor_loss_moves_only_the_policies(algorithm):
+    agent = make_agent(small_args(algorithm))
+    agent.actor_loss(*random_inputs(agent))[0].sum().backward()
+    assert networks(gradients(agent)) == POLICIES[algorithm]
+
+
+def test_distillation_of_the_policy_does_not_move_the_cloning_flow(algorithm):
+    agent = make_agent(small_args(algorithm))
+    agent.actor_loss(*random_inputs(agent))[1]["actor/distill_loss"].sum().backward()
+    assert networks(gradients(agent)) == {"actor_onestep_flow"}
+
+
+def test_q_loss_moves_the_onestep_policy_alone(algorithm):
+    agent = make_agent(small_args(algorithm))
+    agent.actor_loss(*random_inputs(agent))[1]["actor/q_loss"].sum().backward()
+    assert networks(gradients(agent)) == {"actor_onestep_flow"}
+
+
+def test_every_weight_of_online_networks_moves_and_targets_only_by_ema(algorithm):
+    agent = make_agent(small_args(algorithm, tau=0.3))
+    target, online = (getattr(agent, name) for name in TARGETS[algorithm])
+    before = {name: p.detach().clone() for name, p in agent.named_parameters()}
+    agent.update(*random_inputs(agent))
+    for name, parameter in agent.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+        # The EMA takes the weights before the step: targets lag by one update, as in the released code.
+        if name.startswith(TARGETS[algorithm][0]):
+            was = before[name.replace(*TARGETS[algorithm])]
+            torch.testing.assert_close(parameter, 0.3 * was + 0.7 * before[name])
+    assert all(p.is_leaf and not p.requires_grad for p in target.parameters())  # no graph that grows
+    assert all(p.requires_grad for p in online.parameters())
+
+
+# --- Seeds as an axis ---
+
+
+def test_stacked_seeds_equal_each_seed_alone(algorithm):
+    args, seeds = small_args(algorithm), (3, 4, 5)
+    stacked = make_agent(args, seeds)
+    alone = [make_agent(args, (seed,)) for seed in seeds]
+    for update in range(3):
+        out = stacked.update(*random_inputs(stacked, seeds, update))
+        for s, seed in enumerate(seeds):
+            single = alone[s].update(*random_inputs(alone[s], (seed,), update))
+            for name, value in single.items():
+                torch.testing.assert_close(out[name][s], value[0], rtol=1e-4, atol=1e-5)
+    for s in range(3):
+        for stacked_parameter, parameter in zip(stacked.parameters(), alone[s].parameters()):
+            torch.testing.assert_close(stacked_parameter[s], parameter[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_stacked_seeds_start_and_draw_as_each_seed_alone(algorithm, online):
+    from common import runs
+
+    args, seeds = small_args(algorithm), [3, 4, 5]
+    stacked = make_agent(args, seeds)
+    chunk = runs.draw_chunk(stacked, args, seeds, 1000, 7, "cpu", online)
+    for s, seed in enumerate(seeds):
+        alone = make_agent(args, (seed,))
+        for stacked_parameter, parameter in zip(stacked.parameters(), alone.parameters()):
+            assert torch.equal(stacked_parameter[s], parameter[0])
+        for name, value in runs.draw_chunk(alone, args, [seed], 1000, 7, "cpu", online).items():
+            assert torch.equal(chunk[name][:, s], value[:, 0]), name
+    assert not torch.equal(chunk["bc_action"][:, 0], chunk["bc_action"][:, 1])
+    later = runs.draw_chunk(stacked, args, seeds, 1000, 8, "cpu", online)
+    assert not torch.equal(chunk["indices"], later["indices"])
+    assert ("act" in chunk) == online and chunk["indices"].shape == (50, 3, 6)
+
+
+# --- Other ways to run the update ---
+
+
+@pytest.mark.gpu
+def test_graph_replay_equals_eager_updates_and_uses_fresh_noise(algorithm):
+    from common import graphs
+
+    agents = [make_agent(small_args(algorithm), (0, 1)).cuda() for _ in range(2)]
+    for agent in agents:
+        agent.make_optimizer()
+    on_gpu = lambda update: [{k: v.cuda() for k, v in d.items()} for d in random_inputs(agents[0], (0, 1), update)]
+
+    def update_with(agent):
+        split = lambda inputs: (
+            {k: inputs[k] for k in batch_names},
+            {k: v for k, v in inputs.items() if k not in batch_names},
+        )
+        return lambda inputs: agent.update(*split(inputs))
+
+    batch, noise = on_gpu(0)
+    batch_names = set(batch)
+    eager = update_with(agents[0])
+    replay = graphs.capture(update_with(agents[1]), batch | noise, agents[1].state_tensors())
+    for update in range(100):
+        batch, noise = on_gpu(update)
+        expected = eager(batch | noise)
+        got = replay(batch | noise)
+        torch.testing.assert_close(got["critic/critic_loss"], expected["critic/critic_loss"], rtol=1e-3, atol=1e-3)
+    for a, b in zip(agents[0].parameters(), agents[1].parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    # The same batch with other noise gives another loss: nothing random is frozen in the graph.
+    first = replay(batch | noise)["critic/critic_loss"].clone()
+    second = replay(batch | on_gpu(7)[1])["critic/critic_loss"].clone()
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_losses_equal_eager_ones(algorithm):
+    few_steps = {"floq": dict(critic_flow_steps=2, actor_flow_steps=2), "value_flows": dict(num_flow_steps=2)}
+    args = small_args(algorithm, **few_steps[algorithm])
+    eager, compiled = make_agent(args), make_agent(args)
+    compiled.critic_loss, compiled.actor_loss = torch.compile(compiled.critic_loss), torch.compile(compiled.actor_loss)
+    for update in range(3):
+        expected = eager.update(*random_inputs(eager, update=update))
+        for name, value in compiled.update(*random_inputs(compiled, update=update)).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    for a, b in zip(compiled.parameters(), eager.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
