@@ -77,7 +77,7 @@ class Args:
     eval_episodes: int = 50
     """episodes an evaluation, for each seed"""
     eval_workers: int = 0
-    """processes that step evaluation environments (0: one a core, at most 16)"""
+    """processes that step environments (0: one a core, at most 16)"""
     log_interval: int = 5_000
     """updates between rows of train.csv"""
     save_interval: int = 50_000
@@ -530,6 +530,8 @@ if __name__ == "__main__":
     args, resumed = runs.parse_args(Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "reward_offset"))
     if args.num_bins < 2:
         fail(f"--num-bins {args.num_bins}: a histogram needs at least 2 edges")
+    if envs.is_pixels(args.env_id) and args.online_timesteps:
+        fail(f"--online-timesteps with --env-id {args.env_id}: the online phase works on state observations")
     if envs.is_pixels(args.env_id):
         fail(f"--env-id {args.env_id}: floq.py works on state observations, as its paper does")
     device = runs.setup_torch(args)
@@ -624,7 +626,11 @@ if __name__ == "__main__":
                 chunk = runs.draw_chunk(agent, args, seeds, len(rewards), step // runs.CHUNK, device, online)
             inputs = {name: value[step % runs.CHUNK] for name, value in chunk.items()}
             if online:  # one environment step of every seed; its transition may be drawn at once
-                transitions = rollout.explore(explorers, agent.act, inputs.pop("act"), step, device)
+                try:
+                    transitions = rollout.explore(explorers, agent.act, inputs.pop("act"), step, device)
+                except RuntimeError:
+                    save()  # a dead environment loses no update
+                    raise
                 datasets.append(replay, transitions, step - args.total_timesteps)
                 inputs["count"] = torch.full((), step + 1 - args.total_timesteps, device=device)
             if clock.warming_up and not history:

@@ -346,14 +346,26 @@ def log_evaluation(run_dir, rows, phase, wandb_runs, bar):
 
 
 def finish(run_dir, wandb_runs):
-    """Says how the run ended: the published statistic, the mean of the last three evaluations, over the seeds."""
+    """Says how the run ended, by the published statistics: offline, the mean of the last three evaluations; with an online
+    phase, the last evaluation of each phase; mean and standard deviation over the seeds.
+    """
     for run in wandb_runs:
         run.finish()
-    curves = read_success(run_dir / "eval.csv")
-    last = sorted({step for curve in curves.values() for step in curve})[-3:]
-    means = [np.mean([curve[step] for step in last if step in curve]) for curve in curves.values()]
-    spread = f" +- {np.std(means, ddof=1):.1f} over {len(means)} seeds" if len(means) > 1 else ""
-    print(f"success, mean of the evaluations at {last}: {np.mean(means):.1f}%{spread}; see {run_dir}/curve.png")
+    offline, online = (read_success(run_dir / "eval.csv", phase) for phase in ("offline", "online"))
+
+    def over_seeds(curves, num_last):
+        last = sorted({step for curve in curves.values() for step in curve})[-num_last:]
+        means = [np.mean([curve[step] for step in last if step in curve]) for curve in curves.values()]
+        spread = f" +- {np.std(means, ddof=1):.1f} over {len(means)} seeds" if len(means) > 1 else ""
+        return last, f"{np.mean(means):.1f}%{spread}"
+
+    if online:
+        (start, before), (end, after) = over_seeds(offline, 1), over_seeds(online, 1)
+        print(f"success: {before} at {start[0]}, where the online phase begins, {after} at {end[0]}", end="")
+    else:
+        last, mean = over_seeds(offline, 3)
+        print(f"success, mean of the evaluations at {last}: {mean}", end="")
+    print(f"; see {run_dir}/curve.png")
 
 
 # --- Weights & Biases ---
@@ -385,17 +397,18 @@ def log_wandb(wandb_runs, rows, prefix, step):
 # --- Learning curve ---
 
 
-def read_success(path):
-    """{seed: {step: success in percent}} of an eval.csv."""
+def read_success(path, phase=None):
+    """{seed: {step: success in percent}} of an eval.csv, or of one phase of it."""
     curves = {}
     with open(path) as file:
         for row in csv.DictReader(file):
-            curves.setdefault(int(row["seed"]), {})[int(row["step"])] = 100 * float(row["success"])
+            if phase in (None, row["phase"]):
+                curves.setdefault(int(row["seed"]), {})[int(row["step"])] = 100 * float(row["success"])
     return curves
 
 
 def plot_curve(run_dir):
-    """Draws curve.png: success against steps, one thin line a seed, their mean thick."""
+    """Draws curve.png: success against steps, one thin line a seed, their mean thick, a mark where going online."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -411,6 +424,9 @@ def plot_curve(run_dir):
         axes.plot(
             steps, [np.mean([c[s] for c in curves.values()]) for s in steps], color="black", linewidth=2.5, label="mean"
         )
+    if read_success(run_dir / "eval.csv", "online"):
+        offline = read_success(run_dir / "eval.csv", "offline")
+        axes.axvline(max(map(max, offline.values())), color="grey", linestyle="--", label="online phase begins")
     axes.set(xlabel="updates", ylabel="success (%)", ylim=(-3, 103), title=run_dir.name.split("__")[0])
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", fontsize="small")

@@ -12,6 +12,7 @@ import torch
 os.environ.setdefault("MUJOCO_GL", "disable")
 os.environ.setdefault("MPLBACKEND", "Agg")
 ROOT = Path(__file__).resolve().parent.parent
+THREADS = os.environ.get("OMP_NUM_THREADS", "2")
 
 import floq  # noqa: E402
 import value_flows  # noqa: E402
@@ -58,7 +59,7 @@ def cube_data(tmp_path_factory):
 def run(algorithm, *flags, env=None, check=True, **kwargs):
     """Runs an algorithm's file as a user does; returns the finished process with its output as text."""
     command = [sys.executable, str(ROOT / f"{algorithm}.py"), *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "2"} | (env or {})
+    environment = os.environ | {"OMP_NUM_THREADS": THREADS} | (env or {})
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
     if check:
         assert process.returncode == 0, process.stderr[-3000:]

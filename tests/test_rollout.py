@@ -111,7 +111,7 @@ def test_a_network_acts_the_same_on_any_number_of_workers(start):
     import floq
     from conftest import small_args
 
-    args = small_args(actor_hidden_dims=(256, 256), block_width=16)
+    args = small_args("floq", actor_hidden_dims=(256, 256), block_width=16)
     agents = {n: floq.Agent(args, 2, 2, list(range(10, 10 + n)), -1.0, 0.0) for n in (1, 2)}
 
     def rows(num_workers, num_seeds):

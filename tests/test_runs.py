@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common import checkpoint, runs
-from conftest import ROOT, SMALL_FLAGS, run_floq
+from conftest import ROOT, SMALL_FLAGS, THREADS, run
 
 ENV = ("--env-id", "pointmaze-medium-navigate-singletask-task4-v0")
 LENGTHS = "--total-timesteps 420 --eval-interval 150 --log-interval 20 --save-interval 90 --num-seeds 2 --eval-episodes 1".split()
@@ -20,7 +20,7 @@ LENGTHS = "--total-timesteps 420 --eval-interval 150 --log-interval 20 --save-in
 
 @pytest.fixture(scope="module")
 def flags(maze_data):
-    return [*ENV, "--dataset-path", maze_data, *SMALL_FLAGS, *LENGTHS]
+    return [*ENV, "--dataset-path", maze_data, *SMALL_FLAGS["floq"], *LENGTHS]
 
 
 def only_run(directory):
@@ -32,7 +32,7 @@ def only_run(directory):
 def finished(flags, tmp_path_factory):
     """The run directory of the run that nothing interrupted."""
     directory = tmp_path_factory.mktemp("finished")
-    run_floq(*flags, "--runs-dir", directory)
+    run("floq", *flags, "--runs-dir", directory)
     return only_run(directory)
 
 
@@ -41,7 +41,7 @@ def start(flags, directory):
     command = [sys.executable, ROOT / "floq.py", *flags, "--runs-dir", directory]
     process = subprocess.Popen(
         [str(word) for word in command],
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        env=os.environ | {"OMP_NUM_THREADS": THREADS},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -93,7 +93,7 @@ def test_a_run_leaves_what_is_promised(finished):
 
 
 def test_the_same_command_gives_the_same_files(flags, finished, tmp_path):
-    run_floq(*flags, "--runs-dir", tmp_path)
+    run("floq", *flags, "--runs-dir", tmp_path)
     assert_same_results(only_run(tmp_path), finished)
 
 
@@ -106,10 +106,10 @@ def test_killed_and_resumed_equals_uninterrupted(flags, finished, tmp_path, name
     if not (
         run_dir / "checkpoint.pt"
     ).exists():  # killed before the first checkpoint: nothing to resume, and it says so
-        failed = run_floq("--resume", run_dir, check=False)
+        failed = run("floq", "--resume", run_dir, check=False)
         assert failed.returncode == 2 and "no usable checkpoint" in failed.stderr
         return
-    run_floq("--resume", run_dir)
+    run("floq", "--resume", run_dir)
     assert_same_results(run_dir, finished)
 
 
@@ -127,7 +127,7 @@ def test_sigterm_saves_and_the_run_can_go_on(flags, finished, tmp_path):
         content = bytearray((run_dir / "checkpoint.pt").read_bytes())
         content[len(content) // 2] ^= 0xFF
         (run_dir / "checkpoint.pt").write_bytes(content)
-    resumed = run_floq("--resume", run_dir)
+    resumed = run("floq", "--resume", run_dir)
     assert_same_results(run_dir, finished)
     if "damaged" in resumed.stderr:
         assert "going on from checkpoint_previous.pt" in resumed.stderr
@@ -135,7 +135,7 @@ def test_sigterm_saves_and_the_run_can_go_on(flags, finished, tmp_path):
 
 def test_resuming_a_finished_run_changes_nothing(finished):
     before = {path.name: path.read_bytes() for path in finished.glob("*.csv")}
-    run_floq("--resume", finished)
+    run("floq", "--resume", finished)
     assert {path.name: path.read_bytes() for path in finished.glob("*.csv")} == before
 
 
@@ -195,7 +195,7 @@ def test_non_finite_loss_names_step_loss_and_seed(tmp_path):
 
 def test_diverging_training_stops_and_keeps_the_last_checkpoint(flags, tmp_path):
     diverging = [*flags, "--learning-rate", 1e30, "--save-interval", 1, "--runs-dir", tmp_path]
-    failed = run_floq(*diverging, check=False)
+    failed = run("floq", *diverging, check=False)
     assert failed.returncode == 1 and "at step" in failed.stderr and "is from before it" in failed.stderr, (
         failed.stderr[-2000:]
     )
@@ -245,7 +245,6 @@ def test_a_dead_evaluation_worker_ends_the_run_with_its_updates_saved(flags, tmp
         ("--seed -1", "--seed -1: must be at least zero"),
         ("--q-agg max", "--q-agg"),
         ("--no-such-flag", "no-such-flag"),
-        ("--online-timesteps 5", "--online-timesteps 5"),
         ("--env-id visual-cube-single-play-singletask-v0", "state observations"),
         ("--dataset-path /nowhere.npz", "/nowhere.npz is not a file"),
         ("--dataset-source generated --env-id antmaze-large-navigate-singletask-v0", "cannot be generated"),
@@ -253,7 +252,7 @@ def test_a_dead_evaluation_worker_ends_the_run_with_its_updates_saved(flags, tmp
     ],
 )
 def test_bad_arguments_exit_with_2_and_say_what_to_do(words, message):
-    failed = run_floq(*words.split(), "--no-cuda", check=False)
+    failed = run("floq", *words.split(), "--no-cuda", check=False)
     assert failed.returncode == 2, failed.stderr[-2000:]
     assert message in failed.stderr + failed.stdout
     assert "Traceback" not in failed.stderr
@@ -261,24 +260,24 @@ def test_bad_arguments_exit_with_2_and_say_what_to_do(words, message):
 
 def test_unwritable_run_directory(flags, tmp_path):
     (tmp_path / "file").write_text("")
-    failed = run_floq(*flags, "--runs-dir", tmp_path / "file", check=False)
+    failed = run("floq", *flags, "--runs-dir", tmp_path / "file", check=False)
     assert failed.returncode == 2 and "--runs-dir" in failed.stderr
 
 
 def test_unreachable_host_names_the_ways_out(tmp_path):
     env = {"CLEANFLOW_DATASET_MIRRORS": "http://127.0.0.1:9", "CLEANFLOW_DOWNLOAD_BACKOFF": "0.01", "no_proxy": "*"}
-    failed = run_floq("--no-cuda", "--dataset-dir", tmp_path / "data", check=False, env=env)
+    failed = run("floq", "--no-cuda", "--dataset-dir", tmp_path / "data", check=False, env=env)
     assert failed.returncode == 2 and "Three ways out" in failed.stderr
     assert "--dataset-source generated" in failed.stderr
 
 
 def test_resume_with_contradicting_arguments_lists_them(finished, tmp_path):
-    failed = run_floq("--resume", finished, "--gamma", 0.9, "--batch-size", 32, check=False)
+    failed = run("floq", "--resume", finished, "--gamma", 0.9, "--batch-size", 32, check=False)
     assert failed.returncode == 2
     assert "--gamma 0.9 (the run has 0.99)" in failed.stderr and "--batch-size 32 (the run has 16)" in failed.stderr
-    failed = run_floq("--resume", finished, "--total-timesteps", 100, check=False)
+    failed = run("floq", "--resume", finished, "--total-timesteps", 100, check=False)
     assert failed.returncode == 2 and "is at step 420 already" in failed.stderr
-    failed = run_floq("--resume", tmp_path, check=False)
+    failed = run("floq", "--resume", tmp_path, check=False)
     assert failed.returncode == 2 and "no usable checkpoint" in failed.stderr
 
 
@@ -286,7 +285,7 @@ def test_resume_refuses_another_dataset(finished, tmp_path):
     from common.collect import collect
 
     other = collect("pointmaze-medium-navigate-v0", tmp_path, num_episodes=1, seed=5)
-    failed = run_floq("--resume", finished, "--dataset-path", other, check=False)
+    failed = run("floq", "--resume", finished, "--dataset-path", other, check=False)
     assert failed.returncode == 2 and "dataset" in failed.stderr
 
 
@@ -294,7 +293,7 @@ def test_cuda_without_cuda_warns_and_trains_on_the_cpu(flags, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     short = [flag for flag in flags if flag != "--no-cuda"] + ["--total-timesteps", 2, "--cuda", "--runs-dir", tmp_path]
-    assert "training on the CPU" in run_floq(*short).stderr
+    assert "training on the CPU" in run("floq", *short).stderr
 
 
 # --- Arguments ---
@@ -309,14 +308,14 @@ def test_every_flag_has_a_help_text():
             assert isinstance(text, ast.Expr) and isinstance(text.value.value, str), (
                 f"{field.target.id} has no help text"
             )
-    shown = run_floq("--help").stdout
+    shown = run("floq", "--help").stdout
     assert "behaviour-cloning flow" in shown and "Q-functions as flows" in shown
 
 
 def parse(*words):
     import floq
 
-    return runs.parse_args(floq.Args, floq.TUNED, floq.QUICK, argv=list(words))[0]
+    return runs.parse_args(floq.Args, floq.TUNED, floq.TUNED_ONLINE, floq.QUICK, argv=list(words))[0]
 
 
 def test_tuned_values_apply_and_a_flag_wins():
@@ -359,5 +358,5 @@ def test_wandb_is_imported_only_when_asked(flags, tmp_path):
 
 def test_tracking_offline_makes_one_run_a_seed(flags, tmp_path):
     short = [*flags, "--total-timesteps", 40, "--track", "--runs-dir", tmp_path]
-    run_floq(*short, env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"}, cwd=tmp_path)
+    run("floq", *short, env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"}, cwd=tmp_path)
     assert len(list(Path(tmp_path).glob("*/wandb/offline-run-*"))) == 2

@@ -5,7 +5,6 @@ import functools
 import pytest
 import torch
 
-import value_flows
 from conftest import gradients, make_agent, networks, random_inputs
 from conftest import small_args as small_args_of
 from value_flows import aggregate, to_ensemble

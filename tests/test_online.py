@@ -1,0 +1,329 @@
+"""The online phase: replay, the exploring environments, and runs with both phases, interrupted and not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from common import checkpoint, datasets, envs, rollout
+from conftest import ALGORITHMS, ROOT, SMALL_FLAGS, THREADS, run
+
+ENV_ID = "pointmaze-medium-navigate-singletask-task4-v0"
+
+
+# --- Replay ---
+
+
+def make_dataset(n):
+    """Offline transitions whose every number is their own index."""
+    index = torch.arange(n, dtype=torch.float32)
+    wide = index.unsqueeze(-1).expand(-1, 2)
+    return {"observations": wide, "next_observations": wide, "actions": wide[:, :1], "rewards": index, "masks": index}
+
+
+def transitions(number, num_seeds):
+    """Online transition `number` of each seed: 1000 * (seed + 1) + number in every place."""
+    value = 1000.0 * (torch.arange(num_seeds) + 1) + number
+    wide = value.unsqueeze(-1).expand(-1, 2)
+    return {"observations": wide, "next_observations": wide, "actions": wide[:, :1], "rewards": value, "masks": value}
+
+
+@pytest.mark.parametrize(
+    "n, online_timesteps, capacity",
+    [(10, 8, 100), (10, 8, 15), (10, 40, 15), (10, 8, 5), (10, 1, 100)],
+    ids=["grows", "fills", "wraps", "dataset-above-capacity", "one"],
+)
+def test_batches_are_uniform_over_a_buffer_filled_by_hand(n, online_timesteps, capacity, monkeypatch):
+    monkeypatch.setattr(datasets, "CAPACITY", capacity)
+    size = max(capacity, n + 1)
+    dataset, replay = make_dataset(n), datasets.make_replay(make_dataset(n), 2, online_timesteps)
+    assert replay["observations"].shape == (2, min(online_timesteps, size), 2)
+    by_hand = [[float(i) for i in range(n)] for _ in range(2)]  # a ring of at most `size` slots for each seed
+    for number in range(online_timesteps):
+        datasets.append(replay, transitions(number, 2), number)
+        for seed in range(2):
+            value = 1000.0 * (seed + 1) + number
+            if len(by_hand[seed]) < size:
+                by_hand[seed].append(value)
+            else:
+                by_hand[seed][(n + number) % size] = value
+        filled = len(by_hand[0])
+        every_slot = torch.arange(filled).repeat(2, 3)  # each slot three times
+        batch = datasets.gather(dataset, replay, {"indices": every_slot, "count": torch.tensor(number + 1)})
+        for seed in range(2):
+            assert batch["rewards"][seed].tolist() == by_hand[seed] * 3
+            for key, value in batch.items():
+                assert value.shape[:2] == every_slot.shape
+                assert (value[seed].reshape(len(value[seed]), -1) == batch["rewards"][seed].unsqueeze(-1)).all(), key
+
+
+def test_large_draws_are_uniform_over_the_buffer():
+    dataset, replay = make_dataset(10), datasets.make_replay(make_dataset(10), 1, 6)
+    for number in range(3):
+        datasets.append(replay, transitions(number, 1), number)
+    draws = torch.randint(2**62, (1, 130_000), generator=torch.Generator().manual_seed(0))
+    batch = datasets.gather(dataset, replay, {"indices": draws, "count": torch.tensor(3)})
+    values, counts = batch["rewards"].unique(return_counts=True)
+    assert values.tolist() == [*range(10), 1000, 1001, 1002]
+    assert (counts - 10_000).abs().max() < 5 * 10_000**0.5
+
+
+def test_offline_indices_are_transitions():
+    dataset, replay = make_dataset(10), datasets.make_replay(make_dataset(10), 2, 0)
+    indices = torch.tensor([[3, 9, 0], [1, 1, 2]])
+    assert torch.equal(datasets.gather(dataset, replay, {"indices": indices})["rewards"], indices.float())
+
+
+def test_a_saved_replay_is_restored_into_a_longer_one():
+    old, new = (datasets.make_replay(make_dataset(10), 2, length) for length in (5, 9))
+    for number in range(4):
+        datasets.append(old, transitions(number, 2), number)
+    datasets.restore_replay(new, {key: rows[:, :4].clone() for key, rows in old.items()})
+    for key, rows in new.items():
+        assert torch.equal(rows[:, :4], old[key][:, :4]) and (rows[:, 4:] == 0).all() and rows.shape[1] == 9
+
+
+# --- Exploration ---
+
+
+@pytest.fixture
+def explore():
+    """explore(steps, policy, seeds): transitions [{key: (S, ...)}] of an exploration, and the explorers."""
+    started = []
+
+    def play(steps, policy, seeds=(10, 11), first_step=0):
+        explorers = rollout.start_explorers(ENV_ID, list(seeds), first_step)
+        started.append(explorers.workers)
+        rows = []
+        for step in range(first_step, first_step + steps):
+            noise = torch.full((len(seeds), 2), 0.1)
+            rows.append(rollout.explore(explorers, policy, noise, step, torch.device("cpu")))
+        return rows, explorers
+
+    yield play
+    for workers in started:
+        rollout.stop_workers(workers)
+
+
+def make_expert():
+    """A policy that walks to the goal of ENV_ID along the shortest path."""
+    env = envs.make_env(ENV_ID)
+    maze = env.unwrapped
+    env.reset(seed=0)
+    goal = np.array(maze.cur_goal_xy)
+
+    def policy(observations, noise):
+        actions = torch.zeros_like(observations)
+        for s, row in enumerate(observations):
+            xy = row[0].numpy().astype(np.float64)
+            direction = maze.get_oracle_subgoal(xy, goal)[0] - xy
+            actions[s, 0] = torch.as_tensor(direction / (np.linalg.norm(direction) + 1e-6))
+        return actions
+
+    return policy
+
+
+def test_transitions_connect_and_a_success_ends_the_episode(explore):
+    rows, explorers = explore(400, make_expert())
+    masks = torch.stack([row["masks"] for row in rows])  # (T, S)
+    assert set(masks.unique().tolist()) == {0.0, 1.0} and (masks == 0).sum(dim=0).min() >= 1
+    for row, following in zip(rows, rows[1:]):
+        for s in range(2):
+            goes_on = torch.equal(row["next_observations"][s], following["observations"][s])
+            assert goes_on == bool(row["masks"][s])  # after a success the next episode begins somewhere else
+            assert row["rewards"][s] == (0.0 if row["masks"][s] == 0 else -1.0)
+    for key, shape in (("observations", (2, 2)), ("actions", (2, 2)), ("rewards", (2,)), ("masks", (2,))):
+        assert rows[0][key].shape == shape and rows[0][key].dtype == torch.float32
+    assert (
+        torch.equal(torch.as_tensor(explorers.observations[1]), rows[-1]["next_observations"][1]) or masks[-1, 1] == 0
+    )
+
+
+def test_a_time_limit_still_bootstraps(explore):
+    rows, explorers = explore(1000, lambda observations, noise: torch.zeros_like(observations))
+    assert all((row["masks"] == 1).all() for row in rows)
+    # 1000 steps are the time limit: a new episode has begun, the last transition leads to the old one's end.
+    assert not np.array_equal(explorers.observations, rows[-1]["next_observations"].numpy())
+
+
+def test_exploration_is_a_function_of_seed_and_step(explore):
+    expert = make_expert()
+    first, _ = explore(30, expert)
+    again, _ = explore(30, expert)
+    alone, _ = explore(30, expert, seeds=(11,))
+    later, _ = explore(30, expert, first_step=7)
+    for a, b, c in zip(first, again, alone):
+        assert all(torch.equal(a[key], b[key]) and torch.equal(a[key][1:], c[key]) for key in a)
+    assert not torch.equal(first[0]["observations"], later[0]["observations"])
+
+
+# --- Runs ---
+
+LENGTHS = "--total-timesteps 130 --online-timesteps 300 --eval-interval 100 --log-interval 20 --save-interval 70 --eval-episodes 1"
+
+
+@pytest.fixture(scope="module")
+def flags(maze_data):
+    return {
+        name: [*SMALL_FLAGS[name], "--env-id", ENV_ID, "--dataset-path", maze_data, *LENGTHS.split(), "--num-seeds", 2]
+        for name in ALGORITHMS
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(flags, tmp_path_factory):
+    """The run directory of each algorithm's uninterrupted run."""
+    directories = {}
+    for name in ALGORITHMS:
+        directory = tmp_path_factory.mktemp(name)
+        out = run(name, *flags[name], "--runs-dir", directory).stdout
+        assert "at 130, where the online phase begins" in out and "at 430" in out
+        (directories[name],) = directory.iterdir()
+    return directories
+
+
+def rows_of(path):
+    header, *rows = path.read_text().splitlines()
+    return [dict(zip(header.split(","), row.split(","))) for row in rows]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_run_has_both_phases(finished, algorithm):
+    evaluations = [row for row in rows_of(finished[algorithm] / "eval.csv") if row["seed"] == "1"]
+    assert [(row["step"], row["phase"]) for row in evaluations] == [
+        ("1", "offline"), ("100", "offline"), ("130", "offline"),
+        ("200", "online"), ("300", "online"), ("400", "online"), ("430", "online"),
+    ]  # fmt: skip
+    train = rows_of(finished[algorithm] / "train.csv")
+    assert [row["step"] for row in train if row["seed"] == "0"] == [str(step) for step in range(20, 431, 20)]
+    payload = checkpoint.load(finished[algorithm])
+    replay = payload["replay"]
+    assert payload["step"] == 430 and replay["observations"].shape == (2, 300, 2)
+    assert (replay["rewards"] == -1).all() or (replay["masks"] == 0).any()
+    assert not torch.equal(replay["observations"][0], replay["observations"][1])
+    # Within an episode a transition begins where the one before it ended.
+    connected = (replay["observations"][:, 1:] == replay["next_observations"][:, :-1]).all(dim=-1)
+    assert connected.float().mean() > 0.9
+    assert (replay["actions"].abs() <= 1).all() and replay["actions"].std() > 0.05
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_same_command_gives_the_same_files_and_online_follows_an_unchanged_offline_phase(
+    flags, finished, algorithm, tmp_path
+):
+    run(algorithm, *flags[algorithm], "--runs-dir", tmp_path / "again")
+    (again,) = (tmp_path / "again").iterdir()
+    for name in ("train.csv", "eval.csv"):
+        assert (again / name).read_bytes() == (finished[algorithm] / name).read_bytes(), name
+    # An offline run, then continued online: the same numbers again, since nothing was interrupted within the online phase.
+    run(algorithm, *flags[algorithm], "--online-timesteps", 0, "--runs-dir", tmp_path / "offline")
+    (offline,) = (tmp_path / "offline").iterdir()
+    assert {row["phase"] for row in rows_of(offline / "eval.csv")} == {"offline"}
+    run(algorithm, "--resume", offline, "--online-timesteps", 300)
+    for name in ("train.csv", "eval.csv"):
+        assert (offline / name).read_bytes() == (finished[algorithm] / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_stopped_online_goes_on_with_its_replay(flags, finished, tmp_path, sent):
+    command = [sys.executable, ROOT / "value_flows.py", *flags["value_flows"], "--runs-dir", tmp_path]
+    process = subprocess.Popen(
+        [str(word) for word in command], env=os.environ | {"OMP_NUM_THREADS": THREADS},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (files := list(tmp_path.glob("*/train.csv"))) or "\n300,1" not in files[0].read_text():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.01)
+    process.send_signal(sent)
+    process.communicate(timeout=60)
+    run_dir, done = files[0].parent, finished["value_flows"]
+    stopped = checkpoint.load(run_dir)
+    assert 130 < stopped["step"] < 430
+    assert stopped["replay"]["rewards"].shape == (2, stopped["step"] - 130)
+    for key, rows in checkpoint.load(done)["replay"].items():  # what had happened before is what happens undisturbed
+        assert torch.equal(rows[:, : stopped["step"] - 130], stopped["replay"][key]), key
+
+    run("value_flows", "--resume", run_dir)
+    resumed = checkpoint.load(run_dir)
+    for key, rows in stopped["replay"].items():
+        assert torch.equal(resumed["replay"][key][:, : rows.shape[1]], rows), key
+    assert resumed["replay"]["rewards"].shape == (2, 300) and resumed["step"] == 430
+    for name in ("train.csv", "eval.csv"):  # no row is lost or doubled, and those from before the stop are unchanged
+        mine, other = rows_of(run_dir / name), rows_of(done / name)
+        assert [(row["step"], row["seed"]) for row in mine] == [(row["step"], row["seed"]) for row in other]
+        before = [row for row in other if int(row["step"]) <= stopped["step"]]
+        assert mine[: len(before)] == before
+    # The environment starts a new episode, so what follows is another run of the dice.
+    assert not torch.equal(resumed["replay"]["observations"], checkpoint.load(done)["replay"]["observations"])
+
+
+def test_a_dead_environment_ends_the_run_with_its_updates_saved(flags, tmp_path):
+    command = [sys.executable, ROOT / "floq.py", *flags["floq"], "--online-timesteps", 100_000, "--runs-dir", tmp_path]
+    process = subprocess.Popen(
+        [str(word) for word in [*command, "--eval-interval", 10**6, "--save-interval", 10**6, "--eval-workers", 1]],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": THREADS},
+    )  # fmt: skip
+    while not (files := list(tmp_path.glob("*/train.csv"))) or "\n200,1" not in files[0].read_text():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.01)
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        children = [int(pid) for pid in file.read().split()]
+    os.kill(children[-1], signal.SIGKILL)  # the last one started: the explorers' worker
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "died with exit code -9" in err
+    saved = checkpoint.load(files[0].parent)
+    assert saved["step"] >= 200 and saved["replay"]["rewards"].shape[1] == saved["step"] - 130
+
+
+# --- Arguments ---
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--online-timesteps -5", "--online-timesteps -5: must be at least zero"),
+        (
+            "--online-timesteps 5 --env-id visual-scene-play-singletask-v0",
+            "the online phase works on state observations",
+        ),
+    ],
+)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_bad_arguments(algorithm, words, message):
+    failed = run(algorithm, *words.split(), "--no-cuda", check=False)
+    assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_resume_refuses_to_move_the_phases_border_or_to_go_back(finished):
+    failed = run("floq", "--resume", finished["floq"], "--total-timesteps", 200, check=False)
+    assert failed.returncode == 2 and "is in its online phase already" in failed.stderr
+    failed = run("floq", "--resume", finished["floq"], "--online-timesteps", 100, check=False)
+    assert failed.returncode == 2 and "is at step 430 already" in failed.stderr
+
+
+def parse(algorithm, *words):
+    from common import runs
+
+    module = ALGORITHMS[algorithm]
+    return runs.parse_args(module.Args, module.TUNED, module.TUNED_ONLINE, module.QUICK, argv=list(words))[0]
+
+
+def test_offline_to_online_settings_apply_where_there_are_some(capsys):
+    words = ("--env-id", "puzzle-4x4-play-singletask-v0")
+    assert parse("value_flows", *words).confidence_weight_temp == 100.0
+    args = parse("value_flows", *words, "--online-timesteps", "10")
+    assert (args.confidence_weight_temp, args.alpha, args.q_agg, args.bcfm_lambda) == (0.1, 300.0, "min", 3.0)
+    assert parse("value_flows", *words, "--online-timesteps", "10", "--alpha", "5").alpha == 5.0
+    args = parse("value_flows", "--env-id", "humanoidmaze-medium-navigate-singletask-v0", "--online-timesteps", "10")
+    assert (args.gamma, args.bcfm_lambda, args.confidence_weight_temp, args.alpha) == (0.995, 3.0, 0.3, 100.0)
+    words = ("--env-id", "antsoccer-arena-navigate-singletask-v0")
+    assert parse("floq", *words).alpha == 10.0 and parse("floq", *words, "--online-timesteps", "9").alpha == 30.0
+    assert "note" not in capsys.readouterr().out
+    args = parse("value_flows", "--env-id", "puzzle-3x3-play-singletask-v0", "--online-timesteps", "10")
+    assert (args.bcfm_lambda, args.ret_agg) == (0.5, "min")
+    assert "no offline-to-online settings for puzzle-3x3-play: using the offline ones" in capsys.readouterr().out
