@@ -19,7 +19,7 @@ import torch
 import tyro
 
 import value_flows
-from common import runs
+from common import fail, runs
 
 LENGTH, GAMMA = 3, 0.9
 
@@ -110,8 +110,35 @@ def accuracy(agent):
     return rows
 
 
+def draw(output, pictures):
+    """Saves histograms of the first state's learned returns, all seeds together, the truth as lines.
+
+    Args:
+        output: PNG file.
+        pictures: [(bcfm_lambda, returns (S, n))].
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(
+        1, len(pictures), figsize=(2.8 * len(pictures), 2.6), layout="constrained", squeeze=False
+    )
+    for axes, (bcfm_lambda, returns) in zip(panels[0], pictures):
+        finite = returns[np.isfinite(returns)]
+        axes.hist(np.clip(finite, -3, 3), np.linspace(-3, 3, 61), density=True, color="tab:blue")
+        for value in np.unique(true_quantiles(0, 2)):
+            axes.axvline(value, color="black", linestyle="--", linewidth=1)
+        axes.set(title=f"bcfm_lambda {bcfm_lambda:g}", xlabel="return of the first state", yticks=[])
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     options = tyro.cli(AccuracyArgs, description=__doc__)
+    if options.seeds < 1 or options.updates < 1 or min(options.bcfm_lambda or (0,)) < 0:
+        fail("--seeds and --updates must be above zero, --bcfm-lambda at least zero")
     table, pictures = [], []
     for bcfm_lambda in options.bcfm_lambda or (0.0, 0.5, 1.0, 3.0):
         start = time.perf_counter()
@@ -135,3 +162,4 @@ if __name__ == "__main__":
             writer = csv.DictWriter(file, table[0])
             writer.writeheader()
             writer.writerows(table)
+        draw(path.with_suffix(".png"), pictures)

@@ -56,6 +56,31 @@ def cube_data(tmp_path_factory):
     return collect("cube-single-play-v0", tmp_path_factory.mktemp("data"), num_episodes=2, num_workers=2)
 
 
+ONLINE_ENV_ID = "pointmaze-medium-navigate-singletask-task4-v0"
+ONLINE_LENGTHS = (
+    "--total-timesteps 130 --online-timesteps 300 --eval-interval 100 --log-interval 20 --save-interval 70 --eval-episodes 1"
+).split()
+
+
+@pytest.fixture(scope="session")
+def online_flags(maze_data):
+    """{algorithm: flags} of a small run with both phases and two seeds."""
+    common = ["--env-id", ONLINE_ENV_ID, "--dataset-path", maze_data, "--num-seeds", 2]
+    return {name: [*SMALL_FLAGS[name], *common, *ONLINE_LENGTHS] for name in ALGORITHMS}
+
+
+@pytest.fixture(scope="session")
+def online_runs(online_flags, tmp_path_factory):
+    """{algorithm: run directory} of each algorithm's uninterrupted run with both phases."""
+    directories = {}
+    for name in ALGORITHMS:
+        directory = tmp_path_factory.mktemp(name)
+        out = run(name, *online_flags[name], "--runs-dir", directory).stdout
+        assert "at 130, where the online phase begins" in out and "at 430" in out
+        (directories[name],) = directory.iterdir()
+    return directories
+
+
 def run(algorithm, *flags, env=None, check=True, **kwargs):
     """Runs an algorithm's file as a user does; returns the finished process with its output as text."""
     command = [sys.executable, str(ROOT / f"{algorithm}.py"), *map(str, flags)]

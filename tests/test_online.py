@@ -11,9 +11,7 @@ import pytest
 import torch
 
 from common import checkpoint, datasets, envs, rollout
-from conftest import ALGORITHMS, ROOT, SMALL_FLAGS, THREADS, run
-
-ENV_ID = "pointmaze-medium-navigate-singletask-task4-v0"
+from conftest import ALGORITHMS, ONLINE_ENV_ID, ROOT, THREADS, run
 
 
 # --- Replay ---
@@ -97,7 +95,7 @@ def explore():
     started = []
 
     def play(steps, policy, seeds=(10, 11), first_step=0):
-        explorers = rollout.start_explorers(ENV_ID, list(seeds), first_step)
+        explorers = rollout.start_explorers(ONLINE_ENV_ID, list(seeds), first_step)
         started.append(explorers.workers)
         rows = []
         for step in range(first_step, first_step + steps):
@@ -111,8 +109,8 @@ def explore():
 
 
 def make_expert():
-    """A policy that walks to the goal of ENV_ID along the shortest path."""
-    env = envs.make_env(ENV_ID)
+    """A policy that walks to the goal of ONLINE_ENV_ID along the shortest path."""
+    env = envs.make_env(ONLINE_ENV_ID)
     maze = env.unwrapped
     env.reset(seed=0)
     goal = np.array(maze.cur_goal_xy)
@@ -164,28 +162,6 @@ def test_exploration_is_a_function_of_seed_and_step(explore):
 
 # --- Runs ---
 
-LENGTHS = "--total-timesteps 130 --online-timesteps 300 --eval-interval 100 --log-interval 20 --save-interval 70 --eval-episodes 1"
-
-
-@pytest.fixture(scope="module")
-def flags(maze_data):
-    return {
-        name: [*SMALL_FLAGS[name], "--env-id", ENV_ID, "--dataset-path", maze_data, *LENGTHS.split(), "--num-seeds", 2]
-        for name in ALGORITHMS
-    }
-
-
-@pytest.fixture(scope="module")
-def finished(flags, tmp_path_factory):
-    """The run directory of each algorithm's uninterrupted run."""
-    directories = {}
-    for name in ALGORITHMS:
-        directory = tmp_path_factory.mktemp(name)
-        out = run(name, *flags[name], "--runs-dir", directory).stdout
-        assert "at 130, where the online phase begins" in out and "at 430" in out
-        (directories[name],) = directory.iterdir()
-    return directories
-
 
 def rows_of(path):
     header, *rows = path.read_text().splitlines()
@@ -193,15 +169,15 @@ def rows_of(path):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_run_has_both_phases(finished, algorithm):
-    evaluations = [row for row in rows_of(finished[algorithm] / "eval.csv") if row["seed"] == "1"]
+def test_a_run_has_both_phases(online_runs, algorithm):
+    evaluations = [row for row in rows_of(online_runs[algorithm] / "eval.csv") if row["seed"] == "1"]
     assert [(row["step"], row["phase"]) for row in evaluations] == [
         ("1", "offline"), ("100", "offline"), ("130", "offline"),
         ("200", "online"), ("300", "online"), ("400", "online"), ("430", "online"),
     ]  # fmt: skip
-    train = rows_of(finished[algorithm] / "train.csv")
+    train = rows_of(online_runs[algorithm] / "train.csv")
     assert [row["step"] for row in train if row["seed"] == "0"] == [str(step) for step in range(20, 431, 20)]
-    payload = checkpoint.load(finished[algorithm])
+    payload = checkpoint.load(online_runs[algorithm])
     replay = payload["replay"]
     assert payload["step"] == 430 and replay["observations"].shape == (2, 300, 2)
     assert (replay["rewards"] == -1).all() or (replay["masks"] == 0).any()
@@ -214,24 +190,24 @@ def test_a_run_has_both_phases(finished, algorithm):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_same_command_gives_the_same_files_and_online_follows_an_unchanged_offline_phase(
-    flags, finished, algorithm, tmp_path
+    online_flags, online_runs, algorithm, tmp_path
 ):
-    run(algorithm, *flags[algorithm], "--runs-dir", tmp_path / "again")
+    run(algorithm, *online_flags[algorithm], "--runs-dir", tmp_path / "again")
     (again,) = (tmp_path / "again").iterdir()
     for name in ("train.csv", "eval.csv"):
-        assert (again / name).read_bytes() == (finished[algorithm] / name).read_bytes(), name
+        assert (again / name).read_bytes() == (online_runs[algorithm] / name).read_bytes(), name
     # An offline run, then continued online: the same numbers again, since nothing was interrupted within the online phase.
-    run(algorithm, *flags[algorithm], "--online-timesteps", 0, "--runs-dir", tmp_path / "offline")
+    run(algorithm, *online_flags[algorithm], "--online-timesteps", 0, "--runs-dir", tmp_path / "offline")
     (offline,) = (tmp_path / "offline").iterdir()
     assert {row["phase"] for row in rows_of(offline / "eval.csv")} == {"offline"}
     run(algorithm, "--resume", offline, "--online-timesteps", 300)
     for name in ("train.csv", "eval.csv"):
-        assert (offline / name).read_bytes() == (finished[algorithm] / name).read_bytes(), name
+        assert (offline / name).read_bytes() == (online_runs[algorithm] / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_stopped_online_goes_on_with_its_replay(flags, finished, tmp_path, sent):
-    command = [sys.executable, ROOT / "value_flows.py", *flags["value_flows"], "--runs-dir", tmp_path]
+def test_a_run_stopped_online_goes_on_with_its_replay(online_flags, online_runs, tmp_path, sent):
+    command = [sys.executable, ROOT / "value_flows.py", *online_flags["value_flows"], "--runs-dir", tmp_path]
     process = subprocess.Popen(
         [str(word) for word in command], env=os.environ | {"OMP_NUM_THREADS": THREADS},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -241,7 +217,7 @@ def test_a_run_stopped_online_goes_on_with_its_replay(flags, finished, tmp_path,
         time.sleep(0.01)
     process.send_signal(sent)
     process.communicate(timeout=60)
-    run_dir, done = files[0].parent, finished["value_flows"]
+    run_dir, done = files[0].parent, online_runs["value_flows"]
     stopped = checkpoint.load(run_dir)
     assert 130 < stopped["step"] < 430
     assert stopped["replay"]["rewards"].shape == (2, stopped["step"] - 130)
@@ -262,8 +238,16 @@ def test_a_run_stopped_online_goes_on_with_its_replay(flags, finished, tmp_path,
     assert not torch.equal(resumed["replay"]["observations"], checkpoint.load(done)["replay"]["observations"])
 
 
-def test_a_dead_environment_ends_the_run_with_its_updates_saved(flags, tmp_path):
-    command = [sys.executable, ROOT / "floq.py", *flags["floq"], "--online-timesteps", 100_000, "--runs-dir", tmp_path]
+def test_a_dead_environment_ends_the_run_with_its_updates_saved(online_flags, tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "floq.py",
+        *online_flags["floq"],
+        "--online-timesteps",
+        100_000,
+        "--runs-dir",
+        tmp_path,
+    ]
     process = subprocess.Popen(
         [str(word) for word in [*command, "--eval-interval", 10**6, "--save-interval", 10**6, "--eval-workers", 1]],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": THREADS},
@@ -299,10 +283,10 @@ def test_bad_arguments(algorithm, words, message):
     assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
 
 
-def test_resume_refuses_to_move_the_phases_border_or_to_go_back(finished):
-    failed = run("floq", "--resume", finished["floq"], "--total-timesteps", 200, check=False)
+def test_resume_refuses_to_move_the_phases_border_or_to_go_back(online_runs):
+    failed = run("floq", "--resume", online_runs["floq"], "--total-timesteps", 200, check=False)
     assert failed.returncode == 2 and "is in its online phase already" in failed.stderr
-    failed = run("floq", "--resume", finished["floq"], "--online-timesteps", 100, check=False)
+    failed = run("floq", "--resume", online_runs["floq"], "--online-timesteps", 100, check=False)
     assert failed.returncode == 2 and "is at step 430 already" in failed.stderr
 
 

@@ -1,0 +1,199 @@
+"""Figures in the spirit of the papers, drawn from a run's checkpoint.
+
+    python -m benchmarks.figures value_flows --run runs/RUN_DIR
+    python -m benchmarks.figures value_flows --run runs/RUN_DIR --output docs/value_flows_returns.png --seed 1
+
+Value Flows: above, the learned return distribution at four state-action pairs of the validation data, with Monte-Carlo
+returns of the data beside it (of the pair's nearest neighbours, since a state occurs once). Below, one validation
+trajectory that reaches the goal: learned returns against its Monte-Carlo return, and the confidence weights. The data's
+returns are those of the behaviour policy and the learned ones those of the improved policy, so the latter may lie higher.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+import numpy as np
+import torch
+import tyro
+
+import value_flows
+from common import checkpoint, collect, datasets, fail, runs
+
+NEIGHBOURS = 200  # data pairs whose Monte-Carlo returns stand beside a learned distribution
+TAIL = 0.05  # a return counts if what the trajectory's end cuts off is discounted by less than this
+
+
+@dataclass
+class FiguresArgs:
+    algorithm: tyro.conf.Positional[Literal["value_flows"]]
+    """whose figure"""
+    run: str
+    """run directory"""
+    output: Optional[str] = None
+    """PNG file (default: figures.png in the run directory)"""
+    seed: Optional[int] = None
+    """which of the run's seeds (default: its first)"""
+    dataset_dir: Optional[str] = None
+    """directory of the dataset files (default: the run's)"""
+    samples: int = 1_000
+    """noise samples of each learned distribution"""
+
+
+def monte_carlo_returns(data, gamma):
+    """Discounted returns along the data's trajectories.
+
+    Args:
+        data: transitions {observations, next_observations (N, D), rewards, masks (N,)} in order of time.
+        gamma: discount factor.
+
+    Returns:
+        returns (N,): G_t = r_t + gamma mask_t G_{t+1}, cut off at a trajectory's last transition.
+        known (N,) bool: True where a terminal transition follows, or what is cut off is discounted below TAIL.
+    """
+    rewards, masks = data["rewards"].double().numpy(), data["masks"].double().numpy()
+    ends = np.ones(len(rewards), bool)
+    ends[:-1] = (data["next_observations"][:-1] != data["observations"][1:]).any(dim=-1).numpy()
+    returns, cut_off = np.zeros_like(rewards), np.zeros_like(rewards)
+    value, discount = 0.0, 1.0
+    for i in reversed(range(len(rewards))):
+        if ends[i]:
+            value, discount = 0.0, 1.0
+        value = rewards[i] + gamma * masks[i] * value
+        discount *= gamma * masks[i]
+        returns[i], cut_off[i] = value, discount
+    return returns, cut_off < TAIL
+
+
+def nearest(data, index, candidates, num):
+    """The `num` of `candidates` (row numbers) whose observation and action are nearest to row `index`, standardised."""
+    pairs = torch.cat([data["observations"], data["actions"]], dim=-1)
+    pairs = pairs / pairs.std(dim=0).clamp(min=1e-3)
+    distances = (pairs[candidates] - pairs[index]).square().sum(dim=-1)
+    return candidates[distances.argsort()[:num].numpy()]
+
+
+@torch.no_grad()
+def learned_returns(agent, s, observations, actions, num_samples):
+    """Seed s's end points of the target return flow, and its confidence weights.
+
+    Args:
+        agent: a value_flows.Agent.
+        observations, actions: (N, D), (N, A).
+        num_samples: noise samples n for each row.
+
+    Returns:
+        returns (N, n), each the aggregate of the two fields' end points; weights (N,), means over the samples.
+    """
+    S = agent.critic_flow.weights[0].shape[0]
+    generator = torch.Generator().manual_seed(0)
+    returns, weights = [], []
+    for rows in torch.cat([observations, actions], dim=-1).split(max(1, 20_000 // num_samples)):
+        condition = rows.repeat_interleave(num_samples, dim=0).expand(S, -1, -1)
+        velocity = agent.target_critic_flow.field(value_flows.to_ensemble(condition))
+        z = torch.randn(1, condition.shape[1], 1, generator=generator).expand(S, -1, -1)
+        z = value_flows.to_ensemble(z)
+        z, J = agent.return_flow(velocity, z, torch.ones_like(z), num_derivatives=z.shape[2])
+        deviation = value_flows.aggregate(J.abs(), agent.args.q_agg)[s]
+        weight = torch.sigmoid(-agent.args.confidence_weight_temp / deviation) + 0.5
+        returns.append(value_flows.aggregate(z, agent.args.ret_agg)[s].view(len(rows), num_samples))
+        weights.append(weight.view(len(rows), num_samples).mean(dim=1))
+    return torch.cat(returns).numpy(), torch.cat(weights).numpy()
+
+
+def longest_way_to_success(data):
+    """Row numbers of the validation trajectory's part that ends with the first success after the longest way."""
+    ends = (data["next_observations"][:-1] != data["observations"][1:]).any(dim=-1).numpy()
+    start, best = 0, range(0)
+    for i, mask in enumerate(data["masks"].tolist()):
+        if mask == 0:
+            best = max(best, range(start, i + 1), key=len)
+        if mask == 0 or (i < len(ends) and ends[i]):
+            start = i + 1
+    return np.array(best) if len(best) else np.arange(min(1000, len(data["masks"])))
+
+
+def draw(agent, s, data, num_samples, title, output):
+    """Draws the figure of seed s from validation transitions; returns what it shows, as numbers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    returns, known = monte_carlo_returns(data, agent.args.gamma)
+    candidates = np.flatnonzero(known)
+    if len(candidates) < NEIGHBOURS:
+        fail(f"only {len(candidates)} validation transitions have a known return; {NEIGHBOURS} are needed")
+    by_return = candidates[returns[candidates].argsort()]
+    picked = [int(by_return[int(q * (len(by_return) - 1))]) for q in (0.2, 0.6, 0.9, 0.99)]
+    learned, _ = learned_returns(agent, s, data["observations"][picked], data["actions"][picked], num_samples)
+
+    figure = plt.figure(figsize=(11, 6.4), layout="constrained")
+    grid = figure.add_gridspec(2, 4)
+    summary = []
+    for column, (index, samples) in enumerate(zip(picked, learned)):
+        axes = figure.add_subplot(grid[0, column])
+        near = returns[nearest(data, index, candidates, NEIGHBOURS)]
+        low, high = min(samples.min(), near.min()), max(samples.max(), near.max())
+        bins = np.linspace(low, high + 1e-6, 40)
+        axes.hist(near, bins, density=True, color="tab:grey", alpha=0.6, label="data, nearest pairs")
+        axes.hist(samples, bins, density=True, color="tab:blue", alpha=0.6, label="learned")
+        axes.axvline(returns[index], color="black", linestyle="--", linewidth=1, label="this pair's own")
+        axes.set(title=f"validation row {index}", xlabel="return", yticks=[])
+        if column == 0:
+            axes.legend(fontsize="x-small")
+        summary.append((returns[index], near.mean(), samples.mean(), samples.std()))
+
+    way = longest_way_to_success(data)
+    learned, weights = learned_returns(
+        agent, s, data["observations"][way], data["actions"][way], max(1, num_samples // 10)
+    )
+    axes = figure.add_subplot(grid[1, :2])
+    axes.fill_between(range(len(way)), *np.quantile(learned, (0.05, 0.95), axis=1), alpha=0.3, label="learned, 5-95%")
+    axes.plot(learned.mean(axis=1), label="learned, mean")
+    axes.plot(returns[way], color="black", linewidth=1, linestyle="--", label="Monte-Carlo")
+    axes.set(xlabel="step of one trajectory, until its success", ylabel="return")
+    axes.legend(fontsize="x-small")
+    axes = figure.add_subplot(grid[1, 2:])
+    axes.plot(weights, color="tab:orange", label="confidence weight w")
+    axes.set(xlabel="step of the same trajectory", ylabel="w, in [0.5, 1)")
+    deviation = axes.twinx()
+    deviation.plot(learned.std(axis=1), color="tab:blue", linewidth=1)
+    deviation.set_ylabel("deviation of the learned returns", color="tab:blue")
+    axes.legend(fontsize="x-small", loc="upper left")
+    figure.suptitle(title)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+    return summary
+
+
+if __name__ == "__main__":
+    options = tyro.cli(FiguresArgs, description=__doc__)
+    payload = checkpoint.load(options.run)
+    if payload["algorithm"] != options.algorithm:
+        fail(f"--run {options.run} is a run of {payload['algorithm']}.py, not of {options.algorithm}.py")
+    args = value_flows.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in payload["args"].items()})
+    seeds = list(range(args.seed, args.seed + args.num_seeds))
+    seed = seeds[0] if options.seed is None else options.seed
+    if seed not in seeds:
+        fail(f"--seed {seed}: the run in {options.run} has the seeds {seeds}")
+    if options.samples < 10:
+        fail(f"--samples {options.samples}: at least 10")
+    path = datasets.find_dataset(
+        args.env_id, options.dataset_dir or args.dataset_dir, args.dataset_path, args.dataset_source,
+        args.generated_episodes,
+    )  # fmt: skip
+    dataset, identity = datasets.load_dataset(path, args.env_id, "cpu")
+    if identity["sha256"] != payload["dataset"]["sha256"]:
+        fail(f"{path} is not the dataset of the run in {options.run}, which is {payload['dataset']}")
+    validation, _ = datasets.load_dataset(collect.val_path(Path(path)), args.env_id, "cpu")
+    runs.setup_torch(value_flows.Args(cuda=False))
+    rewards = dataset["rewards"]
+    obs_dim, action_dim = dataset["observations"].shape[1], dataset["actions"].shape[1]
+    agent = value_flows.Agent(args, obs_dim, action_dim, seeds, rewards.min().item(), rewards.max().item())
+    agent.load_state_dict(payload["agent"])
+    output = Path(options.output or Path(options.run) / "figures.png")
+    title = f"Value Flows on {args.env_id}, seed {seed}, after {payload['step']:,} updates"
+    for own, near, mean, std in draw(agent, seeds.index(seed), validation, options.samples, title, output):
+        print(f"Monte-Carlo return {own:8.2f}, of the nearest pairs {near:8.2f}; learned {mean:8.2f} +- {std:.2f}")
+    print(f"saved {output}")

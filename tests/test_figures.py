@@ -1,0 +1,64 @@
+"""The figure script: Monte-Carlo returns by hand, neighbours, and a picture from a run's checkpoint."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+from benchmarks import figures
+from conftest import ROOT
+
+
+def chain(rewards, masks, starts):
+    """Transitions of trajectories that begin at the rows `starts`; a row's observation is its number."""
+    n = len(rewards)
+    observations = torch.arange(n, dtype=torch.float32).unsqueeze(-1)
+    following = observations + 1
+    following[[start - 1 for start in starts[1:]]] = -5.0
+    data = {"observations": observations, "next_observations": following, "actions": torch.zeros(n, 1)}
+    return data | {"rewards": torch.tensor(rewards), "masks": torch.tensor(masks)}
+
+
+def test_monte_carlo_returns_by_hand():
+    data = chain([-1.0, -1.0, 0.0, -1.0, -1.0, -1.0], [1.0, 1.0, 0.0, 1.0, 1.0, 1.0], starts=[0, 4])
+    returns, known = figures.monte_carlo_returns(data, 0.5)
+    np.testing.assert_allclose(returns, [-1.5, -1.0, 0.0, -1.0, -1.5, -1.0])  # row 3 ends the first trajectory
+    assert known.tolist() == [True, True, True, False, False, False]
+    data = chain([-1.0] * 10, [1.0] * 10, starts=[0])
+    returns, known = figures.monte_carlo_returns(data, 0.5)
+    np.testing.assert_allclose(returns, [-2 * (1 - 0.5 ** (10 - i)) for i in range(10)])
+    assert known.tolist() == [True] * 6 + [False] * 4  # 0.5^5 = 0.03 is below the tail, 0.5^4 above
+
+
+def test_longest_way_to_success_stays_within_a_trajectory():
+    data = chain([0.0] * 10, [1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0], starts=[0, 5])
+    assert figures.longest_way_to_success(data).tolist() == [5, 6, 7]
+
+
+def test_nearest_rows_include_the_row_itself():
+    data = chain([0.0] * 10, [1.0] * 10, starts=[0])
+    assert sorted(figures.nearest(data, 4, np.arange(10), 3).tolist()) == [3, 4, 5]
+    assert sorted(figures.nearest(data, 4, np.array([0, 1, 8]), 2).tolist()) == [0, 1]
+
+
+def draw(*words):
+    command = [sys.executable, "-m", "benchmarks.figures", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
+
+
+def test_figure_of_a_run(online_runs, tmp_path):
+    words = ("value_flows", "--run", online_runs["value_flows"], "--samples", 50)
+    done = draw(*words, "--output", tmp_path / "a.png", "--seed", 1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and done.stdout.count("learned") == 4
+    other = draw(*words, "--output", tmp_path / "b.png")
+    assert other.returncode == 0 and other.stdout != done.stdout  # another seed's agent
+
+    failed = draw(*words, "--seed", 7)
+    assert failed.returncode == 2 and "has the seeds [0, 1]" in failed.stderr
+    failed = draw("value_flows", "--run", online_runs["floq"])
+    assert failed.returncode == 2 and "is a run of floq.py" in failed.stderr
+    failed = draw("value_flows", "--run", tmp_path)
+    assert failed.returncode == 2 and "no usable checkpoint" in failed.stderr
