@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import checkpoint, datasets, envs, fail, graphs, rollout, runs
+from common import checkpoint, datasets, envs, fail, graphs, pixels, rollout, runs
 
 
 # --- Arguments ---
@@ -137,6 +137,11 @@ TUNED = {
     "puzzle-3x3-play": dict(bcfm_lambda=0.5, ret_agg="min"),
     "puzzle-4x4-play": dict(bcfm_lambda=3.0, confidence_weight_temp=100.0, q_agg="min"),
     "scene-play": dict(ret_agg="min"),
+    "visual-antmaze-medium-navigate": dict(total_timesteps=500_000, bcfm_lambda=0.3, confidence_weight_temp=0.03),
+    "visual-antmaze-teleport-navigate": dict(total_timesteps=500_000, bcfm_lambda=0.3, confidence_weight_temp=0.03),
+    "visual-cube-double-play": dict(total_timesteps=500_000, gamma=0.995),
+    "visual-scene-play": dict(total_timesteps=500_000, ret_agg="min"),
+    "visual-puzzle-3x3-play": dict(total_timesteps=500_000, bcfm_lambda=0.3, ret_agg="min"),
 }
 
 # What offline-to-online runs change further.
@@ -281,7 +286,7 @@ class Agent(nn.Module):
 
     Args:
         args: see Args.
-        obs_dim, action_dim: dimensions of observations and actions.
+        obs_dim, action_dim: dimensions of observations and actions; for pixels obs_dim is the shape (H, W, channels).
         seeds: the S seeds of the initial weights.
         min_reward, max_reward: the dataset's extreme rewards, which fix the range of returns.
     """
@@ -289,6 +294,8 @@ class Agent(nn.Module):
     def __init__(self, args, obs_dim, action_dim, seeds, min_reward, max_reward):
         super().__init__()
         self.args, self.action_dim = args, action_dim
+        self.is_pixels = not isinstance(obs_dim, int)
+        image_shape, obs_dim = (obs_dim, pixels.Encoder.features) if self.is_pixels else (None, obs_dim)
         horizon = 1 / (1 - args.gamma)
         self.z_min, self.z_max = min_reward * horizon, max_reward * horizon
 
@@ -301,8 +308,22 @@ class Agent(nn.Module):
         self.actor_onestep_flow = MLP((S,), policy_dims, args.actor_layer_norm)
         init_weights(self, seeds)
         self.target_critic_flow = MLP((S, NUM_FIELDS), critic_dims, args.value_layer_norm)
-        self.target_critic_flow.load_state_dict(self.critic_flow.state_dict())
-        self.target_critic_flow.requires_grad_(False)
+        names = ("critic_flow", "actor_flow", "actor_onestep_flow", "target_critic_flow") if self.is_pixels else ()
+        self.encoders = nn.ModuleDict({name: pixels.Encoder(S, image_shape) for name in names})
+        for encoder in self.encoders.values():
+            pixels.init_encoder(encoder, seeds)
+        for target, online in self.target_pairs():
+            target.load_state_dict(online.state_dict())
+            target.requires_grad_(False)
+
+    def target_pairs(self):
+        """[(EMA target, online network)]."""
+        encoders = [(self.encoders["target_critic_flow"], self.encoders["critic_flow"])] if self.is_pixels else []
+        return [(self.target_critic_flow, self.critic_flow), *encoders]
+
+    def encode(self, network, observations):
+        """What `network` sees of observations: states as they are, pixels through its own encoder (both fields share one)."""
+        return self.encoders[network](observations) if self.is_pixels else observations
 
     def make_optimizer(self):
         """One Adam over all networks (Adam is elementwise, so several would be the same)."""
@@ -337,7 +358,7 @@ class Agent(nn.Module):
             "bc_time": uniform(B, 1),
             "distill": normal(B, A),
             "actor_q": normal(B, 1),
-        }
+        } | ({"crop": pixels.draw_crops(generator, num_updates, B)} if self.is_pixels else {})
 
     def draw_act_noise(self, generator, num_steps):
         """The random numbers of `num_steps` actions of one seed: (num_steps, C, A + 1)."""
@@ -346,12 +367,13 @@ class Agent(nn.Module):
 
     def onestep_action(self, observations, noise):
         """mu(s, n), clipped: (S, N, D), (S, N, A) -> (S, N, A)."""
+        observations = self.encode("actor_onestep_flow", observations)
         return self.actor_onestep_flow(torch.cat([observations, noise], dim=-1)).clamp(-1, 1)
 
     def flow_actions(self, observations, noise):
         """End points of the cloning flow: (S, N, D), (S, N, C, A) -> (S, N, C, A) in [-1, 1]."""
         K, C = self.args.num_flow_steps, noise.shape[2]
-        velocity = self.actor_flow.field(observations, repeats=C)
+        velocity = self.actor_flow.field(self.encode("actor_flow", observations), repeats=C)
         x = noise.flatten(1, 2)  # (S, N*C, A)
         for k in range(K):
             x = x + velocity(x, k / K) / K
@@ -385,7 +407,9 @@ class Agent(nn.Module):
 
     def q_values(self, observations, actions, noise, detach=False):
         """Q(s, a) by one Euler step, agg_j C(z + v_j(z, 0, s, a)): (S, N, D), (S, N, C, A), (S, N, C, 1) -> (S, N, C)."""
-        velocity = self.critic_flow.field(to_ensemble(observations), repeats=actions.shape[2], detach=detach)
+        observations = self.encode("critic_flow", observations)
+        observations = to_ensemble(observations.detach() if detach else observations)  # (S, E, N, D)
+        velocity = self.critic_flow.field(observations, repeats=actions.shape[2], detach=detach)
         z = to_ensemble(noise.flatten(1, 2))  # (S, E, N*C, 1)
         v = velocity(torch.cat([to_ensemble(actions.flatten(1, 2)), z], dim=-1), 0.0)  # (S, E, N*C, 1)
         q = aggregate(self.clip_return(z + v), self.args.q_agg)  # (S, N*C, 1)
@@ -419,8 +443,9 @@ class Agent(nn.Module):
 
             # 2. Three flows of the target fields as one integration: Phi(e_w; s, a, 1) with its derivative,
             #    Phi(eps; s', a', 1) and Phi(eps; s', a', t).
-            next_condition = torch.cat([next_observations, next_actions], dim=-1)  # (S, B, D + A)
-            condition = torch.cat([observations, actions], dim=-1)  # (S, B, D + A)
+            next_states = self.encode("target_critic_flow", next_observations)  # (S, B, D)
+            next_condition = torch.cat([next_states, next_actions], dim=-1)  # (S, B, D + A)
+            condition = torch.cat([self.encode("target_critic_flow", observations), actions], dim=-1)  # (S, B, D + A)
             condition = torch.cat([condition, next_condition, next_condition], dim=1)  # (S, 3*B, D + A)
             z = torch.cat([noise["weight"], eps, eps], dim=1)  # (S, 3*B, 1)
             end_time = torch.cat([torch.ones_like(t), torch.ones_like(t), t], dim=1)  # (S, 3*B, 1)
@@ -441,7 +466,8 @@ class Agent(nn.Module):
         z_dcfm = rewards + args.gamma * masks * next_z  # (S, B, 1)
         z = torch.stack([z_bcfm, z_dcfm], dim=2).flatten(1, 2)  # (S, B*2, 1)
         labels = torch.stack([bcfm_return - eps, dcfm_label], dim=2)  # (S, B, 2, 1)
-        velocity = self.critic_flow.field(to_ensemble(torch.cat([observations, actions], dim=-1)), repeats=2)
+        condition = torch.cat([self.encode("critic_flow", observations), actions], dim=-1)  # (S, B, D + A)
+        velocity = self.critic_flow.field(to_ensemble(condition), repeats=2)
         v = velocity(to_ensemble(z), to_ensemble(t.repeat_interleave(2, dim=1)))  # (S, E, B*2, 1)
         errors = (v.unflatten(2, (-1, 2)) - labels.unsqueeze(1)).square().sum(dim=(1, 4))  # (S, B, 2)
         bcfm_loss, dcfm_loss = errors.unbind(dim=2)  # (S, B)
@@ -463,7 +489,7 @@ class Agent(nn.Module):
         # 1. Behaviour cloning by flow matching: u(s, x_t, t) -> a - x_0.
         x_0, t = noise["bc_action"], noise["bc_time"]  # (S, B, A), (S, B, 1)
         x_t = (1 - t) * x_0 + t * actions
-        velocity = self.actor_flow.field(observations)(x_t, t)  # (S, B, A)
+        velocity = self.actor_flow.field(self.encode("actor_flow", observations))(x_t, t)  # (S, B, A)
         bc_flow_loss = (velocity - (actions - x_0)).square().mean(dim=(1, 2))  # (S,)
 
         # 2. Distillation: mu(s, n) -> the cloning flow's action from the same n. No gradient to the flow: the teacher.
@@ -489,6 +515,9 @@ class Agent(nn.Module):
 
     def update(self, batch, noise):
         """One update of every seed; returns the losses at the weights before it, {name: (S,)}."""
+        if self.is_pixels:  # one shift for a row's observation and next observation
+            images = ("observations", "next_observations")
+            batch = batch | {name: pixels.crop(batch[name], noise["crop"]) for name in images}
         self.optimizer.zero_grad()
         critic_loss, critic_metrics = self.critic_loss(batch, noise)
         critic_loss.sum().backward()
@@ -497,8 +526,8 @@ class Agent(nn.Module):
 
         # The EMA comes before Adam's step, so that the targets lag by one update as in the released code.
         with torch.no_grad():
-            targets, online = list(self.target_critic_flow.parameters()), list(self.critic_flow.parameters())
-            torch._foreach_lerp_(targets, online, self.args.tau)
+            for target, online in self.target_pairs():
+                torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), self.args.tau)
         self.optimizer.step()
         metrics = (critic_metrics | actor_metrics).items()
         return {
@@ -534,8 +563,6 @@ if __name__ == "__main__":
     )
     if envs.is_pixels(args.env_id) and args.online_timesteps:
         fail(f"--online-timesteps with --env-id {args.env_id}: the online phase works on state observations")
-    if envs.is_pixels(args.env_id):
-        fail(f"--env-id {args.env_id}: value_flows.py works on state observations")
     device = runs.setup_torch(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
 
@@ -550,7 +577,8 @@ if __name__ == "__main__":
 
     # --- Agent ---
     rewards = dataset["rewards"]
-    obs_dim, action_dim = dataset["observations"].shape[1], dataset["actions"].shape[1]
+    is_pixels, action_dim = envs.is_pixels(args.env_id), dataset["actions"].shape[1]
+    obs_dim = (64, 64, 3 * pixels.NUM_FRAMES) if is_pixels else dataset["observations"].shape[1]
     agent = Agent(args, obs_dim, action_dim, seeds, rewards.min().item(), rewards.max().item()).to(device)
     agent.make_optimizer()
     replay = datasets.make_replay(dataset, args.num_seeds, args.online_timesteps)
@@ -590,7 +618,7 @@ if __name__ == "__main__":
             if workers is None:
                 workers = rollout.start_workers(
                     args.env_id, args.num_seeds, args.eval_episodes, args.eval_workers, args.success_timing,
-                    render=args.capture_video,
+                    frame_stack=pixels.NUM_FRAMES if is_pixels else 1, render=args.capture_video,
                 )  # fmt: skip
             phase, policy = ("offline", agent.act) if step <= args.total_timesteps else ("online", agent.act_online)
             rows = rollout.evaluate(

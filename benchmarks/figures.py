@@ -18,7 +18,7 @@ import torch
 import tyro
 
 import value_flows
-from common import checkpoint, collect, datasets, fail, runs
+from common import checkpoint, collect, datasets, envs, fail, runs
 
 NEIGHBOURS = 200  # data pairs whose Monte-Carlo returns stand beside a learned distribution
 TAIL = 0.05  # a return counts if what the trajectory's end cuts off is discounted by less than this
@@ -173,6 +173,8 @@ if __name__ == "__main__":
     if payload["algorithm"] != options.algorithm:
         fail(f"--run {options.run} is a run of {payload['algorithm']}.py, not of {options.algorithm}.py")
     args = value_flows.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in payload["args"].items()})
+    if envs.is_pixels(args.env_id):
+        fail(f"--run {options.run} is a run on pixels; the figure is drawn for states")
     seeds = list(range(args.seed, args.seed + args.num_seeds))
     seed = seeds[0] if options.seed is None else options.seed
     if seed not in seeds:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import envs, fail, warn
+from common import envs, fail, pixels, warn
 
 # Hosts that serve OGBench's files; CLEANFLOW_DATASET_MIRRORS (comma-separated base URLs) is tried first.
 MIRRORS = ("https://rail.eecs.berkeley.edu/datasets/ogbench",)
@@ -189,7 +189,7 @@ def load_dataset(path, env_id, device):
     Returns:
         dataset: {observations, next_observations (N, D), actions (N, A), rewards, masks (N,)} float32 (pixels uint8)
             tensors; actions clipped to +-(1 - 1e-5); masks = 1 - success; the last row of a trajectory is not a
-            transition.
+            transition. Pixels also have starts (N,): the row of the trajectory's first transition.
         identity: {source, file, size, sha256, transitions}; source is official, generated or custom.
 
     Raises:
@@ -199,8 +199,8 @@ def load_dataset(path, env_id, device):
     ogbench = envs.import_ogbench(render=envs.is_pixels(env_id))
     env = envs.make_env(env_id)
     check_file(path, env)
-    pixels = envs.is_pixels(env_id)
-    data = ogbench.load_dataset(path, ob_dtype=np.uint8 if pixels else np.float32, add_info=True)
+    ob_dtype = np.uint8 if envs.is_pixels(env_id) else np.float32
+    data = ogbench.load_dataset(path, ob_dtype=ob_dtype, add_info=True)
     np.random.seed(0)  # the relabelling resets the environment, which draws from the global generator
     try:
         ogbench.relabel_utils.relabel_dataset(envs.gym_id(env_id), env, data)
@@ -212,6 +212,8 @@ def load_dataset(path, env_id, device):
 
     keys = ("observations", "next_observations", "actions", "rewards", "masks")
     dataset = {key: torch.as_tensor(data[key]).to(device) for key in keys}
+    if envs.is_pixels(env_id):
+        dataset["starts"] = pixels.trajectory_starts(data["terminals"]).to(device)
     dataset["actions"] = dataset["actions"].clamp(-1 + 1e-5, 1 - 1e-5)
     name = envs.dataset_name(env_id)
     source = "official" if path.name == f"{name}.npz" else "generated" if "-generated-" in path.name else "custom"
@@ -301,6 +303,8 @@ def gather(dataset, replay, inputs):
         {key: (S, B, ...)}.
     """
     indices = inputs["indices"]
+    if "starts" in dataset:
+        return pixels.gather_frames(dataset, indices)
     if "count" not in inputs:
         return {key: value[indices] for key, value in dataset.items()}
     N, (S, M), count = len(dataset["rewards"]), replay["rewards"].shape, inputs["count"]

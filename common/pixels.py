@@ -1,0 +1,115 @@
+"""Pixel observations (`visual-*`): frame stacks of a dataset's batch, random crops, and the IMPALA encoder with a seed axis.
+
+Frames are 64x64x3 uint8; three of them, stacked on the channel axis, are an observation.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+NUM_FRAMES = 3  # frames of an observation
+PADDING = 3  # pixels of a random crop's shift
+
+
+def trajectory_starts(terminals):
+    """Row of each transition's trajectory start: terminals (N,), 1 in a trajectory's last transition -> (N,) int64."""
+    ends = torch.as_tensor(terminals).bool()
+    begins = torch.cat([torch.ones(1, dtype=torch.bool), ends[:-1]])
+    return torch.cummax(torch.where(begins, torch.arange(len(ends)), 0), dim=0).values
+
+
+def gather_frames(dataset, indices):
+    """A batch of frame-stacked transitions.
+
+    Args:
+        dataset: {observations, next_observations (N, 64, 64, 3) uint8, starts (N,), other keys (N, ...)}.
+        indices: (S, B).
+
+    Returns:
+        {key: (S, B, ...)} without starts; observations and next_observations (S, B, 64, 64, 3 * NUM_FRAMES), oldest frame
+        first, a trajectory's first frame repeated, as `envs.FrameStack` does.
+    """
+    others = ("observations", "next_observations", "starts")
+    batch = {key: value[indices] for key, value in dataset.items() if key not in others}
+    back = torch.arange(NUM_FRAMES - 1, -1, -1, device=indices.device)
+    rows = torch.maximum(indices.unsqueeze(-1) - back, dataset["starts"][indices].unsqueeze(-1))  # (S, B, F)
+    frames = dataset["observations"][rows]  # (S, B, F, 64, 64, 3)
+    next_frames = torch.cat([frames[:, :, 1:], dataset["next_observations"][indices].unsqueeze(2)], dim=2)
+    stack = lambda frames: frames.movedim(2, -2).flatten(-2)
+    return batch | {"observations": stack(frames), "next_observations": stack(next_frames)}
+
+
+def draw_crops(generator, num_updates, batch_size):
+    """Shifts of `num_updates` batches of one seed: (num_updates, B, 2) in 0..2 * PADDING; PADDING is no shift.
+
+    With probability 0.5 a batch is shifted at all.
+    """
+    device = generator.device
+    shape = (num_updates, batch_size, 2)
+    shifts = torch.randint(2 * PADDING + 1, shape, generator=generator, device=device)
+    augmented = torch.rand(num_updates, 1, 1, generator=generator, device=device) < 0.5
+    return torch.where(augmented, shifts, PADDING)
+
+
+def crop(images, shifts):
+    """Pads by edge replication and crops back at an offset: images (S, B, H, W, C), shifts (S, B, 2) -> the same shape."""
+    S, B, H, W, _ = images.shape
+    device = images.device
+    rows = (torch.arange(H, device=device) + shifts[..., :1] - PADDING).clamp(0, H - 1)  # (S, B, H)
+    columns = (torch.arange(W, device=device) + shifts[..., 1:] - PADDING).clamp(0, W - 1)  # (S, B, W)
+    seeds, batch = torch.arange(S, device=device).view(S, 1, 1, 1), torch.arange(B, device=device).view(1, B, 1, 1)
+    return images[seeds, batch, rows.unsqueeze(-1), columns.unsqueeze(-2)]
+
+
+class Encoder(nn.Module):
+    """IMPALA's small encoder, one a seed: three stages (conv 3x3, max-pool 3x3 of stride 2, residual block of two
+    convolutions) of widths 16, 32, 32, then ReLU, Linear, GELU.
+
+    Args:
+        num_seeds: S independent encoders.
+        shape: (H, W, C) of an observation, H and W divisible by 8.
+    """
+
+    features = 512
+
+    def __init__(self, num_seeds, shape):
+        super().__init__()
+        H, W, channels = shape
+        pairs = []
+        for width in (16, 32, 32):
+            pairs += [(channels, width), (width, width), (width, width)]
+            channels = width
+        self.kernels = nn.ParameterList(torch.empty(num_seeds, o, i, 3, 3) for i, o in pairs)
+        self.kernel_biases = nn.ParameterList(torch.zeros(num_seeds, o) for _, o in pairs)
+        self.weight = nn.Parameter(torch.empty(num_seeds, H // 8 * (W // 8) * channels, self.features))
+        self.bias = nn.Parameter(torch.zeros(num_seeds, 1, self.features))
+
+    def forward(self, images):
+        """(S, N, H, W, C) uint8 -> (S, N, 512)."""
+        S, N = images.shape[:2]
+        x = images.permute(1, 0, 4, 2, 3).flatten(1, 2) / 255.0  # (N, S*C, H, W)
+
+        def convolution(x, i):
+            return F.conv2d(x, self.kernels[i].flatten(0, 1), self.kernel_biases[i].flatten(), padding=1, groups=S)
+
+        for first in (0, 3, 6):
+            x = convolution(x, first)
+            x = F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-torch.inf), 3, 2)  # "same" padding of an even size
+            x = x + convolution(F.relu(convolution(F.relu(x), first + 1)), first + 2)
+        x = F.relu(x).unflatten(1, (S, -1)).transpose(0, 1).flatten(2)  # (S, N, H/8 * W/8 * 32)
+        return F.gelu(torch.baddbmm(self.bias, x, self.weight), approximate="tanh")
+
+
+def init_encoder(encoder, seeds):
+    """Glorot-uniform weights, drawn on the CPU by each seed's own generator; zero biases."""
+    for s, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in [*encoder.kernels, encoder.weight]:
+            if parameter.ndim == 5:  # a kernel (S, out, in, 3, 3)
+                fans = 9 * (parameter.shape[1] + parameter.shape[2])
+            else:
+                fans = parameter.shape[1] + parameter.shape[2]
+            draw = torch.rand(parameter.shape[1:], generator=generator)
+            parameter.data[s] = (2 * draw - 1) * math.sqrt(6 / fans)
