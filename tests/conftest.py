@@ -15,12 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 THREADS = os.environ.get("OMP_NUM_THREADS", "2")
 
 import floq  # noqa: E402
+import q_flow  # noqa: E402
 import value_flows  # noqa: E402
 
-ALGORITHMS = {"floq": floq, "value_flows": value_flows}
+ALGORITHMS = {"floq": floq, "value_flows": value_flows, "q_flow": q_flow}
 SMALL_FLAGS = {
     "floq": "--noise-samples 2 --critic-flow-steps 2 --actor-flow-steps 2 --block-width 16",
     "value_flows": "--num-samples 3 --num-flow-steps 2",
+    "q_flow": "--flow-steps 2 --time-embed-dim 8",
 }
 for name in SMALL_FLAGS:
     SMALL_FLAGS[name] += (
@@ -31,6 +33,7 @@ for name in SMALL_FLAGS:
 SMALL_ARGS = {
     "floq": dict(noise_samples=3, critic_flow_steps=4, actor_flow_steps=5, block_width=16, block_depth=2),
     "value_flows": dict(num_samples=4, num_flow_steps=5),
+    "q_flow": dict(flow_steps=5, time_embed_dim=8),
 }
 
 

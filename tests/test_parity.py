@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import floq
+import q_flow
 import value_flows
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
-METHODS = ("floq", "value_flows")
+METHODS = ("floq", "value_flows", "q_flow")
 CASES = [path for method in METHODS for path in sorted(PARITY_DIR.glob(f"{method}*.npz"))]
 
 
@@ -59,6 +60,21 @@ def make_value_flows(meta, seeds):
     return agent
 
 
+def make_q_flow(meta, seeds):
+    """The Q-Flow agent of a recorded case."""
+    hidden = tuple(meta["hidden"])
+    same_name = (
+        "tau", "q_agg", "alpha", "flow_steps", "use_time_embed", "time_embed_dim", "layer_norm", "actor_layer_norm",
+    )  # fmt: skip
+    settings = {name: meta[name] for name in same_name if name in meta}
+    settings |= dict(batch_size=meta["B"], gamma=meta["discount"], learning_rate=meta["lr"])
+    settings |= dict(value_hidden_dims=hidden, actor_hidden_dims=hidden)
+    args = replace(q_flow.Args(), **settings)
+    agent = q_flow.Agent(args, meta["obs_dim"], meta["action_dim"], seeds, -1.0, 0.0)
+    agent.make_optimizer()
+    return agent
+
+
 def parameter_of(agent, key):
     """The parameter, or the ensemble member's part, that `params_*/<network>/.../<layer>/<kind>` names: (S, ...)."""
     _, network, *_, layer, kind = key.split("/")
@@ -87,8 +103,8 @@ def test_parity(path, num_seeds):
     with np.load(path) as file:
         data = {key: in_our_order(key, file[key]) for key in file.files}
     meta = json.loads(str(data["meta"]))
-    make_agent = make_floq if meta["method"] == "floq" else make_value_flows
-    agent = make_agent(meta, list(range(num_seeds)))
+    make_agent = {"floq": make_floq, "value_flows": make_value_flows, "q_flow": make_q_flow}
+    agent = make_agent[meta["method"]](meta, list(range(num_seeds)))
     stack = lambda array: torch.as_tensor(array).unsqueeze(0).repeat(num_seeds, *[1] * array.ndim)
     before = [key for key in data if key.startswith("params_before/")]
     for key in before:

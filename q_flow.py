@@ -1,0 +1,566 @@
+"""Q-Flow: policy improvement by intermediate values of a flow policy (arXiv 2605.13435), on OGBench.
+
+The idea: a flow policy turns noise into an action in K Euler steps. A value function V(s,x,tau) of the latents x on the
+way says what the action at the end will be worth; it learns that by rolling latents out with the policy. Its gradient in
+x then bends the flow: the velocity is regressed on the behaviour's velocity plus grad V / alpha. Nothing is
+differentiated through the solver, there is no cloning network and no distillation; the policy that acts is the flow.
+
+    python q_flow.py --quick                                            # minutes on two CPU cores, data included
+    python q_flow.py --env-id cube-single-play-singletask-v0            # the published configuration
+    python q_flow.py --env-id antmaze-giant-navigate-singletask-v0 --num-seeds 8 --online-timesteps 1000000  # then online
+
+Notation in the shapes: S seeds, E ensemble members, B batch, N rows, A action dimension, H width.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import checkpoint, datasets, envs, fail, graphs, rollout, runs
+
+
+# --- Arguments ---
+
+
+@dataclass
+class Args:
+    # General
+    exp_name: str = "q_flow"
+    """name of the experiment, part of the run directory's name"""
+    seed: int = 0
+    """first seed"""
+    num_seeds: int = 1
+    """independent agents trained side by side, with seeds seed, seed + 1, ..."""
+    torch_deterministic: bool = True
+    """use deterministic algorithms only, so that the same command gives the same numbers"""
+    cuda: bool = True
+    """train on the GPU; without one, on the CPU with a warning"""
+    track: bool = False
+    """also log to Weights & Biases, one run a seed"""
+    wandb_project_name: str = "cleanflow"
+    """Weights & Biases project"""
+    wandb_entity: Optional[str] = None
+    """Weights & Biases team or user (default: yours)"""
+    capture_video: bool = False
+    """save a video of each seed's first evaluation episode (needs OpenGL)"""
+    runs_dir: str = "runs"
+    """directory that run directories are made in"""
+    resume: Optional[str] = None
+    """run directory to continue; its arguments apply"""
+    quick: bool = False
+    """the whole pipeline small (see QUICK): generated data, small networks, minutes on two CPU cores"""
+
+    # Data and evaluation
+    env_id: str = "cube-single-play-singletask-v0"
+    """OGBench single-task environment with its dataset type"""
+    dataset_dir: str = "~/.ogbench/data"
+    """directory of the dataset files"""
+    dataset_path: Optional[str] = None
+    """this dataset file instead of one in dataset_dir"""
+    dataset_source: Literal["official", "generated"] = "official"
+    """official: OGBench's file, downloaded if missing; generated: made here with OGBench's scripted collectors"""
+    generated_episodes: Optional[int] = None
+    """episodes of a generated dataset (default: as many as the official one has)"""
+    success_timing: Literal["post", "pre"] = "post"
+    """judge success after the action (published scores) or before it (ogbench >= 1.2.0's default)"""
+    total_timesteps: int = 1_000_000
+    """gradient updates of the offline phase"""
+    online_timesteps: int = 0
+    """environment steps of the online phase, with an update each (0: none)"""
+    eval_interval: int = 100_000
+    """updates between evaluations; there is one after the first and after the last update of each phase too"""
+    eval_episodes: int = 50
+    """episodes an evaluation, for each seed"""
+    eval_workers: int = 0
+    """processes that step environments (0: one a core, at most 16)"""
+    log_interval: int = 5_000
+    """updates between rows of train.csv"""
+    save_interval: int = 50_000
+    """updates between checkpoints"""
+
+    # Algorithm
+    batch_size: int = 256
+    """transitions a batch B, for each seed"""
+    learning_rate: float = 3e-4
+    """Adam's learning rate"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """EMA rate of the target critic"""
+    alpha: float = 5.0
+    """lambda: strength of behaviour cloning; the guidance is the value's gradient over it (1e6: pure cloning)"""
+    flow_steps: int = 10
+    """Euler steps K of the flow policy"""
+    q_agg: Literal["mean", "min"] = "mean"
+    """aggregation of values over the ensemble (the guidance is always of the mean)"""
+    num_ensembles: int = 2
+    """critics, and intermediate values"""
+    use_time_embed: bool = True
+    """give the intermediate value sines and cosines of the flow time instead of the raw number"""
+    time_embed_dim: int = 64
+    """their number, even"""
+    layer_norm: bool = True
+    """layer normalisation in the critic and the intermediate value"""
+    value_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
+    """hidden widths of the critic and the intermediate value"""
+    actor_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
+    """hidden widths of the flow policy"""
+    actor_layer_norm: bool = False
+    """layer normalisation in the flow policy"""
+
+    # Speed
+    compile: bool = False
+    """compile the losses with torch.compile (slow start, faster updates)"""
+    cudagraphs: bool = True
+    """replay the whole update as one CUDA graph (on a GPU)"""
+
+
+# The paper's settings where they differ from the defaults.
+TUNED = {
+    "antmaze-large-navigate": dict(alpha=0.2),
+    "antmaze-giant-navigate": dict(alpha=0.2, gamma=0.995, q_agg="min"),
+    "antsoccer-arena-navigate": dict(alpha=0.5, gamma=0.995),
+    "humanoidmaze-medium-navigate": dict(alpha=1.0, gamma=0.995),
+    "humanoidmaze-large-navigate": dict(alpha=1.0, gamma=0.995),
+    "cube-single-play": dict(alpha=5.0),
+    "cube-double-play": dict(alpha=2.0, time_embed_dim=16),
+    "scene-play": dict(alpha=5.0),
+    "puzzle-3x3-play": dict(alpha=20.0, q_agg="min"),
+    "puzzle-4x4-play": dict(alpha=20.0, q_agg="min"),
+}
+
+# What offline-to-online runs change further: nothing.
+TUNED_ONLINE = {
+    "antmaze-giant-navigate": {},
+    "humanoidmaze-medium-navigate": {},
+    "antsoccer-arena-navigate": {},
+    "cube-double-play": {},
+    "puzzle-4x4-play": {},
+}
+
+# What --quick changes.
+QUICK = dict(
+    exp_name="q_flow-quick",
+    cuda=False,
+    env_id="cube-single-noisy-singletask-v0",
+    dataset_source="generated",
+    generated_episodes=120,
+    total_timesteps=16_000,
+    eval_interval=4_000,
+    log_interval=500,
+    save_interval=2_000,
+    tau=0.01,
+    flow_steps=5,
+    value_hidden_dims=(256, 256, 256),
+    actor_hidden_dims=(256, 256, 256),
+)
+
+
+# --- Networks ---
+
+
+class MLP(nn.Module):
+    """A stack of independent networks: Linear -> GELU (tanh) -> LayerNorm for each hidden layer, then Linear.
+
+    Args:
+        stack: leading axes of every weight, (S,) for policies and (S, E) for ensembles of critics.
+        dims: (inputs, hidden widths..., outputs).
+        layer_norm: whether hidden layers end with LayerNorm (eps 1e-6).
+    """
+
+    def __init__(self, stack, dims, layer_norm):
+        super().__init__()
+        self.layer_norm = layer_norm
+        pairs = list(zip(dims[:-1], dims[1:]))
+        self.weights = nn.ParameterList(torch.empty(*stack, i, o) for i, o in pairs)
+        self.biases = nn.ParameterList(torch.zeros(*stack, 1, o) for _, o in pairs)
+        norms = dims[1:-1] if layer_norm else []
+        self.scales = nn.ParameterList(torch.ones(*stack, 1, h) for h in norms)
+        self.shifts = nn.ParameterList(torch.zeros(*stack, 1, h) for h in norms)
+
+    def layers(self, detach=False):
+        """[(weight, bias)] of every layer; a LayerNorm's scale and shift are folded into the layer after it:
+        (norm(h) * scale + shift) W + b = norm(h) (scale W) + (shift W + b). `detach` stops gradients to the weights.
+        """
+        layers = list(zip(self.weights, self.biases))
+        for i, (scale, shift) in enumerate(zip(self.scales, self.shifts), start=1):
+            weight, bias = layers[i]
+            layers[i] = (scale.mT * weight, linear(shift, weight, bias))
+        return [(weight.detach(), bias.detach()) for weight, bias in layers] if detach else layers
+
+    def hidden(self, x):
+        """What follows a hidden layer's linear part: GELU, then LayerNorm without its scale and shift."""
+        x = F.gelu(x, approximate="tanh")
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.layer_norm else x
+
+    def forward(self, x, detach=False):
+        """(*stack, N, inputs) -> (*stack, N, outputs)."""
+        *layers, last = self.layers(detach)
+        for weight, bias in layers:
+            x = self.hidden(linear(x, weight, bias))
+        return linear(x, *last)
+
+    def field(self, condition):
+        """The network of a flow, as a function of its state x and time t with the other inputs, the first ones, fixed;
+        what depends on these alone is computed once, here.
+
+        Args:
+            condition: (*stack, N, D).
+
+        Returns:
+            velocity(x, t): (*stack, N, X), (*stack, N, 1) -> (*stack, N, outputs).
+        """
+        (weight, bias), *layers = self.layers()
+        weight_condition, weight_xt = weight.split(
+            [condition.shape[-1], weight.shape[-2] - condition.shape[-1]], dim=-2
+        )
+        base = linear(condition, weight_condition, bias)  # (*stack, N, H)
+
+        def velocity(x, t):
+            h = linear(torch.cat([x, t], dim=-1), weight_xt, base)
+            for weight, bias in layers:
+                h = linear(self.hidden(h), weight, bias)
+            return h
+
+        return velocity
+
+
+def linear(x, weight, bias):
+    """x W + b for every index of the leading axes: (..., N, I), (..., I, O), (..., 1 or N, O) -> (..., N, O)."""
+    out = torch.baddbmm(bias.flatten(0, -3), x.flatten(0, -3), weight.flatten(0, -3))
+    return out.unflatten(0, x.shape[:-2])
+
+
+def to_ensemble(x, num_ensembles):
+    """(S, N, D) -> (S, E, N, D): every member of an ensemble sees the same rows."""
+    return x.unsqueeze(1).expand(-1, num_ensembles, -1, -1)
+
+
+def init_weights(module, seeds):
+    """Glorot-uniform weights, drawn on the CPU by each seed's own generator: the same alone, stacked and on a GPU."""
+    for s, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in module.named_parameters():
+            if ".weights." in name:
+                bound = math.sqrt(6 / (parameter.shape[-2] + parameter.shape[-1]))
+                draw = torch.rand(parameter.shape[1:], generator=generator)
+                parameter.data[s] = (2 * draw - 1) * bound
+
+
+def embed_time(t, dim):
+    """[sin(f_i t), cos(f_i t)], f_i = 256^(i / (dim / 2 - 1)) for i = 0..dim / 2 - 1: (..., 1) -> (..., dim)."""
+    frequencies = torch.linspace(0, math.log(256), dim // 2, device=t.device).exp()
+    return torch.cat([torch.sin(t * frequencies), torch.cos(t * frequencies)], dim=-1)
+
+
+# --- Agent ---
+
+
+class Agent(nn.Module):
+    """S independent Q-Flow agents.
+
+    Args:
+        args: see Args.
+        obs_dim, action_dim: dimensions of observations and actions.
+        seeds: the S seeds of the initial weights.
+        min_reward, max_reward: the dataset's extreme rewards (not used: values are not bounded).
+    """
+
+    def __init__(self, args, obs_dim, action_dim, seeds, min_reward, max_reward):
+        super().__init__()
+        self.args, self.action_dim = args, action_dim
+        time_dim = args.time_embed_dim if args.use_time_embed else 1
+
+        S, E = len(seeds), args.num_ensembles
+        policy_dims = (obs_dim + action_dim + 1, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
+        critic_dims = (obs_dim + action_dim, *args.value_hidden_dims, 1)  # inputs [s, a]
+        value_dims = (obs_dim + action_dim + time_dim, *args.value_hidden_dims, 1)  # inputs [s, x, emb(t)]
+        self.critic = MLP((S, E), critic_dims, args.layer_norm)
+        self.inner_value = MLP((S, E), value_dims, args.layer_norm)
+        self.actor_flow = MLP((S,), policy_dims, args.actor_layer_norm)
+        init_weights(self, seeds)
+        self.target_critic = MLP((S, E), critic_dims, args.layer_norm)
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.target_critic.requires_grad_(False)
+
+    def make_optimizer(self):
+        """One Adam over all networks (Adam is elementwise, so several would be the same)."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        on_gpu = parameters[0].is_cuda
+        self.optimizer = torch.optim.Adam(
+            parameters, lr=self.args.learning_rate, eps=1e-8, fused=True, capturable=on_gpu
+        )
+        for p in parameters:  # Adam makes its state in the first step, which a CUDA graph would repeat
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+
+    def state_tensors(self):
+        """Every tensor that an update changes."""
+        adam = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        return [*self.parameters(), *adam]
+
+    def draw_noise(self, generator, num_updates):
+        """Every random number of `num_updates` updates of one seed: {name: (num_updates, B, dim)}."""
+        B, A = self.args.batch_size, self.action_dim
+        device = generator.device
+        normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
+        uniform = lambda *shape: torch.rand(num_updates, *shape, generator=generator, device=device)
+        return {
+            "next_action": normal(B, A),
+            "value_action": normal(B, A),
+            "value_time": uniform(B, 1),
+            "policy_action": normal(B, A),
+            "policy_time": uniform(B, 1),
+        }
+
+    def draw_act_noise(self, generator, num_steps):
+        """The random numbers of `num_steps` actions of one seed: (num_steps, A)."""
+        return torch.randn(num_steps, self.action_dim, generator=generator, device=generator.device)
+
+    def roll_out(self, observations, x, t):
+        """Carries latents from their flow time t to the action at 1: K Euler steps of min(1 / K, what is left).
+
+        Args:
+            observations, x, t: (S, N, D), (S, N, A), (S, N, 1) in [0, 1].
+
+        Returns:
+            (S, N, A) in [-1, 1]; clipped at the end only.
+        """
+        velocity = self.actor_flow.field(observations)
+        for _ in range(self.args.flow_steps):
+            step = (1 - t).clamp(0, 1 / self.args.flow_steps)
+            x = x + step * velocity(x, t)
+            t = t + step
+        return x.clamp(-1, 1)
+
+    def q_values(self, critic, observations, actions):
+        """Q_e(s, a) of a critic: (S, N, D), (S, N, A) -> (S, E, N)."""
+        inputs = to_ensemble(torch.cat([observations, actions], dim=-1), self.args.num_ensembles)
+        return critic(inputs).squeeze(-1)
+
+    def inner_values(self, observations, x, t, detach=False):
+        """V_e(s, x, tau): (S, N, D), (S, N, A), (S, N, 1) -> (S, E, N)."""
+        t = embed_time(t, self.args.time_embed_dim) if self.args.use_time_embed else t
+        inputs = to_ensemble(torch.cat([observations, x, t], dim=-1), self.args.num_ensembles)
+        return self.inner_value(inputs, detach).squeeze(-1)
+
+    def critic_loss(self, batch, noise):
+        """L_Q + L_V of every seed (S,), and parts for the log.
+
+        Args:
+            batch: observations, next_observations (S, B, D), actions (S, B, A), rewards, masks (S, B).
+            noise: see draw_noise, without the first axis and with a seed axis: (S, B, dim).
+        """
+        args, B = self.args, self.args.batch_size
+        observations, actions, next_observations = batch["observations"], batch["actions"], batch["next_observations"]
+        t = noise["value_time"]  # (S, B, 1)
+        x = (1 - t) * noise["value_action"] + t * actions  # (S, B, A)
+
+        # No gradient: targets are the regressions' fixed labels, and the policy is not trained through its solver.
+        with torch.no_grad():
+            # 1. One roll-out of the policy for both targets: from noise at s', and from the latents x at s.
+            both_observations = torch.cat([next_observations, observations], dim=1)  # (S, 2*B, D)
+            both_x = torch.cat([noise["next_action"], x], dim=1)  # (S, 2*B, A)
+            both_t = torch.cat([torch.zeros_like(t), t], dim=1)  # (S, 2*B, 1)
+            end_points = self.roll_out(both_observations, both_x, both_t)  # (S, 2*B, A)
+            q = aggregate(self.q_values(self.target_critic, both_observations, end_points), args.q_agg)  # (S, 2*B)
+
+            # 2. TD target y = r + gamma mask Q(s', a'), and the intermediate value's label Q(s, end point).
+            next_q, inner_target = q.split(B, dim=1)  # (S, B)
+            target = batch["rewards"] + args.gamma * batch["masks"] * next_q  # (S, B)
+
+        # 3. Regressions. The intermediate values are aggregated before the square, the critics are not.
+        q = self.q_values(self.critic, observations, actions)  # (S, E, B)
+        outer_loss = (q - target.unsqueeze(1)).square().mean(dim=(1, 2))  # (S,)
+        value = aggregate(self.inner_values(observations, x, t), args.q_agg)  # (S, B)
+        distillation_loss = (value - inner_target).square().mean(dim=1)  # (S,)
+
+        critic_loss = outer_loss + distillation_loss
+        return critic_loss, {
+            "critic/outer_loss": outer_loss,
+            "critic/distillation_loss": distillation_loss,
+            "critic/q_outer_mean": q.mean(dim=(1, 2)),
+            "critic/q_inner_mean": value.mean(dim=1),
+            "critic/target_mean": target.mean(dim=1),
+        }
+
+    def guidance(self, observations, x, t):
+        """g = grad_x mean_e V_e(s, x, tau): (S, N, D), (S, N, A), (S, N, 1) -> (S, N, A), a constant."""
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            value = self.inner_values(observations, x, t, detach=True).mean(dim=1)  # (S, N)
+            return torch.autograd.grad(value.sum(), x)[0]
+
+    def actor_loss(self, batch, noise):
+        """L_pi of every seed (S,), and parts for the log; arguments as for critic_loss."""
+        args, observations, actions = self.args, batch["observations"], batch["actions"]
+
+        # Flow matching towards the data's velocity plus guidance: u(s, x_t, t) -> sg[(a - x_0) + g / lambda].
+        x_0, t = noise["policy_action"], noise["policy_time"]  # (S, B, A), (S, B, 1)
+        x_t = (1 - t) * x_0 + t * actions
+        guidance = self.guidance(observations, x_t, t)  # (S, B, A)
+        velocity = self.actor_flow.field(observations)(x_t, t)  # (S, B, A)
+        label = actions - x_0 + guidance / (args.alpha + 1e-8)
+        actor_loss = (velocity - label).square().mean(dim=(1, 2))  # (S,)
+        return actor_loss, {
+            "actor/total_loss": actor_loss,
+            "actor/guidance_norm": guidance.norm(dim=-1).mean(dim=1),
+        }
+
+    def update(self, batch, noise):
+        """One update of every seed; returns the losses at the weights before it, {name: (S,)}."""
+        self.optimizer.zero_grad()
+        critic_loss, critic_metrics = self.critic_loss(batch, noise)
+        critic_loss.sum().backward()
+        actor_loss, actor_metrics = self.actor_loss(batch, noise)
+        actor_loss.sum().backward()
+
+        # The EMA comes before Adam's step, so that the targets lag by one update as in the released code.
+        with torch.no_grad():
+            targets, online = list(self.target_critic.parameters()), list(self.critic.parameters())
+            torch._foreach_lerp_(targets, online, self.args.tau)
+        self.optimizer.step()
+        return {name: value.detach() for name, value in (critic_metrics | actor_metrics).items()}
+
+    @torch.no_grad()
+    def act(self, observations, noise):
+        """The flow policy's action: (S, N, D), (S, N, A) -> (S, N, A)."""
+        return self.roll_out(observations, noise, torch.zeros_like(noise[..., :1]))
+
+
+def aggregate(x, how):
+    """Mean or minimum over the ensemble: (S, E, N) -> (S, N)."""
+    return x.mean(dim=1) if how == "mean" else x.amin(dim=1)
+
+
+if __name__ == "__main__":
+    args, resumed = runs.parse_args(Args, TUNED, TUNED_ONLINE, QUICK)
+    if args.time_embed_dim % 2:
+        fail(f"--time-embed-dim {args.time_embed_dim} must be even: half of it are sines, half cosines")
+    if envs.is_pixels(args.env_id) and args.online_timesteps:
+        fail(f"--online-timesteps with --env-id {args.env_id}: the online phase works on state observations")
+    if envs.is_pixels(args.env_id):
+        fail(f"--env-id {args.env_id}: q_flow.py works on state observations, as its paper does")
+    device = runs.setup_torch(args)
+    seeds = list(range(args.seed, args.seed + args.num_seeds))
+
+    # --- Data ---
+    path = datasets.find_dataset(
+        args.env_id, args.dataset_dir, args.dataset_path, args.dataset_source, args.generated_episodes
+    )
+    dataset, identity = datasets.load_dataset(path, args.env_id, device)
+    run_dir = runs.start_run(args, resumed, device, identity)
+    print(runs.describe(args, run_dir, identity, device), flush=True)
+    wandb_runs = runs.start_wandb(args, run_dir)
+
+    # --- Agent ---
+    rewards = dataset["rewards"]
+    obs_dim, action_dim = dataset["observations"].shape[1], dataset["actions"].shape[1]
+    agent = Agent(args, obs_dim, action_dim, seeds, rewards.min().item(), rewards.max().item()).to(device)
+    agent.make_optimizer()
+    replay = datasets.make_replay(dataset, args.num_seeds, args.online_timesteps)
+    if resumed is not None:
+        agent.load_state_dict(resumed["agent"])
+        agent.optimizer.load_state_dict(resumed["optimizer"])
+        datasets.restore_replay(replay, resumed["replay"])
+    if args.compile:
+        agent.critic_loss, agent.actor_loss = torch.compile(agent.critic_loss), torch.compile(agent.actor_loss)
+
+    def update(inputs):
+        """One update on the batch and noise of `inputs`, a row of runs.draw_chunk."""
+        return agent.update(datasets.gather(dataset, replay, inputs), inputs)
+
+    # --- Training: offline, then online ---
+    stop = runs.StopRequest()
+    step, evaluated = (resumed["step"], resumed["evaluated"]) if resumed is not None else (0, 0)
+    last_step = args.total_timesteps + args.online_timesteps
+    chunk_key, workers, explorers = None, None, None
+    clock = runs.Clock()
+    bar = runs.progress_bar(last_step, step, "training")
+
+    def save():
+        """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
+        state = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
+        state["replay"] = {key: rows[:, : max(0, step - args.total_timesteps)].clone() for key, rows in replay.items()}
+        progress = {"step": step, "evaluated": evaluated, "csv_sizes": runs.csv_sizes(run_dir)}
+        checkpoint.save(run_dir, {"algorithm": "q_flow", "args": asdict(args), "dataset": identity} | progress | state)
+
+    while True:
+        # Evaluate after the first update, every eval_interval, and after the last of each phase.
+        due = step in (1, args.total_timesteps, last_step) or step % args.eval_interval == 0
+        if step > evaluated and due:
+            save()  # an evaluation that fails loses no update
+            if workers is None:
+                workers = rollout.start_workers(
+                    args.env_id, args.num_seeds, args.eval_episodes, args.eval_workers, args.success_timing,
+                    render=args.capture_video,
+                )  # fmt: skip
+            phase, policy = ("offline", agent.act) if step <= args.total_timesteps else ("online", agent.act)
+            rows = rollout.evaluate(
+                workers, policy, agent.draw_act_noise, seeds, args.eval_episodes, step, device, stop,
+                run_dir / "videos" if args.capture_video else None,
+            )  # fmt: skip
+            clock.add("evaluating")
+            if rows is not None:  # None: a signal came, and the evaluation is done again after --resume
+                evaluated = step
+                runs.log_evaluation(run_dir, rows, phase, wandb_runs, bar)
+
+        # Save.
+        if step and (stop or step % args.save_interval == 0 or step == last_step):
+            save()
+        if stop:
+            stop.leave(run_dir, step)
+        if step == last_step:
+            break
+
+        # The online phase begins, or goes on after --resume: with a new episode.
+        online = step >= args.total_timesteps
+        if online and explorers is None:
+            explorers = rollout.start_explorers(
+                args.env_id, seeds, step, args.eval_workers, args.success_timing
+            )  # fmt: skip
+            clock.warming_up = True  # another update to capture
+
+        # Update until something is due.
+        intervals = (runs.CHUNK, args.eval_interval, args.log_interval, args.save_interval)
+        block_end = min((step // interval + 1) * interval for interval in intervals)
+        block_end = min(block_end, last_step if online else args.total_timesteps)
+        block_end = block_end if step else 1  # the first update is a block of its own
+        history, first_step = [], step + 1
+        while step < block_end and not stop:
+            if (online, step // runs.CHUNK) != chunk_key:
+                chunk_key = online, step // runs.CHUNK
+                chunk = runs.draw_chunk(agent, args, seeds, len(rewards), step // runs.CHUNK, device, online)
+            inputs = {name: value[step % runs.CHUNK] for name, value in chunk.items()}
+            if online:  # one environment step of every seed; its transition may be drawn at once
+                try:
+                    transitions = rollout.explore(explorers, agent.act, inputs.pop("act"), step, device)
+                except RuntimeError:
+                    save()  # a dead environment loses no update
+                    raise
+                datasets.append(replay, transitions, step - args.total_timesteps)
+                inputs["count"] = torch.full((), step + 1 - args.total_timesteps, device=device)
+            if clock.warming_up and not history:
+                run_update = graphs.capture(update, inputs, agent.state_tensors(), args.cudagraphs)
+            metrics = run_update(inputs)
+            history.append(torch.stack(tuple(metrics.values())))  # (losses, S)
+            step += 1
+        if len(history):
+            history = torch.stack(history).cpu()  # (updates, losses, S); waits for the device
+            runs.check_finite(history, list(metrics), first_step, seeds, run_dir)
+            clock.add("training", len(history))
+            bar.update(len(history))
+
+        # Log.
+        if len(history) and step % args.log_interval == 0:
+            runs.log_training(run_dir, step, seeds, list(metrics), history[-1], clock, wandb_runs)
+
+    bar.close()
+    for started in (workers, explorers and explorers.workers):
+        if started is not None:
+            rollout.stop_workers(started)
+    runs.finish(run_dir, wandb_runs)

@@ -1,0 +1,173 @@
+"""Q-Flow's parts against closed forms, its stop-gradients, and a bandit whose improvement is known to first order."""
+
+import functools
+import math
+
+import pytest
+import torch
+
+from conftest import gradients, make_agent, networks, random_inputs
+from conftest import small_args as small_args_of
+from q_flow import embed_time
+
+small_args = functools.partial(small_args_of, "q_flow")
+
+
+def constant_flow(agent, velocity):
+    """Makes the policy's velocity the same vector everywhere."""
+    with torch.no_grad():
+        agent.actor_flow.weights[-1].zero_()
+        agent.actor_flow.biases[-1].copy_(torch.tensor(velocity).view(1, 1, -1).expand_as(agent.actor_flow.biases[-1]))
+
+
+# --- Flow time and roll-out ---
+
+
+def test_time_embedding_is_sines_and_cosines_of_geometric_frequencies():
+    t = torch.rand(2, 5, 1, dtype=torch.float64)
+    embedding = embed_time(t, 16)
+    for i in range(8):
+        frequency = 256 ** (i / 7)
+        torch.testing.assert_close(embedding[..., i], torch.sin(frequency * t[..., 0]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(embedding[..., 8 + i], torch.cos(frequency * t[..., 0]), rtol=1e-5, atol=1e-5)
+    assert embedding.shape == (2, 5, 16)
+
+
+def test_roll_out_from_zero_is_euler_integration():
+    agent = make_agent(small_args(), seeds=(0, 1))
+    observations, x = torch.randn(2, 6, 5), 0.1 * torch.randn(2, 6, 3)
+    expected = x
+    for k in range(5):
+        inputs = torch.cat([observations, expected, torch.full((2, 6, 1), k / 5)], dim=-1)
+        expected = expected + agent.actor_flow(inputs) / 5
+    rolled = agent.roll_out(observations, x, torch.zeros(2, 6, 1))
+    torch.testing.assert_close(rolled, expected.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(agent.act(observations, x), rolled)
+
+
+def test_roll_out_ends_at_one_from_every_time():
+    agent = make_agent(small_args(flow_steps=10))
+    constant_flow(agent, [0.5, -0.5, 0.25])
+    t = torch.tensor([0.0, 0.05, 0.1, 0.33, 0.5, 0.77, 0.9, 0.95, 0.999, 1.0]).view(1, -1, 1)
+    x = 0.2 * torch.rand(1, 10, 3)
+    rolled = agent.roll_out(torch.randn(1, 10, 5), x, t)
+    torch.testing.assert_close(rolled, x + (1 - t) * torch.tensor([0.5, -0.5, 0.25]), rtol=1e-5, atol=1e-5)
+
+
+def test_roll_out_clips_at_the_end_only():
+    agent = make_agent(small_args())
+    constant_flow(agent, [-2.0, 4.0, 0.0])
+    rolled = agent.roll_out(torch.randn(1, 4, 5), torch.full((1, 4, 3), 2.5), torch.zeros(1, 4, 1))
+    # A clip on the way would have taken 2.5 to 1 at once, and the first coordinate to -1.
+    torch.testing.assert_close(rolled, torch.tensor([0.5, 1.0, 1.0]).expand(1, 4, 3))
+
+
+# --- Losses ---
+
+
+def test_guidance_is_the_gradient_of_the_ensemble_mean_and_a_constant():
+    for q_agg in ("mean", "min"):
+        agent = make_agent(small_args(q_agg=q_agg)).double()
+        observations, x, t = (torch.randn(1, 4, n, dtype=torch.float64) for n in (5, 3, 1))
+        guidance = agent.guidance(observations, x, t)
+        assert not guidance.requires_grad
+        h = 1e-6
+        for d in range(3):
+            shift = h * torch.eye(3, dtype=torch.float64)[d]
+            mean = lambda x: agent.inner_values(observations, x, t).mean(dim=1)
+            slope = (mean(x + shift) - mean(x - shift)) / (2 * h)
+            torch.testing.assert_close(guidance[..., d], slope.detach(), rtol=1e-5, atol=1e-8)
+
+
+def test_actor_label_is_the_data_velocity_plus_guidance_over_lambda():
+    agent = make_agent(small_args(alpha=0.7))
+    batch, noise = random_inputs(agent)
+    x_0, t = noise["policy_action"], noise["policy_time"]
+    x_t = (1 - t) * x_0 + t * batch["actions"]
+    label = batch["actions"] - x_0 + agent.guidance(batch["observations"], x_t, t) / 0.7
+    velocity = agent.actor_flow(torch.cat([batch["observations"], x_t, t], dim=-1))
+    loss, metrics = agent.actor_loss(batch, noise)
+    torch.testing.assert_close(loss, (velocity - label).square().mean(dim=(1, 2)), rtol=1e-4, atol=1e-5)
+    loss.sum().backward()
+    assert networks(gradients(agent)) == {"actor_flow"}  # the guidance moves neither the value nor, twice, the policy
+    grad = {name: p.grad.clone() for name, p in agent.named_parameters() if p.grad is not None}
+    agent.zero_grad()
+    (velocity - label.detach()).square().mean().backward()
+    for name, value in gradients(agent).items():
+        torch.testing.assert_close(value, grad[name], rtol=1e-3, atol=1e-5)
+
+
+def test_each_value_loss_moves_its_own_network():
+    agent = make_agent(small_args())
+    inputs = random_inputs(agent)
+    agent.critic_loss(*inputs)[1]["critic/outer_loss"].sum().backward()
+    assert networks(gradients(agent)) == {"critic"}
+    agent.zero_grad()
+    agent.critic_loss(*inputs)[1]["critic/distillation_loss"].sum().backward()
+    assert networks(gradients(agent)) == {"inner_value"}
+
+
+@pytest.mark.parametrize("q_agg", ["mean", "min"])
+def test_critic_loss_equals_one_with_two_separate_roll_outs(q_agg):
+    agent = make_agent(small_args(q_agg=q_agg))
+    batch, noise = random_inputs(agent)
+    s, a, t = batch["observations"], batch["actions"], noise["value_time"]
+    reduce = lambda q: q.mean(dim=1) if q_agg == "mean" else q.amin(dim=1)
+    next_a = agent.roll_out(batch["next_observations"], noise["next_action"], torch.zeros_like(t))
+    next_q = reduce(agent.q_values(agent.target_critic, batch["next_observations"], next_a))
+    y = batch["rewards"] + 0.99 * batch["masks"] * next_q
+    x = (1 - t) * noise["value_action"] + t * a
+    end_q = reduce(agent.q_values(agent.target_critic, s, agent.roll_out(s, x, t)))
+    # The critics are squared one by one, the intermediate values after their aggregation.
+    outer = (agent.q_values(agent.critic, s, a) - y.unsqueeze(1)).square().mean(dim=(1, 2))
+    inner = (reduce(agent.inner_values(s, x, t)) - end_q).square().mean(dim=1)
+    _, metrics = agent.critic_loss(batch, noise)
+    torch.testing.assert_close(metrics["critic/outer_loss"], outer, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(metrics["critic/distillation_loss"], inner, rtol=1e-4, atol=1e-5)
+    each = (agent.inner_values(s, x, t) - end_q.unsqueeze(1)).square().mean(dim=(1, 2))
+    assert not torch.isclose(inner, each, rtol=1e-2).all()
+
+
+def test_terminal_rows_have_their_reward_as_target():
+    agent = make_agent(small_args())
+    batch, noise = random_inputs(agent)
+    batch["masks"] = torch.zeros_like(batch["masks"])
+    metrics = agent.critic_loss(batch, noise)[1]
+    torch.testing.assert_close(metrics["critic/target_mean"], batch["rewards"].mean(dim=1))
+
+
+# --- A bandit with a known answer ---
+
+
+def improved_means(alpha, spread, slope, num_seeds=4, num_updates=2_000):
+    """Mean action (S,) of policies trained on Gaussian actions N(0, spread^2) with the reward slope * a - a^2 / 2."""
+    args = small_args(
+        alpha=alpha, batch_size=256, learning_rate=1e-3, tau=0.02, flow_steps=10, time_embed_dim=16,
+        value_hidden_dims=(64, 64), actor_hidden_dims=(64, 64),
+    )  # fmt: skip
+    agent = make_agent(args, seeds=range(num_seeds), obs_dim=1, action_dim=1)
+    generator, shape = torch.Generator().manual_seed(0), (num_seeds, 256, 1)
+    for update in range(num_updates):
+        for group in agent.optimizer.param_groups:  # a rate that falls to zero averages the last updates' noise
+            group["lr"] = 1e-3 * (1 - update / num_updates)
+        noise = [agent.draw_noise(generator, 1) for _ in range(num_seeds)]
+        actions = spread * torch.randn(shape, generator=generator)
+        batch = {"observations": torch.zeros(shape), "next_observations": torch.zeros(shape), "actions": actions}
+        batch |= {"rewards": (slope * actions - actions.square() / 2).squeeze(-1), "masks": torch.zeros(shape[:2])}
+        agent.update(batch, {name: torch.cat([n[name] for n in noise]) for name in noise[0]})
+    observations = torch.zeros(num_seeds, 20_000, 1)
+    return agent.act(observations, torch.randn(observations.shape, generator=generator)).mean(dim=(1, 2))
+
+
+def test_a_quadratic_reward_moves_a_gaussian_policy_as_first_order_says():
+    """Behaviour N(0, s^2), Q(a) = slope a - a^2 / 2. The KL-regularised optimum, proportional to N exp(Q / beta), has its
+    mean in the direction of Q'(0) = slope, and to first order s^2 slope / beta. The guided flow's shift is, to first order
+    in 1 / lambda, (slope / lambda) times the integral of (d end / d x_tau)^2 = s^2 / ((1 - tau)^2 + tau^2 s^2) over tau,
+    which is pi s / 2.
+    """
+    spread, slope = 0.3, 1.0
+    means = {alpha: improved_means(alpha, spread, slope).mean().item() for alpha in (4.0, 8.0, 1e6)}
+    assert abs(means[1e6]) < 0.01
+    for alpha in (4.0, 8.0):
+        first_order = math.pi * spread / 2 * slope / alpha
+        assert 0.8 * first_order < means[alpha] < 1.2 * first_order, (alpha, means, first_order)
