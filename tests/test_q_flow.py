@@ -139,35 +139,55 @@ def test_terminal_rows_have_their_reward_as_target():
 # --- A bandit with a known answer ---
 
 
-def improved_means(alpha, spread, slope, num_seeds=4, num_updates=2_000):
-    """Mean action (S,) of policies trained on Gaussian actions N(0, spread^2) with the reward slope * a - a^2 / 2."""
+def improved_means(alphas, spread, num_seeds=2, num_updates=2_000):
+    """Mean actions (alphas,) of policies trained on actions N(0, spread^2) with the reward a - a^2 / 2, over the seeds.
+
+    Every alpha's agents are trained stacked, with alpha as a tensor over the seed axis.
+    """
     args = small_args(
-        alpha=alpha, batch_size=256, learning_rate=1e-3, tau=0.02, flow_steps=10, time_embed_dim=16,
-        value_hidden_dims=(64, 64), actor_hidden_dims=(64, 64),
+        batch_size=256, learning_rate=1e-3, tau=0.02, flow_steps=10, time_embed_dim=16, value_hidden_dims=(64, 64),
+        actor_hidden_dims=(64, 64), alpha=torch.tensor(alphas).repeat_interleave(num_seeds).view(-1, 1, 1),
     )  # fmt: skip
-    agent = make_agent(args, seeds=range(num_seeds), obs_dim=1, action_dim=1)
-    generator, shape = torch.Generator().manual_seed(0), (num_seeds, 256, 1)
+    S = len(alphas) * num_seeds
+    agent = make_agent(args, seeds=[*range(num_seeds)] * len(alphas), obs_dim=1, action_dim=1)
+    generator, shape = torch.Generator().manual_seed(0), (S, 256, 1)
+    alike = lambda draw: draw.repeat(len(alphas), *[1] * (draw.ndim - 1))  # the same numbers for every alpha
     for update in range(num_updates):
         for group in agent.optimizer.param_groups:  # a rate that falls to zero averages the last updates' noise
             group["lr"] = 1e-3 * (1 - update / num_updates)
         noise = [agent.draw_noise(generator, 1) for _ in range(num_seeds)]
-        actions = spread * torch.randn(shape, generator=generator)
+        actions = alike(spread * torch.randn(num_seeds, 256, 1, generator=generator))
         batch = {"observations": torch.zeros(shape), "next_observations": torch.zeros(shape), "actions": actions}
-        batch |= {"rewards": (slope * actions - actions.square() / 2).squeeze(-1), "masks": torch.zeros(shape[:2])}
-        agent.update(batch, {name: torch.cat([n[name] for n in noise]) for name in noise[0]})
-    observations = torch.zeros(num_seeds, 20_000, 1)
-    return agent.act(observations, torch.randn(observations.shape, generator=generator)).mean(dim=(1, 2))
+        batch |= {"rewards": (actions - actions.square() / 2).squeeze(-1), "masks": torch.zeros(shape[:2])}
+        agent.update(batch, {name: alike(torch.cat([n[name] for n in noise])) for name in noise[0]})
+    noise = torch.randn(1, 20_000, 1, generator=generator).expand(S, -1, -1)
+    means = agent.act(torch.zeros(S, 20_000, 1), noise).mean(dim=(1, 2))
+    return means.view(len(alphas), num_seeds).mean(dim=1).tolist()
+
+
+def first_order_constant(s, K=10):
+    """c in: shift of the mean = c Q'(mean) / lambda, for the behaviour N(0, s^2), K Euler steps and small 1 / lambda.
+
+    The behaviour's velocity is rate(tau) x. At each step the guidance is Q' times the growth of a roll-out from there, and
+    what it adds grows over the steps that remain. (For K to infinity c is the integral of s^2 / ((1 - tau)^2 + tau^2 s^2)
+    over tau, which is pi s / 2.)
+    """
+    rate = lambda t: (t * s * s - (1 - t)) / ((1 - t) ** 2 + t * t * s * s)
+    constant = 0.0
+    for k in range(K):
+        growth_of_the_rest = math.prod(1 + rate(j / K) / K for j in range(k + 1, K))
+        constant += (1 + rate(k / K) / K) * growth_of_the_rest * growth_of_the_rest / K
+    return constant
 
 
 def test_a_quadratic_reward_moves_a_gaussian_policy_as_first_order_says():
-    """Behaviour N(0, s^2), Q(a) = slope a - a^2 / 2. The KL-regularised optimum, proportional to N exp(Q / beta), has its
-    mean in the direction of Q'(0) = slope, and to first order s^2 slope / beta. The guided flow's shift is, to first order
-    in 1 / lambda, (slope / lambda) times the integral of (d end / d x_tau)^2 = s^2 / ((1 - tau)^2 + tau^2 s^2) over tau,
-    which is pi s / 2.
+    """Q(a) = a - a^2 / 2 pulls towards 1, as the KL-regularised optimum, proportional to N exp(Q / beta), does: to first
+    order its mean is s^2 / beta. The guided flow's mean m solves m = c Q'(m) / lambda with Q'(m) = 1 - m.
     """
-    spread, slope = 0.3, 1.0
-    means = {alpha: improved_means(alpha, spread, slope).mean().item() for alpha in (4.0, 8.0, 1e6)}
-    assert abs(means[1e6]) < 0.01
-    for alpha in (4.0, 8.0):
-        first_order = math.pi * spread / 2 * slope / alpha
-        assert 0.8 * first_order < means[alpha] < 1.2 * first_order, (alpha, means, first_order)
+    spread = 0.3
+    assert abs(first_order_constant(spread, 2_000) - math.pi * spread / 2) < 1e-3
+    at_4, at_8, cloning = improved_means((4.0, 8.0, 1e6), spread)
+    c = first_order_constant(spread)
+    assert abs(cloning) < 0.01
+    assert 0.8 < at_4 / (c / (4 + c)) < 1.2 and 0.8 < at_8 / (c / (8 + c)) < 1.2, (at_4, at_8, c)
+    assert 1.7 < at_4 / at_8 < 2.2
