@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from conftest import gradients, make_agent, networks, random_inputs
+from conftest import gradients, make_agent, networks, random_inputs, run
 from conftest import small_args as small_args_of
 from q_flow import embed_time
 
@@ -134,6 +134,24 @@ def test_terminal_rows_have_their_reward_as_target():
     batch["masks"] = torch.zeros_like(batch["masks"])
     metrics = agent.critic_loss(batch, noise)[1]
     torch.testing.assert_close(metrics["critic/target_mean"], batch["rewards"].mean(dim=1))
+
+
+# --- Arguments ---
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--time-embed-dim 7", "--time-embed-dim 7 must be even"),
+        ("--alpha 0", "--alpha 0.0: must be above zero"),
+        ("--alpha -2", "--alpha -2.0: must be above zero"),
+        ("--flow-steps 0", "--flow-steps 0: must be above zero"),
+        ("--env-id visual-scene-play-singletask-v0", "state observations"),
+    ],
+)
+def test_bad_arguments(words, message):
+    failed = run("q_flow", *words.split(), "--no-cuda", check=False)
+    assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
 
 
 # --- A bandit with a known answer ---

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common import checkpoint, runs
-from conftest import ROOT, SMALL_FLAGS, THREADS, run
+from conftest import ALGORITHMS, ROOT, SMALL_FLAGS, THREADS, run
 
 ENV = ("--env-id", "pointmaze-medium-navigate-singletask-task4-v0")
 LENGTHS = "--total-timesteps 420 --eval-interval 150 --log-interval 20 --save-interval 90 --num-seeds 2 --eval-episodes 1".split()
@@ -299,17 +299,19 @@ def test_cuda_without_cuda_warns_and_trains_on_the_cpu(flags, tmp_path):
 # --- Arguments ---
 
 
-def test_every_flag_has_a_help_text():
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_flag_has_a_help_text(algorithm):
     import ast
 
-    (cls,) = [node for node in ast.parse((ROOT / "floq.py").read_text()).body if getattr(node, "name", "") == "Args"]
+    tree = ast.parse((ROOT / f"{algorithm}.py").read_text())
+    (cls,) = [node for node in tree.body if getattr(node, "name", "") == "Args"]
     for field, text in zip(cls.body, [*cls.body[1:], None]):
         if isinstance(field, ast.AnnAssign):
             assert isinstance(text, ast.Expr) and isinstance(text.value.value, str), (
                 f"{field.target.id} has no help text"
             )
-    shown = run("floq", "--help").stdout
-    assert "behaviour-cloning flow" in shown and "Q-functions as flows" in shown
+    shown = run(algorithm, "--help").stdout
+    assert "Adam's learning rate" in shown and ast.get_docstring(tree).split("(")[0].split(":")[0] in shown
 
 
 def parse(*words):

@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 
-from conftest import gradients, make_agent, networks, random_inputs
+import value_flows
+from conftest import gradients, make_agent, networks, random_inputs, run
 from conftest import small_args as small_args_of
 from value_flows import aggregate, to_ensemble
 
@@ -246,6 +247,44 @@ def test_the_logged_q_draw_changes_the_statistics_only():
     other = noise | {"logged_q": noise["logged_q"] + 1}
     assert agent.statistics(batch, noise)["critic/q_mean"] != agent.statistics(batch, other)["critic/q_mean"]
     torch.testing.assert_close(agent.critic_loss(batch, noise)[0], agent.critic_loss(batch, other)[0], rtol=0, atol=0)
+
+
+# --- Arguments ---
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--num-samples 0", "--num-samples 0: must be above zero"),
+        ("--num-flow-steps -1", "--num-flow-steps -1: must be above zero"),
+        ("--bcfm-lambda -0.5", "--bcfm-lambda -0.5: must be at least zero"),
+        ("--confidence-weight-temp 0", "--confidence-weight-temp 0.0: must be above zero"),
+        ("--ret-agg max", "--ret-agg"),
+        ("--resume /nowhere", "/nowhere is not a directory"),
+    ],
+)
+def test_bad_arguments(words, message):
+    failed = run("value_flows", *words.split(), "--no-cuda", check=False)
+    assert failed.returncode == 2 and message in failed.stderr + failed.stdout and "Traceback" not in failed.stderr
+
+
+def test_published_settings():
+    from common import runs
+
+    parse = lambda *words: runs.parse_args(
+        value_flows.Args, value_flows.TUNED, value_flows.TUNED_ONLINE, value_flows.QUICK, argv=["--env-id", *words]
+    )[0]
+    args = parse("cube-triple-play-singletask-task1-v0")
+    assert (args.gamma, args.bcfm_lambda, args.confidence_weight_temp, args.alpha) == (0.995, 3.0, 0.03, 10.0)
+    args = parse("visual-puzzle-3x3-play-singletask-v0")
+    assert (args.total_timesteps, args.bcfm_lambda, args.confidence_weight_temp, args.ret_agg) == (
+        500_000,
+        0.3,
+        0.3,
+        "min",
+    )
+    args = parse("antmaze-large-navigate-singletask-v0", "--online-timesteps", "5")
+    assert (args.bcfm_lambda, args.confidence_weight_temp, args.alpha, args.q_agg) == (10.0, 0.01, 30.0, "min")
 
 
 # --- A return distribution that is known ---
