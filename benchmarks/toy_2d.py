@@ -34,7 +34,7 @@ COEFFICIENTS = (0.3, 0.5, 1.0, 5.0)
 CLONING = 1e6
 METHODS = ("q_flow", "backprop", "one_step")
 NUM_POINTS = 10_000
-SUPPORT = 0.05  # distance to the nearest data point that counts as on the data's support; the sets are 2 wide
+SUPPORT = 0.1  # distance to the nearest data point that counts as on the data's support; the sets are 2 wide
 GOOD = 0.7  # a mode is good if its points' mean reward is at least this
 
 

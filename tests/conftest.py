@@ -43,6 +43,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    """Tests that draw from torch's global generator draw the same in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def maze_data(tmp_path_factory):
     """Path of a small pointmaze-medium-navigate set made by OGBench's scripted collector (10 episodes)."""
