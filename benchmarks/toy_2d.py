@@ -42,13 +42,13 @@ GOOD = 0.7  # a mode is good if its points' mean reward is at least this
 class ToyArgs:
     datasets: tuple[str, ...] = ("swiss_roll", "two_spirals", "eight_gaussians", "moons")
     """data sets"""
-    seeds: int = 3
+    seeds: int = 2
     """seeds of each method and coefficient"""
     updates: int = 1_500
     """updates of each training"""
     batch_size: int = 256
     """points a batch"""
-    width: int = 128
+    width: int = 64
     """hidden width of all networks"""
     depth: int = 3
     """their hidden layers"""
