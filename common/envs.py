@@ -61,6 +61,7 @@ def known_env_ids():
 
 def check_env_id(env_id):
     """Ends with exit code 2 unless `env_id` is a single-task id; names the nearest ids, or the single-task form."""
+    import_ogbench(render=is_pixels(env_id))  # before anything switches OpenGL off
     ids = known_env_ids()
     if env_id in ids:
         return
