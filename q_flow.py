@@ -499,9 +499,9 @@ if __name__ == "__main__":
                     args.env_id, args.num_seeds, args.eval_episodes, args.eval_workers, args.success_timing,
                     render=args.capture_video,
                 )  # fmt: skip
-            phase, policy = ("offline", agent.act) if step <= args.total_timesteps else ("online", agent.act)
+            phase = "offline" if step <= args.total_timesteps else "online"
             rows = rollout.evaluate(
-                workers, policy, agent.draw_act_noise, seeds, args.eval_episodes, step, device, stop,
+                workers, agent.act, agent.draw_act_noise, seeds, args.eval_episodes, step, device, stop,
                 run_dir / "videos" if args.capture_video else None,
             )  # fmt: skip
             clock.add("evaluating")
@@ -520,9 +520,7 @@ if __name__ == "__main__":
         # The online phase begins, or goes on after --resume: with a new episode.
         online = step >= args.total_timesteps
         if online and explorers is None:
-            explorers = rollout.start_explorers(
-                args.env_id, seeds, step, args.eval_workers, args.success_timing
-            )  # fmt: skip
+            explorers = rollout.start_explorers(args.env_id, seeds, step, args.eval_workers, args.success_timing)
             clock.warming_up = True  # another update to capture
 
         # Update until something is due.

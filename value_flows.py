@@ -455,7 +455,7 @@ class Agent(nn.Module):
             deviation = aggregate(J.abs(), args.q_agg)  # (S, B, 1)
 
             # 3. Confidence weight w in [0.5, 1), BCFM's return G, DCFM's label f.
-            weight = torch.sigmoid(-args.confidence_weight_temp / deviation) + 0.5  # (S, B, 1)
+            weight = confidence_weight(deviation, args.confidence_weight_temp)  # (S, B, 1)
             bcfm_return = rewards + args.gamma * masks * next_return  # (S, B, 1)
             velocity = self.target_critic_flow.field(to_ensemble(next_condition))
             dcfm_label = aggregate(velocity(to_ensemble(next_z), to_ensemble(t)), args.ret_agg)  # (S, B, 1)
@@ -557,6 +557,11 @@ def aggregate(x, how):
     return x.mean(dim=1) if how == "mean" else x.amin(dim=1)
 
 
+def confidence_weight(deviation, temp):
+    """w = sigmoid(-temp / deviation) + 0.5, in [0.5, 1): higher where returns are uncertain; elementwise."""
+    return torch.sigmoid(-temp / deviation) + 0.5
+
+
 if __name__ == "__main__":
     args, resumed = runs.parse_args(
         Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "bcfm_lambda", "dcfm_lambda")
@@ -620,7 +625,8 @@ if __name__ == "__main__":
                     args.env_id, args.num_seeds, args.eval_episodes, args.eval_workers, args.success_timing,
                     frame_stack=pixels.NUM_FRAMES if is_pixels else 1, render=args.capture_video,
                 )  # fmt: skip
-            phase, policy = ("offline", agent.act) if step <= args.total_timesteps else ("online", agent.act_online)
+            phase = "offline" if step <= args.total_timesteps else "online"
+            policy = agent.act if phase == "offline" else agent.act_online
             rows = rollout.evaluate(
                 workers, policy, agent.draw_act_noise, seeds, args.eval_episodes, step, device, stop,
                 run_dir / "videos" if args.capture_video else None,
@@ -641,9 +647,7 @@ if __name__ == "__main__":
         # The online phase begins, or goes on after --resume: with a new episode.
         online = step >= args.total_timesteps
         if online and explorers is None:
-            explorers = rollout.start_explorers(
-                args.env_id, seeds, step, args.eval_workers, args.success_timing
-            )  # fmt: skip
+            explorers = rollout.start_explorers(args.env_id, seeds, step, args.eval_workers, args.success_timing)
             clock.warming_up = True  # another update to capture
 
         # Update until something is due.

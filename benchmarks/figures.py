@@ -40,6 +40,12 @@ class FiguresArgs:
     """noise samples of each learned distribution"""
 
 
+def trajectory_ends(data):
+    """(N,) bool: True in a trajectory's last transition, which does not lead to the next row's observation."""
+    leads_on = (data["next_observations"][:-1] == data["observations"][1:]).all(dim=-1).numpy()
+    return np.append(~leads_on, True)
+
+
 def monte_carlo_returns(data, gamma):
     """Discounted returns along the data's trajectories.
 
@@ -52,8 +58,7 @@ def monte_carlo_returns(data, gamma):
         known (N,) bool: True where a terminal transition follows, or what is cut off is discounted below TAIL.
     """
     rewards, masks = data["rewards"].double().numpy(), data["masks"].double().numpy()
-    ends = np.ones(len(rewards), bool)
-    ends[:-1] = (data["next_observations"][:-1] != data["observations"][1:]).any(dim=-1).numpy()
+    ends = trajectory_ends(data)
     returns, cut_off = np.zeros_like(rewards), np.zeros_like(rewards)
     value, discount = 0.0, 1.0
     for i in reversed(range(len(rewards))):
@@ -74,41 +79,47 @@ def nearest(data, index, candidates, num):
 
 
 @torch.no_grad()
-def learned_returns(agent, s, observations, actions, num_samples):
-    """Seed s's end points of the target return flow, and its confidence weights.
+def return_samples(agent, pairs, noise):
+    """Each seed's end points of the target return flow, and their confidence weights.
 
     Args:
-        agent: a value_flows.Agent.
-        observations, actions: (N, D), (N, A).
-        num_samples: noise samples n for each row.
+        agent: a value_flows.Agent of S seeds.
+        pairs: (N, D + A), observations with their actions.
+        noise: (S or 1, N * n, 1), n start noises for each pair.
 
     Returns:
-        returns (N, n), each the aggregate of the two fields' end points; weights (N,), means over the samples.
+        returns (S, N, n), each the aggregate of the two fields' end points; weights (S, N, n).
     """
     S = agent.critic_flow.weights[0].shape[0]
+    condition = pairs.repeat_interleave(noise.shape[1] // len(pairs), dim=0).expand(S, -1, -1)  # (S, N*n, D + A)
+    velocity = agent.target_critic_flow.field(value_flows.to_ensemble(condition))
+    z = value_flows.to_ensemble(noise.expand(S, -1, -1))  # (S, E, N*n, 1)
+    z, J = agent.return_flow(velocity, z, torch.ones_like(z), num_derivatives=z.shape[2])
+    deviation = value_flows.aggregate(J.abs(), agent.args.q_agg)
+    weights = value_flows.confidence_weight(deviation, agent.args.confidence_weight_temp)
+    return [x.view(S, len(pairs), -1) for x in (value_flows.aggregate(z, agent.args.ret_agg), weights)]
+
+
+def learned_returns(agent, s, observations, actions, num_samples):
+    """Seed s's return samples and mean confidence weights at (N, D), (N, A): (N, num_samples), (N,)."""
     generator = torch.Generator().manual_seed(0)
     returns, weights = [], []
-    for rows in torch.cat([observations, actions], dim=-1).split(max(1, 20_000 // num_samples)):
-        condition = rows.repeat_interleave(num_samples, dim=0).expand(S, -1, -1)
-        velocity = agent.target_critic_flow.field(value_flows.to_ensemble(condition))
-        z = torch.randn(1, condition.shape[1], 1, generator=generator).expand(S, -1, -1)
-        z = value_flows.to_ensemble(z)
-        z, J = agent.return_flow(velocity, z, torch.ones_like(z), num_derivatives=z.shape[2])
-        deviation = value_flows.aggregate(J.abs(), agent.args.q_agg)[s]
-        weight = torch.sigmoid(-agent.args.confidence_weight_temp / deviation) + 0.5
-        returns.append(value_flows.aggregate(z, agent.args.ret_agg)[s].view(len(rows), num_samples))
-        weights.append(weight.view(len(rows), num_samples).mean(dim=1))
+    for pairs in torch.cat([observations, actions], dim=-1).split(max(1, 20_000 // num_samples)):
+        noise = torch.randn(1, len(pairs) * num_samples, 1, generator=generator)
+        samples, weight = return_samples(agent, pairs, noise)
+        returns.append(samples[s])
+        weights.append(weight[s].mean(dim=1))
     return torch.cat(returns).numpy(), torch.cat(weights).numpy()
 
 
 def longest_way_to_success(data):
     """Row numbers of the validation trajectory's part that ends with the first success after the longest way."""
-    ends = (data["next_observations"][:-1] != data["observations"][1:]).any(dim=-1).numpy()
+    ends = trajectory_ends(data)
     start, best = 0, range(0)
     for i, mask in enumerate(data["masks"].tolist()):
         if mask == 0:
             best = max(best, range(start, i + 1), key=len)
-        if mask == 0 or (i < len(ends) and ends[i]):
+        if mask == 0 or ends[i]:
             start = i + 1
     return np.array(best) if len(best) else np.arange(min(1000, len(data["masks"])))
 
@@ -172,7 +183,7 @@ if __name__ == "__main__":
     payload = checkpoint.load(options.run)
     if payload["algorithm"] != options.algorithm:
         fail(f"--run {options.run} is a run of {payload['algorithm']}.py, not of {options.algorithm}.py")
-    args = value_flows.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in payload["args"].items()})
+    args = value_flows.Args(**payload["args"])
     if envs.is_pixels(args.env_id):
         fail(f"--run {options.run} is a run on pixels; the figure is drawn for states")
     seeds = list(range(args.seed, args.seed + args.num_seeds))

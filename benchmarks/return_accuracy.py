@@ -19,6 +19,7 @@ import torch
 import tyro
 
 import value_flows
+from benchmarks.figures import return_samples
 from common import fail, runs
 
 LENGTH, GAMMA = 3, 0.9
@@ -84,16 +85,12 @@ def train(args, updates, seeds):
     return agent, None
 
 
-@torch.no_grad()
 def learned_returns(agent, state, n=2_000):
     """n sorted end points of each seed's EMA return flow at a state: (S, n), the mean of the two fields as in training."""
-    S = agent.critic_flow.weights[0].shape[0]
-    condition = torch.cat([torch.eye(LENGTH)[state], torch.zeros(1)]).expand(S, n, -1)  # (S, n, D + A)
-    eps = torch.randn(S, n, 1, generator=torch.Generator().manual_seed(1))
-    velocity = agent.target_critic_flow.field(value_flows.to_ensemble(condition))
-    z = value_flows.to_ensemble(eps)  # (S, E, n, 1)
-    z, _ = agent.return_flow(velocity, z, torch.ones_like(z), num_derivatives=1)
-    return value_flows.aggregate(z, agent.args.ret_agg).squeeze(-1).sort(dim=1).values.numpy()
+    noise = torch.randn(agent.critic_flow.weights[0].shape[0], n, 1, generator=torch.Generator().manual_seed(1))
+    pair = torch.cat([torch.eye(LENGTH)[state], torch.zeros(1)]).unsqueeze(0)  # (1, D + A)
+    returns, _ = return_samples(agent, pair, noise)  # (S, 1, n)
+    return returns.squeeze(1).sort(dim=1).values.numpy()
 
 
 def accuracy(agent):

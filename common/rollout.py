@@ -222,17 +222,15 @@ def start_explorers(env_id, seeds, step, num_workers=0, success_timing="post"):
         Explorers, for `explore`; `stop_workers(explorers.workers)` ends them.
     """
     workers = start_workers(env_id, len(seeds), 1, num_workers, success_timing)
-    explorers = Explorers(workers, seeds, np.zeros(0))
-    first = _reset_explorers(explorers, range(len(seeds)), step)
-    explorers.observations = np.stack([first[s] for s in range(len(seeds))])
-    return explorers
+    first = _begin_exploring(workers, seeds, range(len(seeds)), step)
+    return Explorers(workers, seeds, np.stack([first[s] for s in range(len(seeds))]))
 
 
-def _reset_explorers(explorers, which, step):
+def _begin_exploring(workers, seeds, which, step):
     """Begins a new episode of the seeds with the indices `which`; returns {s: first observation}."""
-    sequences = {s: np.random.SeedSequence([explorers.seeds[s], step, EXPLORING]) for s in which}
+    sequences = {s: np.random.SeedSequence([seeds[s], step, EXPLORING]) for s in which}
     requests = {(s, 0): int(sequence.generate_state(1, np.uint32)[0] >> 1) for s, sequence in sequences.items()}
-    return {s: ob.astype(np.float32) for (s, _), ob in _ask(explorers.workers, "reset", requests).items()}
+    return {s: ob.astype(np.float32) for (s, _), ob in _ask(workers, "reset", requests).items()}
 
 
 def explore(explorers, policy, noise, step, device):
@@ -258,7 +256,7 @@ def explore(explorers, policy, noise, step, device):
     rows |= {"rewards": np.array(rewards, np.float32), "masks": 1 - np.array(terminated, np.float32)}
     explorers.observations = next_observations.copy()
     over = np.flatnonzero(np.array(terminated) | np.array(truncated)).tolist()
-    for s, ob in _reset_explorers(explorers, over, step).items():
+    for s, ob in _begin_exploring(explorers.workers, explorers.seeds, over, step).items():
         explorers.observations[s] = ob
     return {key: torch.as_tensor(value).to(device) for key, value in rows.items()} | {"actions": actions}
 

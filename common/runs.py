@@ -59,10 +59,9 @@ def parse_args(Args, tuned, tuned_online, quick, may_be_zero=(), argv=None):
     if args.resume is not None:
         resumed = checkpoint.load(args.resume)
         names = {field.name for field in dataclasses.fields(Args)}
-        stored = {name: tuple(v) if isinstance(v, list) else v for name, v in resumed["args"].items() if name in names}
         if resumed["algorithm"] != Path(sys.modules[Args.__module__].__file__).stem:
             fail(f"--resume {args.resume} is a run of {resumed['algorithm']}.py")
-        default = Args(**stored)
+        default = Args(**{name: value for name, value in resumed["args"].items() if name in names})
         args = parse(default)
         differing = [name for name in sorted(names - MAY_CHANGE) if getattr(args, name) != getattr(default, name)]
         if differing:
@@ -160,7 +159,7 @@ def draw_chunk(agent, args, seeds, num_transitions, chunk, device, online=False)
     """Batch indices and noise of CHUNK updates: {"indices": (CHUNK, S, B), noise name: (CHUNK, S, rows, dim)}.
 
     Each seed draws with its own generator, so that it draws the same alone and beside others. Online, indices are
-    integers below 2**62, which `datasets.gather_replay` brings into the buffer's growing range, and "act" is the noise of
+    integers below 2**62, which `datasets.gather` brings into the buffer's growing range, and "act" is the noise of
     an action an update.
     """
     num_transitions = 2**62 if online else num_transitions
@@ -414,7 +413,8 @@ def plot_curve(run_dir):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curves = read_success(run_dir / "eval.csv")
+    offline, online = (read_success(run_dir / "eval.csv", phase) for phase in ("offline", "online"))
+    curves = {seed: curve | online.get(seed, {}) for seed, curve in offline.items()}
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for seed, curve in sorted(curves.items()):
         label = f"seed {seed}" if len(curves) <= 8 else None
@@ -424,8 +424,7 @@ def plot_curve(run_dir):
         axes.plot(
             steps, [np.mean([c[s] for c in curves.values()]) for s in steps], color="black", linewidth=2.5, label="mean"
         )
-    if read_success(run_dir / "eval.csv", "online"):
-        offline = read_success(run_dir / "eval.csv", "offline")
+    if online:
         axes.axvline(max(map(max, offline.values())), color="grey", linestyle="--", label="online phase begins")
     axes.set(xlabel="updates", ylabel="success (%)", ylim=(-3, 103), title=run_dir.name.split("__")[0])
     axes.grid(alpha=0.3)
