@@ -310,8 +310,7 @@ class Agent(nn.Module):
         self.target_critic_flow = MLP((S, NUM_FIELDS), critic_dims, args.value_layer_norm)
         names = ("critic_flow", "actor_flow", "actor_onestep_flow", "target_critic_flow") if self.is_pixels else ()
         self.encoders = nn.ModuleDict({name: pixels.Encoder(S, image_shape) for name in names})
-        for encoder in self.encoders.values():
-            pixels.init_encoder(encoder, seeds)
+        pixels.init_encoders(self.encoders, seeds)
         for target, online in self.target_pairs():
             target.load_state_dict(online.state_dict())
             target.requires_grad_(False)

@@ -102,14 +102,21 @@ class Encoder(nn.Module):
         return F.gelu(torch.baddbmm(self.bias, x, self.weight), approximate="tanh")
 
 
-def init_encoder(encoder, seeds):
-    """Glorot-uniform weights, drawn on the CPU by each seed's own generator; zero biases."""
+def init_encoders(encoders, seeds):
+    """Glorot-uniform weights and zero biases, drawn on the CPU by each seed's own generator, one encoder after the other.
+
+    Args:
+        encoders: a module that holds them.
+        seeds: the S seeds; the stream is another than the one of the other networks' weights.
+    """
     for s, seed in enumerate(seeds):
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in [*encoder.kernels, encoder.weight]:
-            if parameter.ndim == 5:  # a kernel (S, out, in, 3, 3)
+        generator = torch.Generator().manual_seed(seed + 2**32)
+        for name, parameter in encoders.named_parameters():
+            if "kernels." in name:  # (S, out, in, 3, 3)
                 fans = 9 * (parameter.shape[1] + parameter.shape[2])
-            else:
+            elif name.endswith("weight"):
                 fans = parameter.shape[1] + parameter.shape[2]
+            else:
+                continue
             draw = torch.rand(parameter.shape[1:], generator=generator)
             parameter.data[s] = (2 * draw - 1) * math.sqrt(6 / fans)

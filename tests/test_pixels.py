@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import value_flows
 from common import datasets, envs, pixels
 from conftest import ROOT, gradients, make_agent, small_args
 
@@ -76,7 +77,7 @@ def test_half_of_the_batches_are_shifted_and_a_batchs_rows_differ():
 
 def test_encoder_equals_one_written_out_for_each_seed():
     encoder = pixels.Encoder(2, SHAPE)
-    pixels.init_encoder(encoder, [3, 4])
+    pixels.init_encoders(encoder, [3, 4])
     with torch.no_grad():
         for bias in [*encoder.kernel_biases, encoder.bias]:
             bias.normal_()
@@ -99,13 +100,22 @@ def test_encoder_equals_one_written_out_for_each_seed():
 
 def test_encoder_weights_are_glorot_uniform_and_each_seeds_own():
     stacked, alone = pixels.Encoder(2, SHAPE), pixels.Encoder(1, SHAPE)
-    pixels.init_encoder(stacked, [3, 4])
-    pixels.init_encoder(alone, [4])
+    pixels.init_encoders(stacked, [3, 4])
+    pixels.init_encoders(alone, [4])
     for a, b in zip(stacked.parameters(), alone.parameters()):
         assert torch.equal(a[1], b[0])
     kernel = stacked.kernels[-1][0]
     bound = (6 / (9 * 64)) ** 0.5
     assert kernel.abs().max() <= bound and abs(kernel.std() - bound / 3**0.5) < 0.002
+    assert all((bias == 0).all() for bias in [*stacked.kernel_biases, stacked.bias])
+
+
+def test_every_network_starts_with_an_encoder_of_its_own_and_targets_with_a_copy():
+    agent = value_flows.Agent(small_args("value_flows"), SHAPE, 3, [0, 1], -1.0, 0.0)
+    weights = {name: encoder.weight for name, encoder in agent.encoders.items()}
+    assert torch.equal(weights["target_critic_flow"], weights["critic_flow"])
+    own = [weights[name] for name in ("critic_flow", "actor_flow", "actor_onestep_flow")]
+    assert not any(torch.equal(own[i], own[j]) for i in range(3) for j in range(i))
 
 
 def image_inputs(agent, num_seeds, update=0):
