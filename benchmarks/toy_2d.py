@@ -1,0 +1,437 @@
+"""Q-Flow's study in two dimensions: what three ways of improving a flow policy do to the data and its modes.
+
+    python -m benchmarks.toy_2d                                   # four data sets, reduced size: minutes on two CPU cores
+    python -m benchmarks.toy_2d --datasets moons --seeds 1        # one of them
+    python -m benchmarks.toy_2d --full                            # the paper's size: for a GPU
+
+Actions are points of the plane, every point of a data set carries a reward, and there is one state and one step. Each
+method improves a flow policy u on the rewards while it stays near the data, with lambda as the strength of staying:
+
+    q_flow     the losses of q_flow.py: u follows the data's velocity plus grad V / lambda, V on the flow's latents
+    backprop   flow matching - Q(end point of the flow) / lambda, differentiated through every step of the solver
+    one_step   FQL's: flow matching, and a one-step policy mu with distillation from the flow - Q(mu) / lambda
+
+lambda 1e6 is cloning. Networks, batches, noise, learning rates and numbers of updates are the same for all; seeds and
+lambdas are trained side by side, as seeds of one agent. At the reduced size all start from one flow, critic and one-step
+policy trained without improvement (--pretrain-updates), so that what is seen is the improvement; at the full size all
+start from scratch, as in the paper.
+
+Writes DATASET.png (samples, value landscapes, flow consistency, gradient norms) and summary.csv, with a row for each
+method, lambda and seed: mean reward of samples, share of them on the data's support, share of the good modes covered,
+flow consistency |V(x_t, t) - V(end point, 1)|, norm of the policy's gradient.
+
+Notation in the shapes: S lambdas x seeds, B batch, N rows, K Euler steps.
+"""
+
+import csv
+import math
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+import q_flow
+from common import fail, runs
+
+METHODS = ("q_flow", "backprop", "one_step")
+CLONING = 1e6
+LAMBDAS = (CLONING, 5.0, 1.0, 0.5, 0.3)
+NUM_POINTS = 10_000
+NUM_SAMPLES = 2_000
+SUPPORT = 0.08  # distance to the nearest data point that counts as on the support; the sets are about 1.6 wide
+GOOD = 0.7  # a mode is good if the mean reward of its points is at least this
+
+
+@dataclass
+class ToyArgs:
+    datasets: tuple[str, ...] = ("swiss_roll", "two_spirals", "eight_gaussians", "moons")
+    """data sets"""
+    seeds: int = 3
+    """seeds of each method and lambda"""
+    pretrain_updates: int = 8_000
+    """updates of the flow, the critic and the one-step policy that all methods start from (0: from scratch)"""
+    updates: int = 1_000
+    """updates of each method"""
+    batch_size: int = 256
+    """points a batch"""
+    width: int = 64
+    """hidden width of all networks"""
+    depth: int = 3
+    """their hidden layers"""
+    flow_steps: int = 10
+    """Euler steps of the flow"""
+    reward_scale: float = 0.25
+    """what rewards in [0, 1] are multiplied by; only its ratio to lambda matters"""
+    full: bool = False
+    """the paper's size: 4 layers of 512, 25 flow steps, 2,100 epochs (5,100 for the spirals), from scratch"""
+    cuda: bool = True
+    """use the GPU; without one, one process a core, a data set each"""
+    output_dir: str = "toy_2d"
+    """directory of the pictures and the summary"""
+
+
+# --- Data ---
+
+
+def make_points(name, n, seed=0):
+    """Points of a data set.
+
+    Returns:
+        points (n, 2) in [-1, 1], float32; rewards (n,) in [0, 1], float32; modes (n,), int: the piece of the data that a
+        point is of. On the roll rewards rise and fall three times, on spirals and moons they rise towards the far ends,
+        every second Gaussian is good.
+    """
+    rng = np.random.default_rng(seed)
+    u, noise = rng.random(n), 0.04
+    circle = lambda angle: np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    if name == "swiss_roll":
+        angle = 1.5 * np.pi * (1 + 2 * u)
+        points = 0.8 * circle(angle) * angle[:, None] / (4.5 * np.pi)
+        rewards, modes = (1 - np.cos(6 * np.pi * u)) / 2, np.rint(6 * u)
+    elif name == "two_spirals":
+        radius, arm = np.sqrt(u), rng.integers(2, size=n)
+        points = 0.8 * circle(3 * np.pi * radius + np.pi * arm) * radius[:, None]
+        rewards, modes = radius, 2 * arm + (radius > 0.7)
+    elif name == "eight_gaussians":
+        modes, noise = rng.integers(8, size=n), 0.06
+        points, rewards = 0.65 * circle(np.pi / 4 * modes), modes % 2
+    elif name == "moons":
+        moon = rng.integers(2, size=n)
+        upper = circle(np.pi * u) - [0.5, 0.25]
+        points = np.where(moon[:, None] == 0, upper, -upper) / 1.8
+        rewards, modes = u, 2 * moon + (u > 0.6)
+    else:
+        fail(f"--datasets {name} is unknown; known: swiss_roll, two_spirals, eight_gaussians, moons")
+    points = np.clip(points + noise * rng.standard_normal((n, 2)), -1, 1)
+    return points.astype(np.float32), rewards.astype(np.float32), modes.astype(int)
+
+
+def judge(samples, points, rewards, modes):
+    """How good samples are, by the data points nearest to them.
+
+    Args:
+        samples: (N, 2); non-finite ones are off the support.
+        points, rewards, modes: see make_points.
+
+    Returns:
+        reward: mean reward of the nearest points, counted as zero off the support;
+        on_support: share of samples within SUPPORT of a data point;
+        good_modes: share of the good modes that hold at least a quarter of an even share of the samples.
+    """
+    samples = torch.nan_to_num(torch.as_tensor(samples), nan=1e3)
+    distances, nearest = torch.cdist(samples, torch.as_tensor(points)).min(dim=1)
+    on_support, nearest = (distances <= SUPPORT).numpy(), nearest.numpy()
+    good = [mode for mode in np.unique(modes) if rewards[modes == mode].mean() >= GOOD]
+    shares = [np.mean(on_support & (modes[nearest] == mode)) for mode in good]
+    return {
+        "reward": float(np.mean(rewards[nearest] * on_support)),
+        "on_support": float(on_support.mean()),
+        "good_modes": float(np.mean([share >= 0.25 / len(good) for share in shares])),
+    }
+
+
+# --- The three methods ---
+
+
+class OneStep(torch.nn.Module):
+    """The one-step policy mu(noise): (S, N, 2) -> (S, N, 2)."""
+
+    def __init__(self, args, seeds):
+        super().__init__()
+        self.mlp = q_flow.MLP((len(seeds),), (2, *args.actor_hidden_dims, 2), layer_norm=False)
+        q_flow.init_weights(self, seeds)
+
+    def forward(self, noise):
+        return self.mlp(noise)
+
+
+def make_agent(options, lambdas, device):
+    """A Q-Flow agent and a one-step policy; their seed axis holds every lambda with every seed, S = lambdas x seeds."""
+    hidden = (options.width,) * options.depth
+    args = replace(
+        q_flow.Args(), batch_size=options.batch_size, tau=0.02, flow_steps=options.flow_steps, time_embed_dim=16,
+        value_hidden_dims=hidden, actor_hidden_dims=hidden,
+        alpha=torch.tensor(lambdas, device=device).repeat_interleave(options.seeds).view(-1, 1, 1),
+    )  # fmt: skip
+    seeds = list(range(options.seeds)) * len(lambdas)
+    agent = q_flow.Agent(args, 1, 2, seeds, 0.0, 1.0).to(device)
+    agent.make_optimizer()
+    return agent, OneStep(args, seeds).to(device)
+
+
+def solve(agent, x):
+    """The flow's end points, with gradients through every step: noise (S, N, 2) -> (S, N, 2)."""
+    K = agent.args.flow_steps
+    velocity = agent.actor_flow.field(torch.zeros_like(x[..., :1]))
+    for k in range(K):
+        x = x + velocity(x, torch.full_like(x[..., :1], k / K)) / K
+    return x.clamp(-1, 1)
+
+
+def flow_matching(agent, batch, noise):
+    """L_BC of the flow: u(x_t, t) -> a - x_0; (S,)."""
+    x_0, t, actions = noise["policy_action"], noise["policy_time"], batch["actions"]
+    velocity = agent.actor_flow.field(batch["observations"])((1 - t) * x_0 + t * actions, t)
+    return (velocity - (actions - x_0)).square().mean(dim=(1, 2))
+
+
+def distillation(agent, one_step, noise):
+    """Squared distance of mu(noise) to the flow's end point, a constant; (S,), and mu(noise) (S, B, 2)."""
+    with torch.no_grad():
+        end_points = solve(agent, noise["next_action"])
+    actions = one_step(noise["next_action"])
+    return (actions - end_points).square().mean(dim=(1, 2)), actions.clamp(-1, 1)
+
+
+def critic_regression(agent, batch):
+    """The critic's loss (S,): rewards are the returns of the one step, so no method's Q depends on its policy."""
+    q = agent.q_values(agent.critic, batch["observations"], batch["actions"])  # (S, E, B)
+    return (q - batch["rewards"].unsqueeze(1)).square().mean(dim=(1, 2))
+
+
+def mean_q(agent, batch, actions):
+    """Mean Q (S,) of actions (S, B, 2); moves what made the actions, not the critic."""
+    agent.critic.requires_grad_(False)
+    q = agent.q_values(agent.critic, batch["observations"], actions).mean(dim=(1, 2))
+    agent.critic.requires_grad_(True)
+    return q
+
+
+def loss_of(method, agent, one_step, batch, noise):
+    """The sum of a method's losses for every seed: (S,). `pretrain` is all that is not improvement."""
+    scale = agent.args.alpha.flatten()
+    if method == "q_flow":
+        return agent.critic_loss(batch, noise)[0] + agent.actor_loss(batch, noise)[0]
+    loss = critic_regression(agent, batch) + flow_matching(agent, batch, noise)
+    if method == "backprop":
+        return loss - mean_q(agent, batch, solve(agent, noise["next_action"])) / scale
+    distilled, actions = distillation(agent, one_step, noise)
+    return loss + distilled - (mean_q(agent, batch, actions) / scale if method == "one_step" else 0)
+
+
+def train(method, agent, one_step, points, rewards, updates, learning_rate, seeds, first_chunk, progress):
+    """Trains agent and one_step in place; the learning rate falls to zero along a cosine.
+
+    Returns:
+        norm of the policy's gradient every 50 updates: (updates / 50, S).
+    """
+    S, B, device = len(agent.args.alpha), agent.args.batch_size, points.device
+    policy = [*one_step.parameters()] if method == "one_step" else [*agent.actor_flow.parameters()]
+    parameters = [p for p in [*agent.parameters(), *one_step.parameters()] if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, fused=True)
+    zeros, norms = torch.zeros(S, B, 1, device=device), []
+    for update in range(updates):
+        if update % runs.CHUNK == 0:  # every lambda of a seed sees the same points and noise
+            number = first_chunk + update // runs.CHUNK
+            chunk = runs.draw_chunk(agent, agent.args, range(seeds), len(points), number, device)
+            chunk = {name: value.repeat(1, S // seeds, *[1] * (value.ndim - 2)) for name, value in chunk.items()}
+        noise = {name: value[update % runs.CHUNK] for name, value in chunk.items()}
+        batch = {"observations": zeros, "next_observations": zeros, "actions": points[noise["indices"]]}
+        batch |= {"rewards": rewards[noise["indices"]], "masks": zeros.squeeze(-1)}
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * update / updates)) / 2
+        optimizer.zero_grad()
+        loss_of(method, agent, one_step, batch, noise).sum().backward()
+        with torch.no_grad():  # as in q_flow.py: targets lag by one update
+            targets, online = list(agent.target_critic.parameters()), list(agent.critic.parameters())
+            torch._foreach_lerp_(targets, online, agent.args.tau)
+        optimizer.step()
+        if update % 50 == 49:
+            norms.append(sum(p.grad.square().flatten(1).sum(dim=1) for p in policy).sqrt())  # (S,)
+            progress(50)
+    return torch.stack(norms) if norms else torch.zeros(0, S)
+
+
+@torch.no_grad()
+def flow_consistency(agent, x):
+    """mean |V(x_t, t) - V(end point, 1)| along the flow at t = 0, 1/K, ..., 1: noise (S, N, 2) -> (S, K + 1)."""
+    K, observations = agent.args.flow_steps, torch.zeros_like(x[..., :1])
+    velocity, values = agent.actor_flow.field(observations), []
+    for k in range(K + 1):
+        t = torch.full_like(x[..., :1], k / K)
+        values.append(agent.inner_values(observations, x, t).mean(dim=1))  # (S, N)
+        x = x + velocity(x, t) / K
+    return torch.stack([(value - values[-1]).abs().mean(dim=1) for value in values], dim=1)
+
+
+@torch.no_grad()
+def value_landscapes(agent, times, size=60):
+    """V(x, t) on a grid over [-1.5, 1.5]^2: (times, S, size, size)."""
+    S, line = len(agent.args.alpha), torch.linspace(-1.5, 1.5, size, device=agent.args.alpha.device)
+    x = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1).view(1, -1, 2).expand(S, -1, -1)
+    zeros = torch.zeros_like(x[..., :1])
+    values = [agent.inner_values(zeros, x, torch.full_like(zeros, t)).mean(dim=1) for t in times]  # (S, size^2)
+    return torch.stack(values).view(len(times), S, size, size)
+
+
+# --- One data set ---
+
+
+def study(name, options, device, progress):
+    """Trains all methods on a data set and draws its picture.
+
+    Args:
+        progress: called with the number of updates done.
+
+    Returns:
+        rows of summary.csv.
+    """
+    points, rewards, modes = make_points(name, NUM_POINTS)
+    on_device = torch.as_tensor(points, device=device), torch.as_tensor(options.reward_scale * rewards, device=device)
+    updates = num_updates(name, options)
+    start, start_one_step = make_agent(options, (CLONING,), device)
+    train("pretrain", start, start_one_step, *on_device, options.pretrain_updates, 8e-3, options.seeds, 0, progress)
+    start.target_critic.load_state_dict(start.critic.state_dict())
+    noise = torch.randn(1, NUM_SAMPLES, 2, generator=torch.Generator().manual_seed(0)).to(device)
+    noise = noise.expand(len(LAMBDAS) * options.seeds, -1, -1)
+
+    rows, samples, norms = [], {}, {}
+    for method in METHODS:
+        agent, one_step = make_agent(options, LAMBDAS, device)
+        with torch.no_grad():  # every lambda starts from its seed's agent
+            for mine, others in ((agent, start), (one_step, start_one_step)):
+                for p, q in zip(mine.parameters(), others.parameters()):
+                    p.copy_(q.repeat(len(LAMBDAS), *[1] * (q.ndim - 1)))
+        first_chunk = options.pretrain_updates // runs.CHUNK + 1  # numbers that pretraining has not drawn
+        norms[method] = train(
+            method, agent, one_step, *on_device, updates, 1e-3, options.seeds, first_chunk, progress
+        ).cpu()  # (updates / 50, S)
+        with torch.no_grad():
+            actions = one_step(noise).clamp(-1, 1) if method == "one_step" else solve(agent, noise)
+        samples[method] = actions.cpu().numpy()  # (S, N, 2)
+        if method == "q_flow":
+            consistency, landscapes = flow_consistency(agent, noise).cpu(), value_landscapes(agent, (0, 0.33, 0.67, 1))
+        for index in range(len(noise)):
+            row = {"dataset": name, "method": method, "lambda": LAMBDAS[index // options.seeds]}
+            row |= {"seed": index % options.seeds} | judge(samples[method][index], points, rewards, modes)
+            row["consistency"] = consistency[index, :-1].mean().item() if method == "q_flow" else ""
+            row["gradient_norm"] = norms[method][-5:, index].mean().item()
+            rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+    path = Path(options.output_dir) / f"{name}.png"
+    draw(path, name, options.seeds, points, rewards, samples, landscapes.cpu().numpy(), consistency, norms)
+    return rows
+
+
+def num_updates(name, options):
+    """Updates of each method: --updates, or the paper's epochs over the points."""
+    epochs = 5_100 if name == "two_spirals" else 2_100
+    return epochs * (NUM_POINTS // options.batch_size) if options.full else options.updates
+
+
+def draw(path, name, seeds, points, rewards, samples, landscapes, consistency, norms):
+    """The picture of a data set; samples and landscapes are of the first seed, curves are means over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    label = lambda value: "cloning" if value == CLONING else f"$\\lambda$ = {value:g}"
+    figure, axes = plt.subplots(4, len(LAMBDAS) + 1, figsize=(2.1 * (len(LAMBDAS) + 1), 8.6), layout="constrained")
+    for panel in axes[:3].flat:
+        panel.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), xticks=[], yticks=[], aspect="equal")
+    for row, method in enumerate(METHODS):
+        axes[row, 0].scatter(*points[:NUM_SAMPLES].T, c=rewards[:NUM_SAMPLES], s=1, cmap="viridis")
+        axes[row, 0].set_ylabel(method)
+        for column, value in enumerate(LAMBDAS):
+            panel = axes[row, column + 1]
+            panel.scatter(*points[:NUM_SAMPLES].T, c="lightgrey", s=0.5)
+            panel.scatter(*samples[method][column * seeds].T, c="tab:red", s=1)
+            panel.set_title(label(value) if row == 0 else "", fontsize="small")
+    axes[0, 0].set_title("data, by reward", fontsize="small")
+    shown = LAMBDAS.index(1.0) * seeds
+    for panel, landscape, t in zip(axes[3], landscapes, ("0", "1/3", "2/3", "1")):
+        panel.imshow(landscape[shown], origin="lower", extent=(-1.5, 1.5, -1.5, 1.5), cmap="viridis")
+        panel.set(xticks=[], yticks=[])
+        panel.set_title(f"q_flow's V(x, {t}), $\\lambda$ = 1", fontsize="small")
+    for index, value in enumerate(LAMBDAS):
+        mean = consistency[index * seeds : (index + 1) * seeds].mean(dim=0)
+        axes[3, 4].plot(np.linspace(0, 1, len(mean)), mean, label=label(value))
+    axes[3, 4].set_title("|V($x_t$, t) - V(end, 1)| over t", fontsize="small")
+    for method in METHODS:
+        curve = norms[method][:, -seeds:].mean(dim=1)
+        axes[3, 5].plot(50 * np.arange(1, len(curve) + 1), curve, label=method)
+    axes[3, 5].set_yscale("log")
+    axes[3, 5].set_title(f"policy gradient, {label(LAMBDAS[-1])}", fontsize="small")
+    for panel in axes[3, 4:]:
+        panel.legend(fontsize="xx-small")
+        panel.tick_params(labelsize="xx-small")
+    figure.suptitle(name)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def summarize(rows):
+    """Lines that say each method's means over the seeds."""
+    lines = [f"{'data set':>16} {'method':>9} {'lambda':>8} {'reward':>7} {'on support':>11} {'good modes':>11}"]
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["dataset"], row["method"], row["lambda"]), []).append(row)
+    for (name, method, value), group in groups.items():
+        reward, on_support, good_modes = (
+            np.mean([row[key] for row in group]) for key in ("reward", "on_support", "good_modes")
+        )
+        lines.append(f"{name:>16} {method:>9} {value:>8g} {reward:>7.2f} {on_support:>11.2f} {good_modes:>11.2f}")
+    return "\n".join(lines)
+
+
+def in_worker(job):
+    """study() in a process of its own with its share of the cores; reports progress through a queue."""
+    name, options, threads, queue = job
+    runs.setup_torch(q_flow.Args(cuda=False))
+    torch.set_num_threads(threads)
+    return study(name, options, torch.device("cpu"), queue.put)
+
+
+if __name__ == "__main__":
+    from tqdm import tqdm
+
+    options = tyro.cli(ToyArgs, description=__doc__)
+    for name in options.datasets:
+        make_points(name, 10)  # refuses unknown names
+    for name in ("seeds", "batch_size", "width", "depth", "flow_steps", "reward_scale"):
+        if getattr(options, name) <= 0:
+            fail(f"--{name.replace('_', '-')} {getattr(options, name)}: must be above zero")
+    if options.updates < 50 or options.pretrain_updates < 0 or options.batch_size > NUM_POINTS:
+        fail(f"--updates must be at least 50, --pretrain-updates at least 0, --batch-size at most {NUM_POINTS}")
+    if options.full:
+        options = replace(options, width=512, depth=4, flow_steps=25, pretrain_updates=0)
+    output = Path(options.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    started, table = time.perf_counter(), []
+    steps = sum(options.pretrain_updates + len(METHODS) * num_updates(name, options) for name in options.datasets)
+
+    def write(rows):
+        """Adds a data set's rows to summary.csv."""
+        table.extend(rows)
+        with open(output / "summary.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, table[0])
+            writer.writeheader()
+            writer.writerows(table)
+
+    with tqdm(total=steps, unit=" updates") as bar:
+        if options.cuda and torch.cuda.is_available():
+            device = runs.setup_torch(q_flow.Args())
+            for name in options.datasets:
+                write(study(name, options, device, bar.update))
+        else:
+            cores = len(os.sched_getaffinity(0))
+            workers = min(cores, len(options.datasets))
+            context = multiprocessing.get_context("spawn")
+            with context.Manager() as manager, context.Pool(workers) as pool:
+                queue = manager.Queue()
+                jobs = [(name, options, max(1, cores // workers), queue) for name in options.datasets]
+                results = [pool.apply_async(in_worker, (job,)) for job in jobs]
+                for result in results:
+                    while not result.ready():
+                        while not queue.empty():
+                            bar.update(queue.get())
+                        result.wait(0.5)
+                    write(result.get())
+                while not queue.empty():
+                    bar.update(queue.get())
+    print(summarize(table))
+    print(f"{time.perf_counter() - started:.0f} s; pictures and summary.csv in {output}")
