@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,40 @@ def run(algorithm, *flags, env=None, check=True, **kwargs):
     if check:
         assert process.returncode == 0, process.stderr[-3000:]
     return process
+
+
+def start(algorithm, flags, directory):
+    """Starts a run below `directory`; returns the process."""
+    command = [sys.executable, ROOT / f"{algorithm}.py", *flags, "--runs-dir", directory]
+    return subprocess.Popen(
+        [str(word) for word in command],
+        env=os.environ | {"OMP_NUM_THREADS": THREADS},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(process, condition):
+    """Waits until `condition()` is true and returns its value; fails with the process' stderr if that ends before."""
+    deadline = time.monotonic() + 300
+    while not (value := condition()):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate()[1][-3000:] or "nothing happened in 5 minutes")
+        time.sleep(0.01)
+    return value
+
+
+def wait_for_row(process, directory, name, row):
+    """Waits until a csv file of the run has a row that begins with `row` ("step,seed"); returns the run directory."""
+    written = lambda: [path.parent for path in directory.glob(f"*/{name}") if f"\n{row}," in path.read_text()]
+    return wait_for(process, written)[0]
+
+
+def children(process):
+    """The ids of a process' children, in the order of their start."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def small_args(algorithm, **changes):

@@ -2,17 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
 from common import checkpoint, datasets, envs, rollout
-from conftest import ALGORITHMS, ONLINE_ENV_ID, ROOT, THREADS, run
-
+from conftest import ALGORITHMS, ONLINE_ENV_ID, children, run, start, wait_for_row
 
 # --- Replay ---
 
@@ -207,18 +203,11 @@ def test_the_same_command_gives_the_same_files_and_online_follows_an_unchanged_o
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_stopped_online_goes_on_with_its_replay(online_flags, online_runs, tmp_path, sent):
-    command = [sys.executable, ROOT / "value_flows.py", *online_flags["value_flows"], "--runs-dir", tmp_path]
-    process = subprocess.Popen(
-        [str(word) for word in command], env=os.environ | {"OMP_NUM_THREADS": THREADS},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while not (files := list(tmp_path.glob("*/train.csv"))) or "\n300,1" not in files[0].read_text():
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        time.sleep(0.01)
+    process = start("value_flows", online_flags["value_flows"], tmp_path)
+    run_dir = wait_for_row(process, tmp_path, "train.csv", "300,1")
     process.send_signal(sent)
     process.communicate(timeout=60)
-    run_dir, done = files[0].parent, online_runs["value_flows"]
-    stopped = checkpoint.load(run_dir)
+    stopped, done = checkpoint.load(run_dir), online_runs["value_flows"]
     assert 130 < stopped["step"] < 430
     assert stopped["replay"]["rewards"].shape == (2, stopped["step"] - 130)
     for key, rows in checkpoint.load(done)["replay"].items():  # what had happened before is what happens undisturbed
@@ -239,28 +228,13 @@ def test_a_run_stopped_online_goes_on_with_its_replay(online_flags, online_runs,
 
 
 def test_a_dead_environment_ends_the_run_with_its_updates_saved(online_flags, tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "floq.py",
-        *online_flags["floq"],
-        "--online-timesteps",
-        100_000,
-        "--runs-dir",
-        tmp_path,
-    ]
-    process = subprocess.Popen(
-        [str(word) for word in [*command, "--eval-interval", 10**6, "--save-interval", 10**6, "--eval-workers", 1]],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": THREADS},
-    )  # fmt: skip
-    while not (files := list(tmp_path.glob("*/train.csv"))) or "\n200,1" not in files[0].read_text():
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        time.sleep(0.01)
-    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
-        children = [int(pid) for pid in file.read().split()]
-    os.kill(children[-1], signal.SIGKILL)  # the last one started: the explorers' worker
+    endless = "--online-timesteps 100000 --eval-interval 1000000 --save-interval 1000000 --eval-workers 1".split()
+    process = start("floq", [*online_flags["floq"], *endless], tmp_path)
+    run_dir = wait_for_row(process, tmp_path, "train.csv", "200,1")
+    os.kill(children(process)[-1], signal.SIGKILL)  # the last one started: the explorers' worker
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "died with exit code -9" in err
-    saved = checkpoint.load(files[0].parent)
+    saved = checkpoint.load(run_dir)
     assert saved["step"] >= 200 and saved["replay"]["rewards"].shape[1] == saved["step"] - 130
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common import checkpoint, runs
-from conftest import ALGORITHMS, ROOT, SMALL_FLAGS, THREADS, run
+from conftest import ALGORITHMS, ROOT, SMALL_FLAGS, children, run, start, wait_for, wait_for_row
 
 ENV = ("--env-id", "pointmaze-medium-navigate-singletask-task4-v0")
 LENGTHS = "--total-timesteps 420 --eval-interval 150 --log-interval 20 --save-interval 90 --num-seeds 2 --eval-episodes 1".split()
@@ -34,31 +34,6 @@ def finished(flags, tmp_path_factory):
     directory = tmp_path_factory.mktemp("finished")
     run("floq", *flags, "--runs-dir", directory)
     return only_run(directory)
-
-
-def start(flags, directory):
-    """Starts a run and waits for its directory; returns the process."""
-    command = [sys.executable, ROOT / "floq.py", *flags, "--runs-dir", directory]
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        env=os.environ | {"OMP_NUM_THREADS": THREADS},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    return process
-
-
-def wait_for_rows(process, directory, name, rows):
-    """Waits until a csv file has so many rows; returns the run directory."""
-    for _ in range(6000):
-        files = list(directory.glob(f"*/{name}"))
-        if files and files[0].read_bytes().count(b"\n") > rows:
-            return files[0].parent
-        if process.poll() is not None:
-            raise AssertionError(process.communicate()[1][-3000:])
-        time.sleep(0.01)
-    raise AssertionError("no rows")
 
 
 def assert_same_results(run_dir, finished):
@@ -97,10 +72,10 @@ def test_the_same_command_gives_the_same_files(flags, finished, tmp_path):
     assert_same_results(only_run(tmp_path), finished)
 
 
-@pytest.mark.parametrize("name, rows", [("train.csv", 5), ("eval.csv", 3), ("train.csv", 31)])
-def test_killed_and_resumed_equals_uninterrupted(flags, finished, tmp_path, name, rows):
-    process = start(flags, tmp_path)
-    run_dir = wait_for_rows(process, tmp_path, name, rows)
+@pytest.mark.parametrize("name, row", [("train.csv", "60,0"), ("eval.csv", "150,0"), ("train.csv", "320,0")])
+def test_killed_and_resumed_equals_uninterrupted(flags, finished, tmp_path, name, row):
+    process = start("floq", flags, tmp_path)
+    run_dir = wait_for_row(process, tmp_path, name, row)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     if not (
@@ -114,8 +89,8 @@ def test_killed_and_resumed_equals_uninterrupted(flags, finished, tmp_path, name
 
 
 def test_sigterm_saves_and_the_run_can_go_on(flags, finished, tmp_path):
-    process = start(flags, tmp_path)
-    run_dir = wait_for_rows(process, tmp_path, "train.csv", 7)
+    process = start("floq", flags, tmp_path)
+    run_dir = wait_for_row(process, tmp_path, "train.csv", "80,0")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143, err[-2000:]
@@ -216,14 +191,10 @@ def test_full_disk_keeps_the_last_checkpoint(flags, tmp_path):
 
 
 def test_a_dead_evaluation_worker_ends_the_run_with_its_updates_saved(flags, tmp_path):
-    process = start([*flags, "--eval-episodes", 200], tmp_path)
-    for _ in range(6000):
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        if list(tmp_path.glob("*/checkpoint.pt")) and children:
-            break
-        time.sleep(0.01)
+    process = start("floq", [*flags, "--eval-episodes", 200], tmp_path)
+    first, *_ = wait_for(process, lambda: list(tmp_path.glob("*/checkpoint.pt")) and children(process))
     time.sleep(2)
-    os.kill(int(children[0]), signal.SIGKILL)
+    os.kill(first, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "died with exit code -9" in err
     assert checkpoint.load(only_run(tmp_path))["step"] == 1
