@@ -101,6 +101,16 @@ def run(algorithm, *flags, env=None, check=True, **kwargs):
     return process
 
 
+def assert_refused(algorithm, words, *messages, env=None):
+    """An algorithm's file ends with code 2, the messages and no traceback when given these words (a list or one text)."""
+    words = words.split() if isinstance(words, str) else words
+    failed = run(algorithm, *words, "--no-cuda", check=False, env=env)
+    assert failed.returncode == 2, failed.stderr[-2000:]
+    for message in messages:
+        assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
 def start(algorithm, flags, directory):
     """Starts a run below `directory`; returns the process."""
     command = [sys.executable, ROOT / f"{algorithm}.py", *flags, "--runs-dir", directory]
