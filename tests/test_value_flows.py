@@ -209,13 +209,6 @@ def test_confidence_weights_lie_in_their_range_and_grow_with_the_deviation():
     torch.testing.assert_close(weight, torch.sigmoid(-0.5 / deviation) + 0.5)
 
 
-def test_terminal_rows_have_their_reward_as_return():
-    agent = make_agent(small_args())
-    batch, noise = random_inputs(agent)
-    batch["masks"] = torch.zeros_like(batch["masks"])
-    torch.testing.assert_close(agent.critic_loss(batch, noise)[1]["critic/target_mean"], batch["rewards"])
-
-
 @pytest.mark.parametrize("name, key", [("ret_agg", "critic/target_mean"), ("q_agg", "critic/q_std")])
 def test_min_is_below_mean(name, key):
     values = {}
