@@ -1,4 +1,4 @@
-"""What every algorithm has in common: the MLP, initial weights, whose gradients go where, EMA, targets, stacked seeds."""
+"""What every algorithm has in common: the MLP, initial weights, whose gradients go where, EMA, targets, seed axis."""
 
 import math
 import shutil
