@@ -7,8 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint, datasets, envs, rollout
-from conftest import ALGORITHMS, ONLINE_ENV_ID, assert_refused, children, run, start, wait_for_row
+from common import checkpoint, datasets, rollout
+from conftest import (
+    ALGORITHMS,
+    ENV_ID,
+    assert_refused,
+    assert_same_csv,
+    children,
+    make_expert,
+    only_run,
+    parse,
+    run,
+    start,
+    wait_for_row,
+)
 
 # --- Replay ---
 
@@ -91,7 +103,7 @@ def explore():
     started = []
 
     def play(steps, policy, seeds=(10, 11), first_step=0):
-        explorers = rollout.start_explorers(ONLINE_ENV_ID, list(seeds), first_step)
+        explorers = rollout.start_explorers(ENV_ID, list(seeds), first_step)
         started.append(explorers.workers)
         rows = []
         for step in range(first_step, first_step + steps):
@@ -102,24 +114,6 @@ def explore():
     yield play
     for workers in started:
         rollout.stop_workers(workers)
-
-
-def make_expert():
-    """A policy that walks to the goal of ONLINE_ENV_ID along the shortest path."""
-    env = envs.make_env(ONLINE_ENV_ID)
-    maze = env.unwrapped
-    env.reset(seed=0)
-    goal = np.array(maze.cur_goal_xy)
-
-    def policy(observations, noise):
-        actions = torch.zeros_like(observations)
-        for s, row in enumerate(observations):
-            xy = row[0].numpy().astype(np.float64)
-            direction = maze.get_oracle_subgoal(xy, goal)[0] - xy
-            actions[s, 0] = torch.as_tensor(direction / (np.linalg.norm(direction) + 1e-6))
-        return actions
-
-    return policy
 
 
 def test_transitions_connect_and_a_success_ends_the_episode(explore):
@@ -189,16 +183,13 @@ def test_the_same_command_gives_the_same_files_and_online_follows_an_unchanged_o
     online_flags, online_runs, algorithm, tmp_path
 ):
     run(algorithm, *online_flags[algorithm], "--runs-dir", tmp_path / "again")
-    (again,) = (tmp_path / "again").iterdir()
-    for name in ("train.csv", "eval.csv"):
-        assert (again / name).read_bytes() == (online_runs[algorithm] / name).read_bytes(), name
+    assert_same_csv(only_run(tmp_path / "again"), online_runs[algorithm])
     # An offline run, then continued online: the same numbers again, since nothing was interrupted within the online phase.
     run(algorithm, *online_flags[algorithm], "--online-timesteps", 0, "--runs-dir", tmp_path / "offline")
-    (offline,) = (tmp_path / "offline").iterdir()
+    offline = only_run(tmp_path / "offline")
     assert {row["phase"] for row in rows_of(offline / "eval.csv")} == {"offline"}
     run(algorithm, "--resume", offline, "--online-timesteps", 300)
-    for name in ("train.csv", "eval.csv"):
-        assert (offline / name).read_bytes() == (online_runs[algorithm] / name).read_bytes(), name
+    assert_same_csv(offline, online_runs[algorithm])
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
@@ -260,13 +251,6 @@ def test_resume_refuses_to_move_the_phases_border_or_to_go_back(online_runs):
     resume = ["--resume", online_runs["floq"]]
     assert_refused("floq", [*resume, "--total-timesteps", 200], "is in its online phase already")
     assert_refused("floq", [*resume, "--online-timesteps", 100], "is at step 430 already")
-
-
-def parse(algorithm, *words):
-    from common import runs
-
-    module = ALGORITHMS[algorithm]
-    return runs.parse_args(module.Args, module.TUNED, module.TUNED_ONLINE, module.QUICK, argv=list(words))[0]
 
 
 def test_offline_to_online_settings_apply_where_there_are_some(capsys):

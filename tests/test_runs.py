@@ -12,20 +12,28 @@ import pytest
 import torch
 
 from common import checkpoint, runs
-from conftest import ALGORITHMS, ROOT, SMALL_FLAGS, assert_refused, children, run, start, wait_for, wait_for_row
+from conftest import (
+    ALGORITHMS,
+    ENV_ID,
+    ROOT,
+    SMALL_FLAGS,
+    assert_refused,
+    assert_same_csv,
+    children,
+    only_run,
+    parse,
+    run,
+    start,
+    wait_for,
+    wait_for_row,
+)
 
-ENV = ("--env-id", "pointmaze-medium-navigate-singletask-task4-v0")
 LENGTHS = "--total-timesteps 420 --eval-interval 150 --log-interval 20 --save-interval 90 --num-seeds 2 --eval-episodes 1".split()
 
 
 @pytest.fixture(scope="module")
 def flags(maze_data):
-    return [*ENV, "--dataset-path", maze_data, *SMALL_FLAGS["floq"], *LENGTHS]
-
-
-def only_run(directory):
-    (run_dir,) = directory.iterdir()
-    return run_dir
+    return ["--env-id", ENV_ID, "--dataset-path", maze_data, *SMALL_FLAGS["floq"], *LENGTHS]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +45,7 @@ def finished(flags, tmp_path_factory):
 
 
 def assert_same_results(run_dir, finished):
-    for name in ("train.csv", "eval.csv"):
-        assert (run_dir / name).read_bytes() == (finished / name).read_bytes(), name
+    assert_same_csv(run_dir, finished)
     mine, other = checkpoint.load(run_dir), checkpoint.load(finished)
     assert mine["step"] == other["step"] == 420
     for name, value in other["agent"].items():
@@ -275,28 +282,22 @@ def test_every_flag_has_a_help_text(algorithm):
     assert "Adam's learning rate" in shown and ast.get_docstring(tree).split("(")[0].split(":")[0] in shown
 
 
-def parse(*words):
-    import floq
-
-    return runs.parse_args(floq.Args, floq.TUNED, floq.TUNED_ONLINE, floq.QUICK, argv=list(words))[0]
-
-
 def test_tuned_values_apply_and_a_flag_wins():
-    args = parse("--env-id", "antmaze-giant-navigate-singletask-task2-v0")
+    args = parse("floq", "--env-id", "antmaze-giant-navigate-singletask-task2-v0")
     assert (args.alpha, args.gamma, args.q_agg, args.batch_size, args.critic_flow_steps) == (10.0, 0.995, "min", 512, 4)
-    args = parse("--env-id", "antmaze-giant-navigate-singletask-v0", "--batch-size", "256", "--q-agg", "mean")
+    args = parse("floq", "--env-id", "antmaze-giant-navigate-singletask-v0", "--batch-size", "256", "--q-agg", "mean")
     assert (args.batch_size, args.q_agg, args.gamma) == (256, "mean", 0.995)
-    assert parse().block_depth == 2 and parse("--env-id", "scene-play-singletask-v0").block_depth == 4
-    assert parse("--env-id", "puzzle-4x4-play-singletask-v0").noise_coverage == 0.25
+    assert parse("floq").block_depth == 2 and parse("floq", "--env-id", "scene-play-singletask-v0").block_depth == 4
+    assert parse("floq", "--env-id", "puzzle-4x4-play-singletask-v0").noise_coverage == 0.25
 
 
 def test_quick_wins_over_tuned_and_a_flag_over_quick():
     import floq
 
-    args = parse("--quick")
+    args = parse("floq", "--quick")
     assert all(getattr(args, name) == value for name, value in floq.QUICK.items())
-    assert parse("--quick", "--alpha", "1e6").alpha == 1e6
-    assert parse("--quick", "--exp-name", "mine").exp_name == "mine"
+    assert parse("floq", "--quick", "--alpha", "1e6").alpha == 1e6
+    assert parse("floq", "--quick", "--exp-name", "mine").exp_name == "mine"
 
 
 def test_tuned_has_the_ten_environments():
