@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,8 +19,10 @@ THREADS = os.environ.get("OMP_NUM_THREADS", "2")
 import floq  # noqa: E402
 import q_flow  # noqa: E402
 import value_flows  # noqa: E402
+from common import envs, runs  # noqa: E402
 
 ALGORITHMS = {"floq": floq, "value_flows": value_flows, "q_flow": q_flow}
+ENV_ID = "pointmaze-medium-navigate-singletask-task4-v0"  # the shortest task
 SMALL_FLAGS = {
     "floq": "--noise-samples 2 --critic-flow-steps 2 --actor-flow-steps 2 --block-width 16",
     "value_flows": "--num-samples 3 --num-flow-steps 2",
@@ -65,7 +69,6 @@ def cube_data(tmp_path_factory):
     return collect("cube-single-play-v0", tmp_path_factory.mktemp("data"), num_episodes=2, num_workers=2)
 
 
-ONLINE_ENV_ID = "pointmaze-medium-navigate-singletask-task4-v0"
 ONLINE_LENGTHS = (
     "--total-timesteps 130 --online-timesteps 300 --eval-interval 100 --log-interval 20 --save-interval 70 --eval-episodes 1"
 ).split()
@@ -74,7 +77,7 @@ ONLINE_LENGTHS = (
 @pytest.fixture(scope="session")
 def online_flags(maze_data):
     """{algorithm: flags} of a small run with both phases and two seeds."""
-    common = ["--env-id", ONLINE_ENV_ID, "--dataset-path", maze_data, "--num-seeds", 2]
+    common = ["--env-id", ENV_ID, "--dataset-path", maze_data, "--num-seeds", 2]
     return {name: [*SMALL_FLAGS[name], *common, *ONLINE_LENGTHS] for name in ALGORITHMS}
 
 
@@ -86,7 +89,7 @@ def online_runs(online_flags, tmp_path_factory):
         directory = tmp_path_factory.mktemp(name)
         out = run(name, *online_flags[name], "--runs-dir", directory).stdout
         assert "at 130, where the online phase begins" in out and "at 430" in out
-        (directories[name],) = directory.iterdir()
+        directories[name] = only_run(directory)
     return directories
 
 
@@ -98,6 +101,84 @@ def run(algorithm, *flags, env=None, check=True, **kwargs):
     if check:
         assert process.returncode == 0, process.stderr[-3000:]
     return process
+
+
+def assert_refused(algorithm, words, *messages, env=None):
+    """An algorithm's file ends with code 2 and the messages, without a traceback; words: a list, or one text."""
+    words = words.split() if isinstance(words, str) else words
+    failed = run(algorithm, *words, "--no-cuda", check=False, env=env)
+    assert failed.returncode == 2, failed.stderr[-2000:]
+    for message in messages:
+        assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def start(algorithm, flags, directory):
+    """Starts a run below `directory`; returns the process."""
+    command = [sys.executable, ROOT / f"{algorithm}.py", *flags, "--runs-dir", directory]
+    return subprocess.Popen(
+        [str(word) for word in command],
+        env=os.environ | {"OMP_NUM_THREADS": THREADS},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(process, condition):
+    """Waits until `condition()` is true and returns its value; fails with the process' stderr if that ends before."""
+    deadline = time.monotonic() + 300
+    while not (value := condition()):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate()[1][-3000:] or "nothing happened in 5 minutes")
+        time.sleep(0.01)
+    return value
+
+
+def wait_for_row(process, directory, name, row):
+    """Waits until a csv file of the run has a row that begins with `row` ("step,seed"); returns the run directory."""
+    written = lambda: [path.parent for path in directory.glob(f"*/{name}") if f"\n{row}," in path.read_text()]
+    return wait_for(process, written)[0]
+
+
+def children(process):
+    """The ids of a process' children, in the order of their start."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def only_run(directory):
+    """The directory of the one run below `directory`."""
+    (run_dir,) = directory.iterdir()
+    return run_dir
+
+
+def assert_same_csv(run_dir, other):
+    for name in ("train.csv", "eval.csv"):
+        assert (run_dir / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def parse(algorithm, *words):
+    """The arguments that an algorithm makes of a command line."""
+    module = ALGORITHMS[algorithm]
+    return runs.parse_args(module.Args, module.TUNED, module.TUNED_ONLINE, module.QUICK, argv=list(words))[0]
+
+
+def make_expert():
+    """A policy that walks ENV_ID's shortest path, with a little noise; (S, P, 2), (S, P, 2) -> (S, P, 2)."""
+    env = envs.make_env(ENV_ID)
+    envs.reset_env(env, 0)
+    maze, goal = env.unwrapped, np.array(env.unwrapped.cur_goal_xy)
+
+    def policy(observations, noise):
+        actions = torch.zeros(*observations.shape[:2], 2)
+        for index in np.ndindex(*observations.shape[:2]):
+            xy = observations[index].double().numpy()
+            direction = maze.get_oracle_subgoal(xy, goal)[0] - xy
+            actions[index] = torch.as_tensor(direction / (np.linalg.norm(direction) + 1e-6))
+        return (actions + 0.3 * noise).clamp(-1, 1)
+
+    return policy
 
 
 def small_args(algorithm, **changes):

@@ -1,4 +1,4 @@
-"""What every algorithm has in common: the MLP, initial weights, whose gradients go where, EMA, seeds as an axis."""
+"""What every algorithm has in common: the MLP, initial weights, whose gradients go where, EMA, targets, seed axis."""
 
 import math
 import shutil
@@ -21,6 +21,28 @@ TARGETS = {
     "floq": ("target_floq", "floq"),
     "value_flows": ("target_critic_flow", "critic_flow"),
     "q_flow": ("target_critic", "critic"),
+}
+# The network that each part of the losses moves, alone.
+MOVED_BY = {
+    "floq": {
+        "critic/floq_loss": "floq",
+        "critic/distilled_critic_loss": "critic",
+        "actor/bc_flow_loss": "actor_bc_flow",
+        "actor/distill_loss": "actor_onestep_flow",
+        "actor/q_loss": "actor_onestep_flow",
+    },
+    "value_flows": {
+        "critic/bcfm_loss": "critic_flow",
+        "critic/dcfm_loss": "critic_flow",
+        "actor/bc_flow_loss": "actor_flow",
+        "actor/distill_loss": "actor_onestep_flow",
+        "actor/q_loss": "actor_onestep_flow",
+    },
+    "q_flow": {
+        "critic/outer_loss": "critic",
+        "critic/distillation_loss": "inner_value",
+        "actor/total_loss": "actor_flow",
+    },
 }
 
 
@@ -76,20 +98,12 @@ def test_actor_loss_moves_only_the_policies(algorithm):
     assert networks(gradients(agent)) == POLICIES[algorithm]
 
 
-def test_distillation_of_the_policy_does_not_move_the_cloning_flow(algorithm):
-    if algorithm == "q_flow":
-        return  # has one policy and distils nothing
-    agent = make_agent(small_args(algorithm))
-    agent.actor_loss(*random_inputs(agent))[1]["actor/distill_loss"].sum().backward()
-    assert networks(gradients(agent)) == {"actor_onestep_flow"}
-
-
-def test_q_loss_moves_the_onestep_policy_alone(algorithm):
-    if algorithm == "q_flow":
-        return  # has no such term
-    agent = make_agent(small_args(algorithm))
-    agent.actor_loss(*random_inputs(agent))[1]["actor/q_loss"].sum().backward()
-    assert networks(gradients(agent)) == {"actor_onestep_flow"}
+def test_each_part_of_the_losses_moves_one_network(algorithm):
+    for part, network in MOVED_BY[algorithm].items():
+        agent = make_agent(small_args(algorithm))
+        loss = agent.critic_loss if part.startswith("critic/") else agent.actor_loss
+        loss(*random_inputs(agent))[1][part].sum().backward()
+        assert networks(gradients(agent)) == {network}, part
 
 
 def test_every_weight_of_online_networks_moves_and_targets_only_by_ema(algorithm):
@@ -105,6 +119,18 @@ def test_every_weight_of_online_networks_moves_and_targets_only_by_ema(algorithm
             torch.testing.assert_close(parameter, 0.3 * was + 0.7 * before[name])
     assert all(p.is_leaf and not p.requires_grad for p in target.parameters())  # no graph that grows
     assert all(p.requires_grad for p in online.parameters())
+
+
+# --- Targets ---
+
+
+def test_terminal_rows_have_their_reward_as_target(algorithm):
+    agent = make_agent(small_args(algorithm))
+    batch, noise = random_inputs(agent)
+    batch["masks"] = torch.zeros_like(batch["masks"])
+    target = agent.critic_loss(batch, noise)[1]["critic/target_mean"]  # value_flows: of every row, (S, B)
+    expected = batch["rewards"] if algorithm == "value_flows" else batch["rewards"].mean(dim=1)
+    torch.testing.assert_close(target, expected)
 
 
 # --- Seeds as an axis ---

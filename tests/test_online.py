@@ -2,17 +2,25 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
-from common import checkpoint, datasets, envs, rollout
-from conftest import ALGORITHMS, ONLINE_ENV_ID, ROOT, THREADS, run
-
+from common import checkpoint, datasets, rollout
+from conftest import (
+    ALGORITHMS,
+    ENV_ID,
+    assert_refused,
+    assert_same_csv,
+    children,
+    make_expert,
+    only_run,
+    parse,
+    run,
+    start,
+    wait_for_row,
+)
 
 # --- Replay ---
 
@@ -95,7 +103,7 @@ def explore():
     started = []
 
     def play(steps, policy, seeds=(10, 11), first_step=0):
-        explorers = rollout.start_explorers(ONLINE_ENV_ID, list(seeds), first_step)
+        explorers = rollout.start_explorers(ENV_ID, list(seeds), first_step)
         started.append(explorers.workers)
         rows = []
         for step in range(first_step, first_step + steps):
@@ -106,24 +114,6 @@ def explore():
     yield play
     for workers in started:
         rollout.stop_workers(workers)
-
-
-def make_expert():
-    """A policy that walks to the goal of ONLINE_ENV_ID along the shortest path."""
-    env = envs.make_env(ONLINE_ENV_ID)
-    maze = env.unwrapped
-    env.reset(seed=0)
-    goal = np.array(maze.cur_goal_xy)
-
-    def policy(observations, noise):
-        actions = torch.zeros_like(observations)
-        for s, row in enumerate(observations):
-            xy = row[0].numpy().astype(np.float64)
-            direction = maze.get_oracle_subgoal(xy, goal)[0] - xy
-            actions[s, 0] = torch.as_tensor(direction / (np.linalg.norm(direction) + 1e-6))
-        return actions
-
-    return policy
 
 
 def test_transitions_connect_and_a_success_ends_the_episode(explore):
@@ -193,32 +183,22 @@ def test_the_same_command_gives_the_same_files_and_online_follows_an_unchanged_o
     online_flags, online_runs, algorithm, tmp_path
 ):
     run(algorithm, *online_flags[algorithm], "--runs-dir", tmp_path / "again")
-    (again,) = (tmp_path / "again").iterdir()
-    for name in ("train.csv", "eval.csv"):
-        assert (again / name).read_bytes() == (online_runs[algorithm] / name).read_bytes(), name
+    assert_same_csv(only_run(tmp_path / "again"), online_runs[algorithm])
     # An offline run, then continued online: the same numbers again, since nothing was interrupted within the online phase.
     run(algorithm, *online_flags[algorithm], "--online-timesteps", 0, "--runs-dir", tmp_path / "offline")
-    (offline,) = (tmp_path / "offline").iterdir()
+    offline = only_run(tmp_path / "offline")
     assert {row["phase"] for row in rows_of(offline / "eval.csv")} == {"offline"}
     run(algorithm, "--resume", offline, "--online-timesteps", 300)
-    for name in ("train.csv", "eval.csv"):
-        assert (offline / name).read_bytes() == (online_runs[algorithm] / name).read_bytes(), name
+    assert_same_csv(offline, online_runs[algorithm])
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_stopped_online_goes_on_with_its_replay(online_flags, online_runs, tmp_path, sent):
-    command = [sys.executable, ROOT / "value_flows.py", *online_flags["value_flows"], "--runs-dir", tmp_path]
-    process = subprocess.Popen(
-        [str(word) for word in command], env=os.environ | {"OMP_NUM_THREADS": THREADS},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while not (files := list(tmp_path.glob("*/train.csv"))) or "\n300,1" not in files[0].read_text():
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        time.sleep(0.01)
+    process = start("value_flows", online_flags["value_flows"], tmp_path)
+    run_dir = wait_for_row(process, tmp_path, "train.csv", "300,1")
     process.send_signal(sent)
     process.communicate(timeout=60)
-    run_dir, done = files[0].parent, online_runs["value_flows"]
-    stopped = checkpoint.load(run_dir)
+    stopped, done = checkpoint.load(run_dir), online_runs["value_flows"]
     assert 130 < stopped["step"] < 430
     assert stopped["replay"]["rewards"].shape == (2, stopped["step"] - 130)
     for key, rows in checkpoint.load(done)["replay"].items():  # what had happened before is what happens undisturbed
@@ -239,28 +219,13 @@ def test_a_run_stopped_online_goes_on_with_its_replay(online_flags, online_runs,
 
 
 def test_a_dead_environment_ends_the_run_with_its_updates_saved(online_flags, tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "floq.py",
-        *online_flags["floq"],
-        "--online-timesteps",
-        100_000,
-        "--runs-dir",
-        tmp_path,
-    ]
-    process = subprocess.Popen(
-        [str(word) for word in [*command, "--eval-interval", 10**6, "--save-interval", 10**6, "--eval-workers", 1]],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": THREADS},
-    )  # fmt: skip
-    while not (files := list(tmp_path.glob("*/train.csv"))) or "\n200,1" not in files[0].read_text():
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        time.sleep(0.01)
-    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
-        children = [int(pid) for pid in file.read().split()]
-    os.kill(children[-1], signal.SIGKILL)  # the last one started: the explorers' worker
+    endless = "--online-timesteps 100000 --eval-interval 1000000 --save-interval 1000000 --eval-workers 1".split()
+    process = start("floq", [*online_flags["floq"], *endless], tmp_path)
+    run_dir = wait_for_row(process, tmp_path, "train.csv", "200,1")
+    os.kill(children(process)[-1], signal.SIGKILL)  # the last one started: the explorers' worker
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "died with exit code -9" in err
-    saved = checkpoint.load(files[0].parent)
+    saved = checkpoint.load(run_dir)
     assert saved["step"] >= 200 and saved["replay"]["rewards"].shape[1] == saved["step"] - 130
 
 
@@ -279,22 +244,13 @@ def test_a_dead_environment_ends_the_run_with_its_updates_saved(online_flags, tm
 )
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_bad_arguments(algorithm, words, message):
-    failed = run(algorithm, *words.split(), "--no-cuda", check=False)
-    assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
+    assert_refused(algorithm, words, message)
 
 
 def test_resume_refuses_to_move_the_phases_border_or_to_go_back(online_runs):
-    failed = run("floq", "--resume", online_runs["floq"], "--total-timesteps", 200, check=False)
-    assert failed.returncode == 2 and "is in its online phase already" in failed.stderr
-    failed = run("floq", "--resume", online_runs["floq"], "--online-timesteps", 100, check=False)
-    assert failed.returncode == 2 and "is at step 430 already" in failed.stderr
-
-
-def parse(algorithm, *words):
-    from common import runs
-
-    module = ALGORITHMS[algorithm]
-    return runs.parse_args(module.Args, module.TUNED, module.TUNED_ONLINE, module.QUICK, argv=list(words))[0]
+    resume = ["--resume", online_runs["floq"]]
+    assert_refused("floq", [*resume, "--total-timesteps", 200], "is in its online phase already")
+    assert_refused("floq", [*resume, "--online-timesteps", 100], "is at step 430 already")
 
 
 def test_offline_to_online_settings_apply_where_there_are_some(capsys):

@@ -14,63 +14,46 @@ import numpy as np
 import pytest
 import torch
 
-import floq
-import q_flow
-import value_flows
+from conftest import ALGORITHMS
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
-METHODS = ("floq", "value_flows", "q_flow")
-CASES = [path for method in METHODS for path in sorted(PARITY_DIR.glob(f"{method}*.npz"))]
+CASES = [path for method in ALGORITHMS for path in sorted(PARITY_DIR.glob(f"{method}*.npz"))]
 
 
-def make_floq(meta, seeds):
-    """The floq agent of a recorded case."""
-    hidden = tuple(meta["hidden"])
-    same_name = (
+# Settings that have the same name here as in `meta`; a recording may lack some, which then have their defaults.
+SAME_NAME = {
+    "floq": (
         "tau", "q_agg", "alpha", "actor_flow_steps", "critic_flow_steps", "normalize_q_loss", "flow_num_ensembles",
         "distill_num_ensembles", "noise_samples", "noise_coverage", "num_bins", "sigma", "reward_offset", "layer_norm",
         "actor_layer_norm", "use_prob_embed", "use_resnets", "num_transformations", "train_at_zero_only",
-    )  # fmt: skip
-    settings = {name: meta[name] for name in same_name if name in meta}
-    settings |= dict(batch_size=meta["B"], gamma=meta["discount"], learning_rate=meta["lr"])
-    settings |= dict(block_width=meta.get("block_width", hidden[0]), block_depth=meta.get("block_depth", len(hidden)))
-    settings |= dict(value_hidden_dims=hidden, actor_hidden_dims=hidden)
-    if not meta.get("time_embedding", "cos").startswith("cos(t)"):
-        settings["time_embedding"] = "fourier"
-    args = replace(floq.Args(), **settings)
-    agent = floq.Agent(args, meta["obs_dim"], meta["action_dim"], seeds, meta["min_reward"], meta["max_reward"])
-    agent.make_optimizer()
-    return agent
-
-
-def make_value_flows(meta, seeds):
-    """The Value Flows agent of a recorded case."""
-    hidden = tuple(meta["hidden"])
-    same_name = (
+    ),
+    "value_flows": (
         "tau", "ret_agg", "q_agg", "clip_flow_actions", "clip_flow_returns", "confidence_weight_temp", "dcfm_lambda",
         "bcfm_lambda", "alpha", "normalize_q_loss", "num_samples", "num_flow_steps", "actor_layer_norm",
         "value_layer_norm",
-    )  # fmt: skip
-    settings = {name: meta[name] for name in same_name if name in meta}
-    settings |= dict(batch_size=meta["B"], gamma=meta["discount"], learning_rate=meta["lr"])
-    settings |= dict(value_hidden_dims=hidden, actor_hidden_dims=hidden)
-    args = replace(value_flows.Args(), **settings)
-    agent = value_flows.Agent(args, meta["obs_dim"], meta["action_dim"], seeds, meta["min_reward"], meta["max_reward"])
-    agent.make_optimizer()
-    return agent
-
-
-def make_q_flow(meta, seeds):
-    """The Q-Flow agent of a recorded case."""
-    hidden = tuple(meta["hidden"])
-    same_name = (
+    ),
+    "q_flow": (
         "tau", "q_agg", "alpha", "flow_steps", "use_time_embed", "time_embed_dim", "layer_norm", "actor_layer_norm",
-    )  # fmt: skip
-    settings = {name: meta[name] for name in same_name if name in meta}
-    settings |= dict(batch_size=meta["B"], gamma=meta["discount"], learning_rate=meta["lr"])
+    ),
+}  # fmt: skip
+RENAMED = {"batch_size": "B", "gamma": "discount", "learning_rate": "lr"}
+
+
+def make_recorded_agent(meta, seeds):
+    """The agent of a recorded case."""
+    method, hidden = meta["method"], tuple(meta["hidden"])
+    settings = {name: meta[name] for name in SAME_NAME[method] if name in meta}
+    settings |= {name: meta[recorded] for name, recorded in RENAMED.items()}
     settings |= dict(value_hidden_dims=hidden, actor_hidden_dims=hidden)
-    args = replace(q_flow.Args(), **settings)
-    agent = q_flow.Agent(args, meta["obs_dim"], meta["action_dim"], seeds, -1.0, 0.0)
+    rewards = (-1.0, 0.0) if method == "q_flow" else (meta["min_reward"], meta["max_reward"])  # Q-Flow uses none
+    if method == "floq":
+        settings["block_width"] = meta.get("block_width", hidden[0])
+        settings["block_depth"] = meta.get("block_depth", len(hidden))
+        if not meta.get("time_embedding", "cos").startswith("cos(t)"):
+            settings["time_embedding"] = "fourier"
+    module = ALGORITHMS[method]
+    args = replace(module.Args(), **settings)
+    agent = module.Agent(args, meta["obs_dim"], meta["action_dim"], seeds, *rewards)
     agent.make_optimizer()
     return agent
 
@@ -103,8 +86,7 @@ def test_parity(path, num_seeds):
     with np.load(path) as file:
         data = {key: in_our_order(key, file[key]) for key in file.files}
     meta = json.loads(str(data["meta"]))
-    make_agent = {"floq": make_floq, "value_flows": make_value_flows, "q_flow": make_q_flow}
-    agent = make_agent[meta["method"]](meta, list(range(num_seeds)))
+    agent = make_recorded_agent(meta, list(range(num_seeds)))
     stack = lambda array: torch.as_tensor(array).unsqueeze(0).repeat(num_seeds, *[1] * array.ndim)
     before = [key for key in data if key.startswith("params_before/")]
     for key in before:
@@ -138,6 +120,6 @@ def test_parity(path, num_seeds):
             np.testing.assert_allclose(parameter[s].reshape(data[key].shape), data[key], rtol=0, atol=1e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALGORITHMS)
 def test_every_built_method_has_cases(method):
     assert any(path.stem.startswith(method) for path in CASES), f"no {method}*.npz in {PARITY_DIR}"

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from conftest import gradients, make_agent, networks, random_inputs, run
+from conftest import assert_refused, gradients, make_agent, networks, random_inputs
 from conftest import small_args as small_args_of
 from q_flow import embed_time
 
@@ -97,16 +97,6 @@ def test_actor_label_is_the_data_velocity_plus_guidance_over_lambda():
         torch.testing.assert_close(value, grad[name], rtol=1e-3, atol=1e-5)
 
 
-def test_each_value_loss_moves_its_own_network():
-    agent = make_agent(small_args())
-    inputs = random_inputs(agent)
-    agent.critic_loss(*inputs)[1]["critic/outer_loss"].sum().backward()
-    assert networks(gradients(agent)) == {"critic"}
-    agent.zero_grad()
-    agent.critic_loss(*inputs)[1]["critic/distillation_loss"].sum().backward()
-    assert networks(gradients(agent)) == {"inner_value"}
-
-
 @pytest.mark.parametrize("q_agg", ["mean", "min"])
 def test_critic_loss_equals_one_with_two_separate_roll_outs(q_agg):
     agent = make_agent(small_args(q_agg=q_agg))
@@ -128,14 +118,6 @@ def test_critic_loss_equals_one_with_two_separate_roll_outs(q_agg):
     assert not torch.isclose(inner, each, rtol=1e-2).all()
 
 
-def test_terminal_rows_have_their_reward_as_target():
-    agent = make_agent(small_args())
-    batch, noise = random_inputs(agent)
-    batch["masks"] = torch.zeros_like(batch["masks"])
-    metrics = agent.critic_loss(batch, noise)[1]
-    torch.testing.assert_close(metrics["critic/target_mean"], batch["rewards"].mean(dim=1))
-
-
 # --- Arguments ---
 
 
@@ -150,8 +132,7 @@ def test_terminal_rows_have_their_reward_as_target():
     ],
 )
 def test_bad_arguments(words, message):
-    failed = run("q_flow", *words.split(), "--no-cuda", check=False)
-    assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
+    assert_refused("q_flow", words, message)
 
 
 # --- A bandit with a known answer ---

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from common import envs, rollout
-
-ENV_ID = "pointmaze-medium-navigate-singletask-task4-v0"  # the shortest task
+from conftest import ENV_ID, make_expert, small_args
 
 
 @pytest.fixture
@@ -25,23 +24,6 @@ def start():
     yield start_workers
     for workers in started:
         rollout.stop_workers(workers)
-
-
-def make_expert():
-    """A policy that walks the shortest path, with a little noise; (S, P, 2), (S, P, 2) -> (S, P, 2)."""
-    env = envs.make_env(ENV_ID)
-    envs.reset_env(env, 0)
-    maze, goal = env.unwrapped, np.array(env.unwrapped.cur_goal_xy)
-
-    def policy(observations, noise):
-        actions = torch.zeros(*observations.shape[:2], 2)
-        for index in np.ndindex(*observations.shape[:2]):
-            xy = observations[index].double().numpy()
-            direction = maze.get_oracle_subgoal(xy, goal)[0] - xy
-            actions[index] = torch.as_tensor(direction / (np.linalg.norm(direction) + 1e-6))
-        return (actions + 0.3 * noise).clamp(-1, 1)
-
-    return policy
 
 
 def draw_noise(generator, num_steps):
@@ -109,7 +91,6 @@ def test_rows_do_not_depend_on_workers_or_on_other_seeds(start):
 
 def test_a_network_acts_the_same_on_any_number_of_workers(start):
     import floq
-    from conftest import small_args
 
     args = small_args("floq", actor_hidden_dims=(256, 256), block_width=16)
     agents = {n: floq.Agent(args, 2, 2, list(range(10, 10 + n)), -1.0, 0.0) for n in (1, 2)}
