@@ -103,7 +103,7 @@ def make_points(name, n, seed=0):
     elif name == "moons":
         moon = rng.integers(2, size=n)
         upper = circle(np.pi * u) - [0.5, 0.25]
-        points = np.where(moon[:, None] == 0, upper, -upper) / 1.8
+        points = np.where(moon[:, None] == 0, upper, -upper) / 2
         rewards, modes = u, 2 * moon + (u > 0.6)
     else:
         fail(f"--datasets {name} is unknown; known: swiss_roll, two_spirals, eight_gaussians, moons")
