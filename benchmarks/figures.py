@@ -2,13 +2,17 @@
 
     python -m benchmarks.figures value_flows --run runs/RUN_DIR
     python -m benchmarks.figures value_flows --run runs/RUN_DIR --output docs/value_flows_returns.png --seed 1
+    python -m benchmarks.figures evor --run runs/RUN_DIR
 
-Value Flows: above, the learned return distribution at four state-action pairs of the validation data, with Monte-Carlo
-returns of the data beside it (of the pair's nearest neighbours, since a state occurs once). Below, one validation
-trajectory that reaches the goal: learned returns against its Monte-Carlo return, and the confidence weights. The data's
-returns are those of the behaviour policy and the learned ones those of the improved policy, so the latter may lie higher.
+Above, the learned return distribution at four state-action pairs of the validation data, with Monte-Carlo returns of the
+data beside it (of the pair's nearest neighbours, since a state occurs once). Below left, learned returns against the
+Monte-Carlo return along one validation trajectory that reaches the goal. Below right, for Value Flows the confidence
+weights of that trajectory; for EVOR the mean learned return against the Monte-Carlo return of many pairs, with their rank
+correlation. The data's returns are those of the behaviour policy. EVOR's should agree with them; Value Flows' are those of
+the improved policy and may lie higher.
 """
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
@@ -17,16 +21,18 @@ import numpy as np
 import torch
 import tyro
 
+import evor
 import value_flows
 from common import checkpoint, collect, datasets, envs, fail, runs
 
 NEIGHBOURS = 200  # data pairs whose Monte-Carlo returns stand beside a learned distribution
+NUM_PAIRS = 2_000  # validation pairs whose mean learned return is compared with their Monte-Carlo return
 TAIL = 0.05  # a return counts if what the trajectory's end cuts off is discounted by less than this
 
 
 @dataclass
 class FiguresArgs:
-    algorithm: tyro.conf.Positional[Literal["value_flows"]]
+    algorithm: tyro.conf.Positional[Literal["value_flows", "evor"]]
     """whose figure"""
     run: str
     """run directory"""
@@ -80,20 +86,26 @@ def nearest(data, index, candidates, num):
 
 @torch.no_grad()
 def return_samples(agent, pairs, noise):
-    """Each seed's end points of the target return flow, and their confidence weights.
+    """Each seed's end points of the target return flow, and Value Flows' confidence weights.
 
     Args:
-        agent: a value_flows.Agent of S seeds.
+        agent: a value_flows.Agent or evor.Agent of S seeds.
         pairs: (N, D + A), observations with their actions.
         noise: (S or 1, N * n, 1), n start noises for each pair.
 
     Returns:
-        returns (S, N, n), each the aggregate of the two fields' end points; weights (S, N, n).
+        returns (S, N, n), each the aggregate of the fields' end points as in training; weights (S, N, n), None for EVOR.
     """
     S = agent.critic_flow.weights[0].shape[0]
+    noise = noise.expand(S, -1, -1)
+    if isinstance(agent, evor.Agent):
+        observations, actions = pairs.expand(S, -1, -1).split(
+            [pairs.shape[1] - agent.action_dim, agent.action_dim], dim=-1
+        )
+        return agent.returns(observations, actions, noise.view(S, len(pairs), -1)), None
     condition = pairs.repeat_interleave(noise.shape[1] // len(pairs), dim=0).expand(S, -1, -1)  # (S, N*n, D + A)
     velocity = agent.target_critic_flow.field(value_flows.to_ensemble(condition))
-    z = value_flows.to_ensemble(noise.expand(S, -1, -1))  # (S, E, N*n, 1)
+    z = value_flows.to_ensemble(noise)  # (S, E, N*n, 1)
     z, J = agent.return_flow(velocity, z, torch.ones_like(z), num_derivatives=z.shape[2])
     deviation = value_flows.aggregate(J.abs(), agent.args.q_agg)
     weights = value_flows.confidence_weight(deviation, agent.args.confidence_weight_temp)
@@ -101,15 +113,25 @@ def return_samples(agent, pairs, noise):
 
 
 def learned_returns(agent, s, observations, actions, num_samples):
-    """Seed s's return samples and mean confidence weights at (N, D), (N, A): (N, num_samples), (N,)."""
+    """Seed s's return samples (N, num_samples) and mean confidence weights (N,), None for EVOR, at (N, D), (N, A)."""
     generator = torch.Generator().manual_seed(0)
     returns, weights = [], []
     for pairs in torch.cat([observations, actions], dim=-1).split(max(1, 20_000 // num_samples)):
         noise = torch.randn(1, len(pairs) * num_samples, 1, generator=generator)
         samples, weight = return_samples(agent, pairs, noise)
         returns.append(samples[s])
-        weights.append(weight[s].mean(dim=1))
-    return torch.cat(returns).numpy(), torch.cat(weights).numpy()
+        weights.append(None if weight is None else weight[s].mean(dim=1))
+    return torch.cat(returns).numpy(), None if weights[0] is None else torch.cat(weights).numpy()
+
+
+def agreement(learned, returns):
+    """How mean learned returns (N,) agree with Monte-Carlo returns (N,): Spearman's rank correlation, mean error (bias),
+    mean absolute error.
+    """
+    from scipy.stats import spearmanr
+
+    error = learned - returns
+    return spearmanr(learned, returns).statistic, error.mean(), np.abs(error).mean()
 
 
 def longest_way_to_success(data):
@@ -166,12 +188,23 @@ def draw(agent, s, data, num_samples, title, output):
     axes.set(xlabel="step of one trajectory, until its success", ylabel="return")
     axes.legend(fontsize="x-small")
     axes = figure.add_subplot(grid[1, 2:])
-    axes.plot(weights, color="tab:orange", label="confidence weight w")
-    axes.set(xlabel="step of the same trajectory", ylabel="w, in [0.5, 1)")
-    deviation = axes.twinx()
-    deviation.plot(learned.std(axis=1), color="tab:blue", linewidth=1)
-    deviation.set_ylabel("deviation of the learned returns", color="tab:blue")
-    axes.legend(fontsize="x-small", loc="upper left")
+    if weights is not None:
+        axes.plot(weights, color="tab:orange", label="confidence weight w")
+        axes.set(xlabel="step of the same trajectory", ylabel="w, in [0.5, 1)")
+        deviation = axes.twinx()
+        deviation.plot(learned.std(axis=1), color="tab:blue", linewidth=1)
+        deviation.set_ylabel("deviation of the learned returns", color="tab:blue")
+        axes.legend(fontsize="x-small", loc="upper left")
+    else:
+        pairs = candidates[:: max(1, len(candidates) // NUM_PAIRS)]
+        means = learned_returns(agent, s, data["observations"][pairs], data["actions"][pairs], 32)[0].mean(axis=1)
+        correlation, bias, error = agreement(means, returns[pairs])
+        label = f"{len(pairs):,} pairs: rank correlation {correlation:.2f}, bias {bias:.1f}, mean absolute error {error:.1f}"
+        print(label)
+        axes.scatter(returns[pairs], means, s=2, alpha=0.5)
+        axes.axline((returns.min(), returns.min()), slope=1, color="black", linewidth=1, linestyle="--")
+        axes.set(xlabel="Monte-Carlo return of the data", ylabel="learned, mean")
+        axes.set_title(label, fontsize="small")
     figure.suptitle(title)
     figure.savefig(output, dpi=110)
     plt.close(figure)
@@ -183,7 +216,8 @@ if __name__ == "__main__":
     payload = checkpoint.load(options.run)
     if payload["algorithm"] != options.algorithm:
         fail(f"--run {options.run} is a run of {payload['algorithm']}.py, not of {options.algorithm}.py")
-    args = value_flows.Args(**payload["args"])
+    module = importlib.import_module(options.algorithm)
+    args = module.Args(**payload["args"])
     if envs.is_pixels(args.env_id):
         fail(f"--run {options.run} is a run on pixels; the figure is drawn for states")
     seeds = list(range(args.seed, args.seed + args.num_seeds))
@@ -200,13 +234,13 @@ if __name__ == "__main__":
     if identity["sha256"] != payload["dataset"]["sha256"]:
         fail(f"{path} is not the dataset of the run in {options.run}, which is {payload['dataset']}")
     validation, _ = datasets.load_dataset(collect.val_path(Path(path)), args.env_id, "cpu")
-    runs.setup_torch(value_flows.Args(cuda=False))
+    runs.setup_torch(module.Args(cuda=False))
     rewards = dataset["rewards"]
     obs_dim, action_dim = dataset["observations"].shape[1], dataset["actions"].shape[1]
-    agent = value_flows.Agent(args, obs_dim, action_dim, seeds, rewards.min().item(), rewards.max().item())
+    agent = module.Agent(args, obs_dim, action_dim, seeds, rewards.min().item(), rewards.max().item())
     agent.load_state_dict(payload["agent"])
     output = Path(options.output or Path(options.run) / "figures.png")
-    title = f"Value Flows on {args.env_id}, seed {seed}, after {payload['step']:,} updates"
+    title = f"{options.algorithm} on {args.env_id}, seed {seed}, after {payload['step']:,} updates"
     for own, near, mean, std in draw(agent, seeds.index(seed), validation, options.samples, title, output):
         print(f"Monte-Carlo return {own:8.2f}, of the nearest pairs {near:8.2f}; learned {mean:8.2f} +- {std:.2f}")
     print(f"saved {output}")

@@ -1,35 +1,54 @@
-"""Return distributions learned on a small MDP where the truth is known: 1-Wasserstein distance, modes and mean.
+"""Return distributions learned on small MDPs where the truth is known: 1-Wasserstein distance, error of the mean, modes.
 
-    python -m benchmarks.return_accuracy                                      # Value Flows, the coin chain, 3 seeds
-    python -m benchmarks.return_accuracy --bcfm-lambda 0 --updates 20000      # without the bootstrapped term
+    python -m benchmarks.return_accuracy                                        # EVOR's targets and Value Flows, all MDPs
+    python -m benchmarks.return_accuracy --mdps coin --gammas 0.9 --variants value_flows:bcfm_lambda=0 value_flows
+    python -m benchmarks.return_accuracy --output docs/evor_returns             # also a csv file and a picture
 
-The coin chain: three states in a row, no reward on the way, and a fair coin at the end: +1 or -1. With gamma = 0.9 the
-return of state k is +-0.9^(2-k) with equal probability: two modes and a mean of zero. The reward range [-1, 1] allows
-returns of +-10, so that the modes take up a small part of the flow's range. Writes a table, a csv and a picture.
+The MDPs (actions change nothing in them, so that there is one policy):
+
+    chain      four states in a row, each step costs 1, then the end: returns are single numbers
+    coin       three states in a row without reward, then a fair coin of +1 or -1: two modes
+    geometric  one state, each step costs 1 and is the last with probability 1/10: a long tail
+
+A variant is FILE:field=value,field=value, changes to the algorithm's arguments; all have equal networks, batches, learning
+rates and numbers of updates. The error of the mean is also given as a share of the MDP's range of returns, which is
+(largest - smallest of its true returns, geometric's tail cut at one in a thousand).
 """
 
+import ast
 import csv
+import importlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Optional
 
 import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 
-import value_flows
 from benchmarks.figures import return_samples
 from common import fail, runs
 
-LENGTH, GAMMA = 3, 0.9
+VARIANTS = (
+    "evor",
+    "evor:td_target=published,latents=own",
+    "evor:td_target=published,latents=next",
+    "evor:td_target=published,latents=transported",
+    "value_flows",
+)
 
 
 @dataclass
 class AccuracyArgs:
-    bcfm_lambda: Optional[tuple[float, ...]] = None
-    """weights of the bootstrapped term to compare (default: 0 0.5 1 3)"""
-    seeds: int = 3
+    mdps: tuple[str, ...] = ("chain", "coin", "geometric")
+    """MDPs"""
+    gammas: tuple[float, ...] = (0.9, 0.99)
+    """discount factors"""
+    variants: tuple[str, ...] = VARIANTS
+    """FILE or FILE:field=value,field=value"""
+    seeds: int = 5
     """seeds, trained side by side"""
     updates: int = 2_000
     """updates of each training"""
@@ -37,126 +56,193 @@ class AccuracyArgs:
     """csv and PNG get this path's stem (default: no files)"""
 
 
-def coin_chain(num_actions=8):
-    """The MDP's transitions {observations (N, 3), actions (N, 1), ...}, as load_dataset would give them: every state with
-    every action and both sides of the coin, so that actions change nothing.
+# --- MDPs ---
+
+
+def make_mdp(name, num_actions=8):
+    """An MDP as a table of its transitions, as load_dataset would give them: {observations (N, states), actions (N, 1),
+    rewards (N,), ...}. From a state each of its rows happens with equal probability; every row is there with every action.
     """
-    eye = torch.eye(LENGTH)
-    states = torch.arange(LENGTH).repeat_interleave(2 * num_actions)
-    sides = torch.tensor([1.0, -1.0]).repeat(LENGTH * num_actions)
-    last = states == LENGTH - 1
+    if name == "chain":  # (state, next state, reward, mask)
+        table = [(0, 1, -1, 1), (1, 2, -1, 1), (2, 3, -1, 1), (3, 3, -1, 0)]
+    elif name == "coin":
+        table = [(0, 1, 0, 1), (1, 2, 0, 1), (2, 2, 1, 0), (2, 2, -1, 0)]
+    elif name == "geometric":
+        table = [(0, 0, -1, 1)] * 9 + [(0, 0, -1, 0)]
+    else:
+        fail(f"--mdps {name} is unknown; known: chain, coin, geometric")
+    state, following, rewards, masks = (torch.tensor(column).repeat_interleave(num_actions) for column in zip(*table))
+    eye = torch.eye(1 + int(state.max()))
     return {
-        "observations": eye[states],
-        "next_observations": eye[(states + 1).clamp(max=LENGTH - 1)],
-        "actions": torch.linspace(-1, 1, num_actions).repeat_interleave(2).repeat(LENGTH).unsqueeze(-1),
-        "rewards": sides * last,
-        "masks": (~last).float(),
+        "observations": eye[state],
+        "next_observations": eye[following],
+        "actions": torch.linspace(-1, 1, num_actions).repeat(len(table)).unsqueeze(-1),
+        "rewards": rewards.float(),
+        "masks": masks.float(),
     }
 
 
-def true_quantiles(state, n):
-    """n equally likely values of the return of a state, in order."""
-    size = GAMMA ** (LENGTH - 1 - state)
-    return np.sort(np.resize([-size, size], n))
+def true_returns(mdp, state, gamma, n=2_000, episodes=200_000):
+    """n equally likely values of the return from a state, in order: the middle quantiles of simulated episodes."""
+    rng = np.random.default_rng(0)
+    states, following = (mdp[key].argmax(dim=1).numpy() for key in ("observations", "next_observations"))
+    rows = [np.flatnonzero(states == s) for s in range(states.max() + 1)]
+    now, discount, returns = np.full(episodes, state), np.ones(episodes), np.zeros(episodes)
+    while discount.max() > 1e-4:
+        row = np.empty(episodes, int)
+        for s, choices in enumerate(rows):
+            row[now == s] = rng.choice(choices, (now == s).sum())
+        returns += discount * mdp["rewards"].numpy()[row]
+        discount *= gamma * mdp["masks"].numpy()[row]
+        now = following[row]
+    return np.quantile(returns, (np.arange(n) + 0.5) / n)
 
 
-def small_args(**changes):
-    """Arguments of a Value Flows agent for the chain: small networks, one candidate (actions change nothing)."""
-    small = dict(
-        gamma=GAMMA, learning_rate=1e-3, tau=0.02, num_samples=1, value_hidden_dims=(64, 64), actor_hidden_dims=(8,),
-        cuda=False,
-    )  # fmt: skip
-    return replace(value_flows.Args(), **small | changes)
+# --- Training and measures ---
 
 
-def train(args, updates, seeds):
-    """Trains one agent a seed on the coin chain; returns the agent, and the step of the first non-finite loss or None."""
-    dataset = coin_chain()
-    agent = value_flows.Agent(args, LENGTH, 1, seeds, -1.0, 1.0)
+def parse_variant(variant):
+    """The module and the changes {field: value} that a variant's words mean; unknown ones end with exit code 2."""
+    name, _, words = variant.partition(":")
+    if name not in ("evor", "value_flows"):
+        fail(f"--variants {variant}: {name} learns no return distribution; known: evor, value_flows")
+    module, changes = importlib.import_module(name), {}
+    for word in filter(None, words.split(",")):
+        field, _, value = word.partition("=")
+        if field not in {known.name for known in fields(module.Args)}:
+            fail(f"--variants {variant}: {name}.py has no argument {field}")
+        try:
+            changes[field] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a word
+            changes[field] = value
+    return module, changes
+
+
+def small_args(module, gamma=0.9, **changes):
+    """Arguments of an agent for these MDPs: small networks, one candidate action (actions change nothing)."""
+    candidates = {"num_samples": 1} if module.__name__ == "value_flows" else {}
+    small = dict(learning_rate=1e-3, tau=0.02, value_hidden_dims=(64, 64), actor_hidden_dims=(8,), cuda=False)
+    return replace(module.Args(), gamma=gamma, **small | candidates | changes)
+
+
+def train(module, args, mdp, updates, seeds):
+    """Trains one agent a seed on an MDP; returns the agent, and the step of the first non-finite loss or None."""
+    rewards = mdp["rewards"]
+    agent = module.Agent(args, mdp["observations"].shape[1], 1, seeds, rewards.min().item(), rewards.max().item())
     agent.make_optimizer()
     for step in range(updates):
         if step % runs.CHUNK == 0:
-            chunk = runs.draw_chunk(agent, args, seeds, len(dataset["rewards"]), step // runs.CHUNK, "cpu")
+            chunk = runs.draw_chunk(agent, args, seeds, len(rewards), step // runs.CHUNK, "cpu")
         inputs = {name: value[step % runs.CHUNK] for name, value in chunk.items()}
-        batch = {key: value[inputs["indices"]] for key, value in dataset.items()}
-        metrics = agent.update(batch, inputs)
+        metrics = agent.update({key: value[inputs["indices"]] for key, value in mdp.items()}, inputs)
         if step % runs.CHUNK == 0 and not torch.isfinite(metrics["critic/critic_loss"]).all():
             return agent, step
     return agent, None
 
 
+@torch.no_grad()
 def learned_returns(agent, state, n=2_000):
-    """n sorted end points of each seed's EMA return flow at a state: (S, n), the mean of the two fields as in training."""
-    noise = torch.randn(agent.critic_flow.weights[0].shape[0], n, 1, generator=torch.Generator().manual_seed(1))
-    pair = torch.cat([torch.eye(LENGTH)[state], torch.zeros(1)]).unsqueeze(0)  # (1, D + A)
+    """Sorted end points of each seed's EMA return flow at a state, from the n middle quantiles of N(0,1): (S, n)."""
+    num_states = agent.critic_flow.weights[0].shape[-2] - 3  # its inputs are [s, a, z, t]
+    noise = torch.special.ndtri((torch.arange(n) + 0.5) / n).view(1, n, 1)
+    pair = torch.cat([torch.eye(num_states)[state], torch.zeros(1)]).unsqueeze(0)  # (1, D + A)
     returns, _ = return_samples(agent, pair, noise)  # (S, 1, n)
     return returns.squeeze(1).sort(dim=1).values.numpy()
 
 
-def accuracy(agent):
-    """One row a state and seed: W1 distance, error of the mean, share of samples near each mode (within half of it)."""
+def accuracy(agent, mdp, gamma):
+    """How far each seed's return distributions are from the truth.
+
+    Returns:
+        one row a state and seed: wasserstein, W1 distance; mean_error; mean_error_share, its size over the MDP's range of
+        returns; low_mode, high_mode: share of samples near the lowest and the highest true return, within a quarter of
+        the way between them (0.5 each for a fair coin).
+    """
+    truths = [true_returns(mdp, state, gamma) for state in range(mdp["observations"].shape[1])]
+    cut = [np.quantile(truth, (0.001, 0.999)) for truth in truths]
+    full_range = max(high for _, high in cut) - min(low for low, _ in cut)
+    full_range = full_range or abs(truths[0][0])  # of a single number: its size
     rows = []
-    for state in range(LENGTH):
-        learned = learned_returns(agent, state)
-        truth = true_quantiles(state, learned.shape[1])
-        for s, samples in enumerate(learned):
-            size = truth[-1]
-            row = {"state": state, "seed_index": s, "wasserstein": np.abs(samples - truth).mean()}
-            row |= {"mean": samples.mean(), "low_mode": (np.abs(samples + size) < size / 2).mean()}
-            rows.append(row | {"high_mode": (np.abs(samples - size) < size / 2).mean()})
+    for state, truth in enumerate(truths):
+        low, high = truth[0], truth[-1]
+        for s, samples in enumerate(learned_returns(agent, state, len(truth))):
+            error = samples.mean() - truth.mean()
+            row = {"state": state, "seed_index": s, "wasserstein": np.abs(samples - truth).mean(), "mean_error": error}
+            row["mean_error_share"] = abs(error) / full_range
+            row["low_mode"] = (np.abs(samples - low) < (high - low) / 4).mean()
+            rows.append(row | {"high_mode": (np.abs(samples - high) < (high - low) / 4).mean()})
     return rows
 
 
 def draw(output, pictures):
-    """Saves histograms of the first state's learned returns, all seeds together, the truth as lines.
+    """Saves histograms of the first state's learned returns, all seeds together, with the truth as a black outline.
 
     Args:
         output: PNG file.
-        pictures: [(bcfm_lambda, returns (S, n))].
+        pictures: {(mdp, gamma): {variant: (returns (S, n), true returns (n,))}}.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    columns = list(next(iter(pictures.values())))
+    shape = len(pictures), len(columns)
     figure, panels = plt.subplots(
-        1, len(pictures), figsize=(2.8 * len(pictures), 2.6), layout="constrained", squeeze=False
+        *shape, figsize=(2.6 * shape[1], 1.7 * shape[0] + 0.5), layout="constrained", squeeze=False
     )
-    for axes, (bcfm_lambda, returns) in zip(panels[0], pictures):
-        finite = returns[np.isfinite(returns)]
-        axes.hist(np.clip(finite, -3, 3), np.linspace(-3, 3, 61), density=True, color="tab:blue")
-        for value in np.unique(true_quantiles(0, 2)):
-            axes.axvline(value, color="black", linestyle="--", linewidth=1)
-        axes.set(title=f"bcfm_lambda {bcfm_lambda:g}", xlabel="return of the first state", yticks=[])
-    figure.savefig(output, dpi=110)
+    for row, ((mdp, gamma), variants) in enumerate(pictures.items()):
+        for column, (variant, (returns, truth)) in enumerate(variants.items()):
+            axes, margin = panels[row, column], 0.3 * (truth[-1] - truth[0]) or 1.0
+            bins = np.linspace(truth[0] - margin, truth[-1] + margin, 61)
+            axes.hist(np.clip(np.nan_to_num(returns), bins[0], bins[-1]).ravel(), bins, density=True, color="tab:blue")
+            axes.hist(truth, bins, density=True, histtype="step", color="black")
+            axes.set(yticks=[])
+            axes.tick_params(labelsize="x-small")
+            if row == 0:
+                axes.set_title(variant.replace(":", "\n").replace("td_target=", "").replace("latents=", ""), fontsize=8)
+            if column == 0:
+                axes.set_ylabel(f"{mdp}\n$\\gamma$ = {gamma:g}", fontsize=8)
+    figure.savefig(output, dpi=90)
     plt.close(figure)
 
 
 if __name__ == "__main__":
     options = tyro.cli(AccuracyArgs, description=__doc__)
-    if options.seeds < 1 or options.updates < 1 or min(options.bcfm_lambda or (0,)) < 0:
-        fail("--seeds and --updates must be above zero, --bcfm-lambda at least zero")
-    table, pictures = [], []
-    for bcfm_lambda in options.bcfm_lambda or (0.0, 0.5, 1.0, 3.0):
-        start = time.perf_counter()
-        agent, diverged = train(small_args(bcfm_lambda=bcfm_lambda), options.updates, list(range(options.seeds)))
-        rows = accuracy(agent)
-        table += [{"bcfm_lambda": bcfm_lambda, "updates": options.updates} | row for row in rows]
-        pictures.append((bcfm_lambda, learned_returns(agent, 0)))
-        for state in range(LENGTH):
-            here = [row for row in rows if row["state"] == state]
-            mean = lambda name: np.mean([row[name] for row in here])
-            print(
-                f"bcfm_lambda {bcfm_lambda:g}  state {state}  W1 {mean('wasserstein'):.3f} "
-                f"(worst seed {max(row['wasserstein'] for row in here):.3f})  |mean error| "
-                f"{np.mean([abs(row['mean']) for row in here]):.3f}  modes {mean('low_mode'):.2f} + {mean('high_mode'):.2f}"
-            )
-        ended = "" if diverged is None else f", non-finite at step {diverged}"
-        print(f"  {time.perf_counter() - start:.0f} s{ended}", flush=True)
+    if options.seeds < 1 or options.updates < 1 or not all(0 < gamma < 1 for gamma in options.gammas):
+        fail("--seeds and --updates must be above zero, --gammas between 0 and 1")
+    mdps = {name: make_mdp(name) for name in options.mdps}
+    variants = {variant: parse_variant(variant) for variant in options.variants}
+    table, pictures = [], {}
+    bar = tqdm(total=len(mdps) * len(options.gammas) * len(variants), unit=" trainings")
+    for name, mdp in mdps.items():
+        for gamma in options.gammas:
+            truth = true_returns(mdp, 0, gamma)
+            for variant, (module, changes) in variants.items():
+                start, args = time.perf_counter(), small_args(module, gamma, **changes)
+                agent, diverged = train(module, args, mdp, options.updates, list(range(options.seeds)))
+                rows = accuracy(agent, mdp, gamma)
+                table += [{"mdp": name, "gamma": gamma, "variant": variant} | row for row in rows]
+                pictures.setdefault((name, gamma), {})[variant] = learned_returns(agent, 0), truth
+                column = lambda key: np.array([row[key] for row in rows])
+                modes = (
+                    f"  modes {column('low_mode').min():.2f} + {column('high_mode').min():.2f}"
+                    if name == "coin"
+                    else ""
+                )
+                ended = "" if diverged is None else f"  non-finite at step {diverged}"
+                bar.write(
+                    f"{name} {gamma:g} {variant}: W1 {column('wasserstein').mean():.3f} "
+                    f"(worst {column('wasserstein').max():.3f})  mean off by {100 * column('mean_error_share').mean():.1f}% "
+                    f"(worst {100 * column('mean_error_share').max():.1f}%) of the range{modes}"
+                    f"  {time.perf_counter() - start:.0f} s{ended}"
+                )
+                bar.update()
+    bar.close()
     if options.output:
         path = Path(options.output)
         with open(path.with_suffix(".csv"), "w", newline="") as file:
             writer = csv.DictWriter(file, table[0])
             writer.writeheader()
-            writer.writerows(table)
+            writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
         draw(path.with_suffix(".png"), pictures)

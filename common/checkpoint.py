@@ -43,15 +43,16 @@ def save(run_dir, payload):
         raise SystemExit(f"error: could not save a checkpoint in {run_dir} ({error}); {kept}") from None
 
 
-def load(run_dir):
-    """The latest whole checkpoint of a run; a damaged one is reported and the previous one used.
+def load(run_dir, flag="--resume"):
+    """The latest whole checkpoint of a run; a damaged one is reported and the previous one used. `flag`: whose argument
+    run_dir is, for messages.
 
     Raises:
         SystemExit: (code 2) when there is none.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        fail(f"--resume {run_dir} is not a directory")
+        fail(f"{flag} {run_dir} is not a directory")
     problems = []
     for name in (LATEST, PREVIOUS):
         path = run_dir / name
@@ -80,4 +81,4 @@ def load(run_dir):
         if problems:
             warn(f"{run_dir}: {'; '.join(problems)}; going on from {name} at step {payload['step']}")
         return payload
-    fail(f"--resume {run_dir} has no usable checkpoint: {'; '.join(problems)}")
+    fail(f"{flag} {run_dir} has no usable checkpoint: {'; '.join(problems)}")

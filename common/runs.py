@@ -32,43 +32,50 @@ MAY_CHANGE = {
 # --- Arguments ---
 
 
-def parse_args(Args, tuned, tuned_online, quick, may_be_zero=(), argv=None):
+def parse_args(Args, tuned, tuned_online, quick, may_be_zero=(), inference=(), argv=None):
     """Reads the command line; a flag that the user passes wins over everything.
 
-    Without it: the stored arguments with --resume; else Args' defaults, then `tuned` of the environment, then
-    `tuned_online` of it with --online-timesteps, then `quick` with --quick.
+    Without it: the stored arguments with --resume (or --evaluate, of an algorithm that has it); else Args' defaults, then
+    `tuned` of the environment, then `tuned_online` of it with --online-timesteps, then `quick` with --quick.
 
     Args:
         Args: the algorithm's dataclass.
         tuned, tuned_online: {environment and dataset type: {field: value}}.
         quick: {field: value}.
         may_be_zero: the algorithm's own numbers that may be zero; all others must be above it (tuples: each element).
+        inference: the algorithm's own fields that training does not use: --evaluate may change them.
         argv: words; None for the command line's.
 
     Returns:
-        args, and the checkpoint to continue from (None for a new run).
+        args, and the checkpoint to continue from or to evaluate (None for a new run).
 
     Raises:
         SystemExit: (code 2) for a flag that does not exist, a value out of range, an unknown environment, or a
-            --resume that cannot be continued; the message lists the arguments that contradict the stored ones.
+            --resume that cannot be continued (or an --evaluate of another algorithm's run); the message lists the
+            arguments that contradict the stored ones.
     """
     import tyro
 
     parse = lambda default: tyro.cli(Args, args=argv, default=default, description=sys.modules[Args.__module__].__doc__)
     args, resumed = parse(Args()), None
-    if args.resume is not None:
-        resumed = checkpoint.load(args.resume)
+    evaluate = getattr(args, "evaluate", None)
+    if args.resume is not None and evaluate is not None:
+        fail("--resume and --evaluate exclude each other: one trains on, the other does not train")
+    if args.resume is not None or evaluate is not None:
+        flag, run_dir = ("--resume", args.resume) if evaluate is None else ("--evaluate", evaluate)
+        resumed = checkpoint.load(run_dir, flag)
         names = {field.name for field in dataclasses.fields(Args)}
         if resumed["algorithm"] != Path(sys.modules[Args.__module__].__file__).stem:
-            fail(f"--resume {args.resume} is a run of {resumed['algorithm']}.py")
+            fail(f"{flag} {run_dir} is a run of {resumed['algorithm']}.py")
         default = Args(**{name: value for name, value in resumed["args"].items() if name in names})
         args = parse(default)
-        differing = [name for name in sorted(names - MAY_CHANGE) if getattr(args, name) != getattr(default, name)]
+        may_change = MAY_CHANGE if evaluate is None else MAY_CHANGE | {"evaluate", "eval_episodes", *inference}
+        differing = [name for name in sorted(names - may_change) if getattr(args, name) != getattr(default, name)]
         if differing:
             listed = ", ".join(
                 f"--{n.replace('_', '-')} {getattr(args, n)} (the run has {getattr(default, n)})" for n in differing
             )
-            fail(f"--resume {args.resume} cannot go on with other arguments: {listed}")
+            fail(f"{flag} {run_dir} cannot go on with other arguments: {listed}")
         if resumed["step"] > default.total_timesteps != args.total_timesteps:
             fail(f"--total-timesteps {args.total_timesteps}: the run in {args.resume} is in its online phase already")
         if args.total_timesteps + args.online_timesteps < resumed["step"]:
@@ -95,7 +102,7 @@ def parse_args(Args, tuned, tuned_online, quick, may_be_zero=(), argv=None):
                 fail(f"--{name.replace('_', '-')} {value}: must be {'at least' if zero else 'above'} zero")
     if not 0 < args.gamma < 1 or not 0 < args.tau <= 1:
         fail(f"--gamma {args.gamma} must lie between 0 and 1, --tau {args.tau} above 0 and at most 1")
-    if args.resume is None:
+    if resumed is None:
         envs.check_env_id(args.env_id)
     return args, resumed
 

@@ -16,17 +16,19 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = os.environ.get("OMP_NUM_THREADS", "2")
 
+import evor  # noqa: E402
 import floq  # noqa: E402
 import q_flow  # noqa: E402
 import value_flows  # noqa: E402
 from common import envs, runs  # noqa: E402
 
-ALGORITHMS = {"floq": floq, "value_flows": value_flows, "q_flow": q_flow}
+ALGORITHMS = {"floq": floq, "value_flows": value_flows, "q_flow": q_flow, "evor": evor}
 ENV_ID = "pointmaze-medium-navigate-singletask-task4-v0"  # the shortest task
 SMALL_FLAGS = {
     "floq": "--noise-samples 2 --critic-flow-steps 2 --actor-flow-steps 2 --block-width 16",
     "value_flows": "--num-samples 3 --num-flow-steps 2",
     "q_flow": "--flow-steps 2 --time-embed-dim 8",
+    "evor": "--flow-steps 2 --num-actions 3 --num-returns 4",
 }
 for name in SMALL_FLAGS:
     SMALL_FLAGS[name] += (
@@ -35,9 +37,10 @@ for name in SMALL_FLAGS:
     SMALL_FLAGS[name] = SMALL_FLAGS[name].split()
 # Sizes of an agent that a test can update in a millisecond.
 SMALL_ARGS = {
-    "floq": dict(noise_samples=3, critic_flow_steps=4, actor_flow_steps=5, block_width=16, block_depth=2),
-    "value_flows": dict(num_samples=4, num_flow_steps=5),
-    "q_flow": dict(flow_steps=5, time_embed_dim=8),
+    "floq": dict(alpha=10.0, noise_samples=3, critic_flow_steps=4, actor_flow_steps=5, block_width=16, block_depth=2),
+    "value_flows": dict(alpha=10.0, num_samples=4, num_flow_steps=5),
+    "q_flow": dict(alpha=10.0, flow_steps=5, time_embed_dim=8),
+    "evor": dict(flow_steps=5, num_actions=4, num_returns=4),
 }
 
 
@@ -183,7 +186,7 @@ def make_expert():
 
 def small_args(algorithm, **changes):
     """Arguments of an algorithm with small networks."""
-    small = dict(batch_size=6, value_hidden_dims=(16, 16), actor_hidden_dims=(16, 16), alpha=10.0)
+    small = dict(batch_size=6, value_hidden_dims=(16, 16), actor_hidden_dims=(16, 16))
     return replace(ALGORITHMS[algorithm].Args(), **small | SMALL_ARGS[algorithm] | changes)
 
 

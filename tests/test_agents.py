@@ -11,16 +11,23 @@ from conftest import ALGORITHMS, gradients, make_agent, networks, random_inputs,
 
 pytestmark = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
-CRITICS = {"floq": {"floq", "critic"}, "value_flows": {"critic_flow"}, "q_flow": {"critic", "inner_value"}}
+CRITICS = {
+    "floq": {"floq", "critic"},
+    "value_flows": {"critic_flow"},
+    "q_flow": {"critic", "inner_value"},
+    "evor": {"critic_flow"},
+}
 POLICIES = {
     "floq": {"actor_bc_flow", "actor_onestep_flow"},
     "value_flows": {"actor_flow", "actor_onestep_flow"},
     "q_flow": {"actor_flow"},
+    "evor": {"actor_flow"},
 }
 TARGETS = {
     "floq": ("target_floq", "floq"),
     "value_flows": ("target_critic_flow", "critic_flow"),
     "q_flow": ("target_critic", "critic"),
+    "evor": ("target_critic_flow", "critic_flow"),
 }
 # The network that each part of the losses moves, alone.
 MOVED_BY = {
@@ -43,6 +50,7 @@ MOVED_BY = {
         "critic/distillation_loss": "inner_value",
         "actor/total_loss": "actor_flow",
     },
+    "evor": {"critic/critic_loss": "critic_flow", "actor/bc_flow_loss": "actor_flow"},
 }
 
 
@@ -213,6 +221,7 @@ def test_compiled_losses_equal_eager_ones(algorithm):
         "floq": dict(critic_flow_steps=2, actor_flow_steps=2),
         "value_flows": dict(num_flow_steps=2),
         "q_flow": dict(flow_steps=2),
+        "evor": dict(flow_steps=2),
     }
     args = small_args(algorithm, **few_steps[algorithm])
     eager, compiled = make_agent(args), make_agent(args)

