@@ -43,7 +43,7 @@ CLONING = 1e6
 LAMBDAS = (CLONING, 5.0, 1.0, 0.5, 0.3)
 NUM_POINTS = 10_000
 NUM_SAMPLES = 2_000
-SUPPORT = 0.08  # distance to the nearest data point that counts as on the support; the sets are about 1.6 wide
+SUPPORT = 0.07  # distance to the nearest data point that counts as on the support; the sets are about 1.6 wide
 GOOD = 0.7  # a mode is good if the mean reward of its points is at least this
 
 
@@ -55,7 +55,7 @@ class ToyArgs:
     """seeds of each method and lambda"""
     pretrain_updates: int = 8_000
     """updates of the flow, the critic and the one-step policy that all methods start from (0: from scratch)"""
-    updates: int = 1_000
+    updates: int = 800
     """updates of each method"""
     batch_size: int = 256
     """points a batch"""
@@ -63,7 +63,7 @@ class ToyArgs:
     """hidden width of all networks"""
     depth: int = 3
     """their hidden layers"""
-    flow_steps: int = 10
+    flow_steps: int = 12
     """Euler steps of the flow"""
     reward_scale: float = 0.25
     """what rewards in [0, 1] are multiplied by; only its ratio to lambda matters"""
@@ -87,7 +87,7 @@ def make_points(name, n, seed=0):
         every second Gaussian is good.
     """
     rng = np.random.default_rng(seed)
-    u, noise = rng.random(n), 0.04
+    u, noise = rng.random(n), 0.025
     circle = lambda angle: np.stack([np.cos(angle), np.sin(angle)], axis=1)
     if name == "swiss_roll":
         angle = 1.5 * np.pi * (1 + 2 * u)
@@ -95,7 +95,7 @@ def make_points(name, n, seed=0):
         rewards, modes = (1 - np.cos(6 * np.pi * u)) / 2, np.rint(6 * u)
     elif name == "two_spirals":
         radius, arm = np.sqrt(u), rng.integers(2, size=n)
-        points = 0.8 * circle(3 * np.pi * radius + np.pi * arm) * radius[:, None]
+        points = 0.8 * circle(2 * np.pi * radius + np.pi * arm) * radius[:, None]
         rewards, modes = radius, 2 * arm + (radius > 0.7)
     elif name == "eight_gaussians":
         modes, noise = rng.integers(8, size=n), 0.06
@@ -143,7 +143,7 @@ class OneStep(torch.nn.Module):
 
     def __init__(self, args, seeds):
         super().__init__()
-        self.mlp = q_flow.MLP((len(seeds),), (2, *args.actor_hidden_dims, 2), layer_norm=False)
+        self.mlp = q_flow.MLP((len(seeds),), (2, *args.actor_hidden_dims, 2), args.actor_layer_norm)
         q_flow.init_weights(self, seeds)
 
     def forward(self, noise):
@@ -155,6 +155,7 @@ def make_agent(options, lambdas, device):
     hidden = (options.width,) * options.depth
     args = replace(
         q_flow.Args(), batch_size=options.batch_size, tau=0.02, flow_steps=options.flow_steps, time_embed_dim=16,
+        actor_layer_norm=not options.full,  # learns the data's shape in fewer updates; the published policy has none
         value_hidden_dims=hidden, actor_hidden_dims=hidden,
         alpha=torch.tensor(lambdas, device=device).repeat_interleave(options.seeds).view(-1, 1, 1),
     )  # fmt: skip
@@ -282,7 +283,7 @@ def study(name, options, device, progress):
     """
     points, rewards, modes = make_points(name, NUM_POINTS)
     on_device = torch.as_tensor(points, device=device), torch.as_tensor(options.reward_scale * rewards, device=device)
-    updates = num_updates(name, options)
+    updates, learning_rate = num_updates(name, options), 1e-3 if options.full else 3e-3
     start, start_one_step = make_agent(options, (CLONING,), device)
     train("pretrain", start, start_one_step, *on_device, options.pretrain_updates, 8e-3, options.seeds, 0, progress)
     start.target_critic.load_state_dict(start.critic.state_dict())
@@ -298,7 +299,7 @@ def study(name, options, device, progress):
                     p.copy_(q.repeat(len(LAMBDAS), *[1] * (q.ndim - 1)))
         first_chunk = options.pretrain_updates // runs.CHUNK + 1  # numbers that pretraining has not drawn
         norms[method] = train(
-            method, agent, one_step, *on_device, updates, 1e-3, options.seeds, first_chunk, progress
+            method, agent, one_step, *on_device, updates, learning_rate, options.seeds, first_chunk, progress
         ).cpu()  # (updates / 50, S)
         with torch.no_grad():
             actions = one_step(noise).clamp(-1, 1) if method == "one_step" else solve(agent, noise)
