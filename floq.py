@@ -530,8 +530,6 @@ if __name__ == "__main__":
     args, resumed = runs.parse_args(Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "reward_offset"))
     if args.num_bins < 2:
         fail(f"--num-bins {args.num_bins}: a histogram needs at least 2 edges")
-    if envs.is_pixels(args.env_id) and args.online_timesteps:
-        fail(f"--online-timesteps with --env-id {args.env_id}: the online phase works on state observations")
     if envs.is_pixels(args.env_id):
         fail(f"--env-id {args.env_id}: floq.py works on state observations, as its paper does")
     device = runs.setup_torch(args)

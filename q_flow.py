@@ -441,8 +441,6 @@ if __name__ == "__main__":
     args, resumed = runs.parse_args(Args, TUNED, TUNED_ONLINE, QUICK)
     if args.time_embed_dim % 2:
         fail(f"--time-embed-dim {args.time_embed_dim} must be even: half of it are sines, half cosines")
-    if envs.is_pixels(args.env_id) and args.online_timesteps:
-        fail(f"--online-timesteps with --env-id {args.env_id}: the online phase works on state observations")
     if envs.is_pixels(args.env_id):
         fail(f"--env-id {args.env_id}: q_flow.py works on state observations, as its paper does")
     device = runs.setup_torch(args)

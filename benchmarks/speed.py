@@ -27,7 +27,7 @@ OBS_DIM, ACTION_DIM = 28, 5  # cube-single's
 
 @dataclass
 class SpeedArgs:
-    algorithm: Literal["floq", "value_flows", "q_flow"] = "floq"
+    algorithm: Literal["floq", "value_flows", "q_flow", "evor"] = "floq"
     """file to measure"""
     num_seeds: int = 1
     """agents trained side by side"""

@@ -236,10 +236,7 @@ def test_a_dead_environment_ends_the_run_with_its_updates_saved(online_flags, tm
     "words, message",
     [
         ("--online-timesteps -5", "--online-timesteps -5: must be at least zero"),
-        (
-            "--online-timesteps 5 --env-id visual-scene-play-singletask-v0",
-            "the online phase works on state observations",
-        ),
+        ("--online-timesteps 5 --env-id visual-scene-play-singletask-v0", "works on state observations"),
     ],
 )
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

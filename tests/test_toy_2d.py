@@ -35,9 +35,9 @@ def test_points_have_rewards_and_good_and_bad_modes(name):
 def test_judge_by_hand():
     points = np.array([[0.0, 0.0], [0.5, 0.0], [-0.5, 0.0]], np.float32)
     rewards, modes = np.array([0.0, 1.0, 0.8], np.float32), np.array([0, 1, 2])
-    samples = [[0.0, 0.07], [0.5, 0.07], [0.5, -0.09], [-0.43, 0.0], [0.25, 0.0], [9.0, 9.0], [np.nan, 0.0], [0.51, 0]]
+    samples = [[0.0, 0.06], [0.5, 0.06], [0.5, -0.08], [-0.44, 0.0], [0.25, 0.0], [9.0, 9.0], [np.nan, 0.0], [0.51, 0]]
     judged = toy_2d.judge(np.array(samples, np.float32), points, rewards, modes)
-    # Rows 0, 1, 3 and 7 are within 0.08 of a point; the good modes 1 and 2 hold two and one of eight.
+    # Rows 0, 1, 3 and 7 are within 0.07 of a point; the good modes 1 and 2 hold two and one of eight.
     assert judged == {"reward": pytest.approx((0 + 1 + 0.8 + 1) / 8), "on_support": 0.5, "good_modes": 1.0}
     far = np.array([[0.5, 0.0]] * 8 + [[-0.5, 0.0]], np.float32)  # one of nine is below a quarter of a half
     assert toy_2d.judge(far, points, rewards, modes)["good_modes"] == 0.5
