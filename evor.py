@@ -115,7 +115,7 @@ class Args:
     num_ensembles: int = 2
     """return fields E"""
     clip_flow_returns: bool = True
-    """keep returns in [r_min, r_max] / (1 - gamma) after every Euler step"""
+    """keep returns in [min(r_min, 0), max(r_max, 0)] / (1 - gamma) after every Euler step"""
     value_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
     """hidden widths of the return fields"""
     value_layer_norm: bool = True
@@ -271,7 +271,7 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.action_dim = args, action_dim
         horizon = 1 / (1 - args.gamma)
-        self.z_min, self.z_max = min_reward * horizon, max_reward * horizon
+        self.z_min, self.z_max = min(min_reward, 0) * horizon, max(max_reward, 0) * horizon  # episodes may end: 0
 
         S, E = len(seeds), args.num_ensembles
         policy_dims = (obs_dim + action_dim + 1, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
@@ -336,7 +336,7 @@ class Agent(nn.Module):
             end_time: T of each row, (S, E, N, 1) in [0, 1].
 
         Returns:
-            (S, E, N, 1), kept in [r_min, r_max] / (1 - gamma) with clip_flow_returns.
+            (S, E, N, 1), kept in the range of returns with clip_flow_returns.
         """
         step = end_time / self.args.flow_steps
         for k in range(self.args.flow_steps):

@@ -128,7 +128,8 @@ def small_args(module, gamma=0.9, **changes):
 def train(module, args, mdp, updates, seeds):
     """Trains one agent a seed on an MDP; returns the agent, and the step of the first non-finite loss or None."""
     rewards = mdp["rewards"]
-    agent = module.Agent(args, mdp["observations"].shape[1], 1, seeds, rewards.min().item(), rewards.max().item())
+    lowest, highest = min(rewards.min().item(), 0.0), max(rewards.max().item(), 0.0)  # after the end rewards are zero
+    agent = module.Agent(args, mdp["observations"].shape[1], 1, seeds, lowest, highest)
     agent.make_optimizer()
     for step in range(updates):
         if step % runs.CHUNK == 0:

@@ -55,7 +55,7 @@ class ToyArgs:
     """seeds of each method and lambda"""
     pretrain_updates: int = 8_000
     """updates of the flow, the critic and the one-step policy that all methods start from (0: from scratch)"""
-    updates: int = 800
+    updates: int = 700
     """updates of each method"""
     batch_size: int = 256
     """points a batch"""
@@ -361,7 +361,7 @@ def draw(path, name, seeds, points, rewards, samples, landscapes, consistency, n
         panel.legend(fontsize="xx-small")
         panel.tick_params(labelsize="xx-small")
     figure.suptitle(name)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=72)
     plt.close(figure)
 
 
