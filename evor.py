@@ -115,7 +115,7 @@ class Args:
     num_ensembles: int = 2
     """return fields E"""
     clip_flow_returns: bool = True
-    """keep returns in [min(r_min, 0), max(r_max, 0)] / (1 - gamma) after every Euler step"""
+    """keep the end points of return flows in [min(r_min, 0), max(r_max, 0)] / (1 - gamma)"""
     value_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
     """hidden widths of the return fields"""
     value_layer_norm: bool = True
@@ -328,7 +328,7 @@ class Agent(nn.Module):
         return x.clamp(-1, 1).unflatten(1, (-1, C))
 
     def return_flow(self, velocity, z, end_time):
-        """Carries noise to returns, Phi(z; T): K Euler steps of T / K.
+        """Carries noise towards returns, Phi(z; T): K Euler steps of T / K.
 
         Args:
             velocity: of `MLP.field`.
@@ -336,13 +336,16 @@ class Agent(nn.Module):
             end_time: T of each row, (S, E, N, 1) in [0, 1].
 
         Returns:
-            (S, E, N, 1), kept in the range of returns with clip_flow_returns.
+            (S, E, N, 1); not clipped, since what is on the way may lie outside the range of returns.
         """
         step = end_time / self.args.flow_steps
         for k in range(self.args.flow_steps):
             z = z + step * velocity(z, k * step)
-            z = z.clamp(self.z_min, self.z_max) if self.args.clip_flow_returns else z
         return z
+
+    def clip_return(self, z):
+        """An end point kept in the range of returns."""
+        return z.clamp(self.z_min, self.z_max) if self.args.clip_flow_returns else z
 
     def returns(self, observations, actions, noise):
         """Return samples of the EMA fields, the mean of the fields' end points from the same noise.
@@ -358,7 +361,7 @@ class Agent(nn.Module):
         condition = to_ensemble(torch.cat([observations, actions], dim=-1), E)  # (S, E, N, D + A)
         z = to_ensemble(noise.flatten(1).unsqueeze(-1), E)  # (S, E, N*R, 1)
         z = self.return_flow(self.target_critic_flow.field(condition, repeats=R), z, torch.ones_like(z))
-        return z.mean(dim=1).view(noise.shape)
+        return self.clip_return(z).mean(dim=1).view(noise.shape)
 
     @torch.no_grad()  # labels are the regression's constants, and the policy is not trained by returns
     def flow_td(self, batch, noise):
@@ -379,7 +382,8 @@ class Agent(nn.Module):
         # 1. The base policy's next action, and a return from there: z' = Phi(z_0; s', a', 1) of the target fields.
         next_actions = self.flow_actions(next_observations, noise["next_action"].unsqueeze(2)).squeeze(2)  # (S, B, A)
         velocity = self.target_critic_flow.field(ensemble(torch.cat([next_observations, next_actions], dim=-1)))
-        next_return = self.return_flow(velocity, ensemble(z_0), ensemble(torch.ones_like(t))).mean(dim=1)  # (S, B, 1)
+        next_return = self.return_flow(velocity, ensemble(z_0), ensemble(torch.ones_like(t)))  # (S, E, B, 1)
+        next_return = self.clip_return(next_return).mean(dim=1)  # (S, B, 1)
         target = rewards + args.gamma * masks * next_return  # (S, B, 1)
 
         # 2. The point z_t: on the straight way from z_0 to this return, or to the next one, or carried by the next flow.

@@ -85,8 +85,8 @@ def test_act_takes_the_best_rated_candidate():
                     for k in range(5):
                         inputs = torch.cat([pair, z.view(1), torch.tensor([k / 5])])
                         stacked = inputs.expand(2, 2, 1, -1)
-                        z = (z + agent.target_critic_flow(stacked)[s, e, 0, 0] / 5).clamp(-100 / 0.01, 0)
-                    ends.append(z)
+                        z = z + agent.target_critic_flow(stacked)[s, e, 0, 0] / 5
+                    ends.append(z.clamp(-100 / 0.01, 0))  # clipped at the end only
                 returns.append(torch.stack(ends).mean())
             returns = torch.stack(returns)
             ratings.append(2.0 * (torch.logsumexp(returns / 2.0, dim=0) - math.log(4)))
