@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from common import checkpoint, datasets, rollout
 from conftest import (
     ALGORITHMS,
     ENV_ID,
+    ROOT,
     assert_refused,
     assert_same_csv,
     children,
@@ -190,6 +193,25 @@ def test_the_same_command_gives_the_same_files_and_online_follows_an_unchanged_o
     assert {row["phase"] for row in rows_of(offline / "eval.csv")} == {"offline"}
     run(algorithm, "--resume", offline, "--online-timesteps", 300)
     assert_same_csv(offline, online_runs[algorithm])
+
+
+@pytest.mark.parametrize("algorithm, online_policy", [("value_flows", "act_online"), ("q_flow", "act")])
+def test_each_phase_acts_with_its_own_policy(online_flags, tmp_path, algorithm, online_policy):
+    code = (
+        "import runpy, sys; from common import rollout; evaluate, explore = rollout.evaluate, rollout.explore\n"
+        "def spy_evaluate(workers, policy, draw, seeds, episodes, step, *rest):\n"
+        "    print('evaluate', step, policy.__name__); return evaluate(workers, policy, draw, seeds, episodes, step, *rest)\n"
+        "def spy_explore(explorers, policy, *rest):\n"
+        "    print('explore', policy.__name__); return explore(explorers, policy, *rest)\n"
+        "rollout.evaluate, rollout.explore = spy_evaluate, spy_explore\n"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    short = ["--total-timesteps", 2, "--online-timesteps", 2, "--runs-dir", tmp_path]
+    command = [sys.executable, "-c", code, ROOT / f"{algorithm}.py", *online_flags[algorithm], *short]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=200, cwd=ROOT)
+    shown = [line for line in done.stdout.splitlines() if line.startswith(("evaluate", "explore"))]
+    offline = ["evaluate 1 act", "evaluate 2 act"]
+    assert shown == [*offline, *[f"explore {online_policy}"] * 2, f"evaluate 4 {online_policy}"], done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
