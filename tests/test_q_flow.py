@@ -62,6 +62,21 @@ def test_roll_out_clips_at_the_end_only():
     torch.testing.assert_close(rolled, torch.tensor([0.5, 1.0, 1.0]).expand(1, 4, 3))
 
 
+def test_without_the_embedding_the_value_sees_the_raw_time_alone_and_stacked():
+    """No recorded case has it off (tests/parity), so it is compared with the plain network and across seeds."""
+    args, seeds = small_args(use_time_embed=False), (3, 4)
+    stacked = make_agent(args, seeds)
+    s, x, t = torch.randn(2, 4, 5), torch.randn(2, 4, 3), torch.rand(2, 4, 1)
+    rows = torch.cat([s, x, t], dim=-1).unsqueeze(1).expand(-1, 2, -1, -1)  # (S, E, N, D + A + 1)
+    torch.testing.assert_close(stacked.inner_values(s, x, t), stacked.inner_value(rows).squeeze(-1))
+    alone = [make_agent(args, (seed,)) for seed in seeds]
+    for update in range(3):
+        out = stacked.update(*random_inputs(stacked, seeds, update))
+        for index, seed in enumerate(seeds):
+            for name, value in alone[index].update(*random_inputs(alone[index], (seed,), update)).items():
+                torch.testing.assert_close(out[name][index], value[0], rtol=1e-4, atol=1e-5)
+
+
 # --- Losses ---
 
 
@@ -97,9 +112,9 @@ def test_actor_label_is_the_data_velocity_plus_guidance_over_lambda():
         torch.testing.assert_close(value, grad[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("q_agg", ["mean", "min"])
-def test_critic_loss_equals_one_with_two_separate_roll_outs(q_agg):
-    agent = make_agent(small_args(q_agg=q_agg))
+@pytest.mark.parametrize("q_agg, use_time_embed", [("mean", True), ("min", True), ("mean", False)])
+def test_critic_loss_equals_one_with_two_separate_roll_outs(q_agg, use_time_embed):
+    agent = make_agent(small_args(q_agg=q_agg, use_time_embed=use_time_embed))
     batch, noise = random_inputs(agent)
     s, a, t = batch["observations"], batch["actions"], noise["value_time"]
     reduce = lambda q: q.mean(dim=1) if q_agg == "mean" else q.amin(dim=1)
