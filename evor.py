@@ -431,7 +431,7 @@ class Agent(nn.Module):
         actor_loss, actor_metrics = self.actor_loss(batch, noise)
         actor_loss.sum().backward()
 
-        # The EMA comes before Adam's step, so that the targets lag by one update as in the released code.
+        # The EMA comes before Adam's step, so that the targets lag by one update as in the siblings.
         with torch.no_grad():
             targets, online = list(self.target_critic_flow.parameters()), list(self.critic_flow.parameters())
             torch._foreach_lerp_(targets, online, self.args.tau)

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import q_flow
+from benchmarks import toy_2d
 from common import fail, graphs, runs
 
 OBS_DIM, ACTION_DIM = 28, 5  # cube-single's
@@ -64,17 +65,10 @@ class Baseline(torch.nn.Module):
             parameters, lr=self.args.learning_rate, fused=True, capturable=parameters[0].is_cuda
         )
 
-    def solve(self, observations, x):
-        """The flow's end point: (S, N, D), (S, N, A) -> (S, N, A)."""
-        velocity, K = self.agent.actor_flow.field(observations), self.args.flow_steps
-        for k in range(K):
-            x = x + velocity(x, torch.full_like(x[..., :1], k / K)) / K
-        return x.clamp(-1, 1)
-
     def policy(self, observations, noise):
         """The action that is improved: of the flow for `backprop`, else of the one-step policy."""
         if self.kind == "backprop":
-            return self.solve(observations, noise)
+            return toy_2d.solve(self.agent, observations, noise)
         return self.one_step(torch.cat([observations, noise], dim=-1)).clamp(-1, 1)
 
     def update(self, batch, noise):
@@ -89,20 +83,16 @@ class Baseline(torch.nn.Module):
         q = agent.q_values(agent.critic, observations, actions)  # (S, E, B)
         (q - target.unsqueeze(1)).square().mean(dim=(1, 2)).sum().backward()
 
-        loss = 0
-        if self.kind != "actor_critic":
-            x_0, t = noise["policy_action"], noise["policy_time"]
-            velocity = agent.actor_flow.field(observations)((1 - t) * x_0 + t * actions, t)
-            loss = (velocity - (actions - x_0)).square().mean(dim=(1, 2))
+        loss = 0 if self.kind == "actor_critic" else toy_2d.flow_matching(agent, batch, noise)
         made = self.policy(observations, noise["value_action"])
         if self.kind != "backprop":
             with torch.no_grad():
-                goal = actions if self.kind == "actor_critic" else self.solve(observations, noise["value_action"])
+                goal = actions
+                if self.kind == "one_step":
+                    goal = toy_2d.solve(agent, observations, noise["value_action"])
             loss = loss + args.alpha * (made - goal).square().mean(dim=(1, 2))
-        agent.critic.requires_grad_(False)
-        loss = loss - agent.q_values(agent.critic, observations, made).mean(dim=(1, 2))
+        loss = loss - toy_2d.mean_q(agent, batch, made)
         loss.sum().backward()
-        agent.critic.requires_grad_(True)
         with torch.no_grad():
             targets, online = list(agent.target_critic.parameters()), list(agent.critic.parameters())
             torch._foreach_lerp_(targets, online, args.tau)

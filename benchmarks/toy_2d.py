@@ -161,14 +161,13 @@ def make_agent(options, lambdas, device):
     )  # fmt: skip
     seeds = list(range(options.seeds)) * len(lambdas)
     agent = q_flow.Agent(args, 1, 2, seeds, 0.0, 1.0).to(device)
-    agent.make_optimizer()
     return agent, OneStep(args, seeds).to(device)
 
 
-def solve(agent, x):
-    """The flow's end points, with gradients through every step: noise (S, N, 2) -> (S, N, 2)."""
+def solve(agent, observations, x):
+    """The flow's end points, with gradients through every step: (S, N, D), noise (S, N, A) -> (S, N, A)."""
     K = agent.args.flow_steps
-    velocity = agent.actor_flow.field(torch.zeros_like(x[..., :1]))
+    velocity = agent.actor_flow.field(observations)
     for k in range(K):
         x = x + velocity(x, torch.full_like(x[..., :1], k / K)) / K
     return x.clamp(-1, 1)
@@ -181,10 +180,10 @@ def flow_matching(agent, batch, noise):
     return (velocity - (actions - x_0)).square().mean(dim=(1, 2))
 
 
-def distillation(agent, one_step, noise):
+def distillation(agent, one_step, batch, noise):
     """Squared distance of mu(noise) to the flow's end point, a constant; (S,), and mu(noise) (S, B, 2)."""
     with torch.no_grad():
-        end_points = solve(agent, noise["next_action"])
+        end_points = solve(agent, batch["observations"], noise["next_action"])
     actions = one_step(noise["next_action"])
     return (actions - end_points).square().mean(dim=(1, 2)), actions.clamp(-1, 1)
 
@@ -210,8 +209,8 @@ def loss_of(method, agent, one_step, batch, noise):
         return agent.critic_loss(batch, noise)[0] + agent.actor_loss(batch, noise)[0]
     loss = critic_regression(agent, batch) + flow_matching(agent, batch, noise)
     if method == "backprop":
-        return loss - mean_q(agent, batch, solve(agent, noise["next_action"])) / scale
-    distilled, actions = distillation(agent, one_step, noise)
+        return loss - mean_q(agent, batch, solve(agent, batch["observations"], noise["next_action"])) / scale
+    distilled, actions = distillation(agent, one_step, batch, noise)
     return loss + distilled - (mean_q(agent, batch, actions) / scale if method == "one_step" else 0)
 
 
@@ -301,8 +300,9 @@ def study(name, options, device, progress):
         norms[method] = train(
             method, agent, one_step, *on_device, updates, learning_rate, options.seeds, first_chunk, progress
         ).cpu()  # (updates / 50, S)
+        zeros = torch.zeros_like(noise[..., :1])
         with torch.no_grad():
-            actions = one_step(noise).clamp(-1, 1) if method == "one_step" else solve(agent, noise)
+            actions = one_step(noise).clamp(-1, 1) if method == "one_step" else solve(agent, zeros, noise)
         samples[method] = actions.cpu().numpy()  # (S, N, 2)
         if method == "q_flow":
             consistency, landscapes = flow_consistency(agent, noise).cpu(), value_landscapes(agent, (0, 0.33, 0.67, 1))

@@ -94,8 +94,8 @@ def test_solving_is_q_flows_roll_out_and_carries_gradients():
     agent, one_step, batch, noise = make()
     x = 0.3 * noise["next_action"]
     rolled = agent.roll_out(batch["observations"], x, torch.zeros_like(x[..., :1]))
-    torch.testing.assert_close(toy_2d.solve(agent, x), rolled, rtol=1e-4, atol=1e-5)
-    toy_2d.solve(agent, x).sum().backward()
+    torch.testing.assert_close(toy_2d.solve(agent, batch["observations"], x), rolled, rtol=1e-4, atol=1e-5)
+    toy_2d.solve(agent, batch["observations"], x).sum().backward()
     assert moved(agent, one_step) == {"actor_flow"}
 
 
@@ -107,7 +107,11 @@ def test_improvement_terms_are_minus_q_over_lambda_and_do_not_move_the_critic():
         weak = toy_2d.loss_of(method, agent, one_step, batch, noise)
         agent.args.alpha = torch.full_like(agent.args.alpha, toy_2d.CLONING)
         cloning = toy_2d.loss_of(method, agent, one_step, batch, noise)
-        end = toy_2d.solve(agent, noise["next_action"]) if method == "backprop" else one_step(noise["next_action"])
+        end = (
+            toy_2d.solve(agent, batch["observations"], noise["next_action"])
+            if method == "backprop"
+            else one_step(noise["next_action"])
+        )
         q = agent.q_values(agent.critic, batch["observations"], end.clamp(-1, 1)).mean(dim=(1, 2))
         torch.testing.assert_close(cloning - weak, q / 0.5, rtol=1e-3, atol=1e-5)
         agent.zero_grad(), one_step.zero_grad()
