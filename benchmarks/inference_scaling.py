@@ -1,9 +1,10 @@
-"""EVOR's improvement at inference: success against the number of candidates and both temperatures, from one checkpoint.
+"""EVOR's improvement at inference: success against candidates, temperatures and return samples, from one checkpoint.
 
     python -m benchmarks.inference_scaling --run runs/RUN_DIR
     python -m benchmarks.inference_scaling --run runs/RUN_DIR --episodes 20 --output docs/evor_inference
 
-Nothing is trained: each setting changes one of --num-actions, --tau-q and --tau-r of the run (evor.py --evaluate does one).
+Nothing is trained: each setting changes one of --num-actions, --tau-q, --tau-r and --num-returns of the run (evor.py --evaluate does
+one).
 Writes OUTPUT.csv, one row a setting and seed, as it goes, and OUTPUT.png: means over the seeds with 95% intervals.
 """
 
@@ -24,8 +25,14 @@ SWEEPS = {
     "num_actions": (1, 2, 4, 8, 16, 32, 64),
     "tau_q": (0.01, 0.1, 1.0, 10.0, 100.0),
     "tau_r": (0.1, 1.0, 10.0, 100.0, 1000.0),
+    "num_returns": (1, 4, 16, 64),
 }
-LABELS = {"num_actions": "candidates $N_\\pi$", "tau_q": "$\\tau_Q$ (return)", "tau_r": "$\\tau_R$ (return)"}
+LABELS = {
+    "num_actions": "candidates $N_\\pi$",
+    "tau_q": "$\\tau_Q$ (return)",
+    "tau_r": "$\\tau_R$ (return)",
+    "num_returns": "return samples $N$",
+}
 
 
 @dataclass
@@ -38,6 +45,8 @@ class ScalingArgs:
     """values of the second"""
     tau_r: tuple[float, ...] = SWEEPS["tau_r"]
     """values of the third"""
+    num_returns: tuple[int, ...] = SWEEPS["num_returns"]
+    """values of the fourth"""
     episodes: Optional[int] = None
     """episodes of each setting and seed (default: the run's)"""
     cuda: bool = True
@@ -62,7 +71,7 @@ def draw(path, rows, base):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, 4, figsize=(12, 3.2), layout="constrained", sharey=True)
     for axes, name in zip(panels, SWEEPS):
         values = sorted({row[name] for row in rows if row["sweep"] == name})
         groups = [[100 * row["success"] for row in rows if row["sweep"] == name and row[name] == v] for v in values]
@@ -74,6 +83,7 @@ def draw(path, rows, base):
         axes.set(xscale="log", xlabel=LABELS[name], ylim=(-3, 103))
         axes.grid(alpha=0.3)
     panels[0].set_xscale("log", base=2)
+    panels[3].set_xscale("log", base=2)
     panels[0].set_ylabel("success (%)")
     others = ", ".join(f"{name} {value:g}" for name, value in base.items())
     figure.suptitle(f"one checkpoint; dotted: the run's settings ({others})", fontsize="medium")
@@ -111,7 +121,7 @@ if __name__ == "__main__":
             known[key] = rollout.evaluate(
                 workers, agent.act, agent.draw_act_noise, seeds, episodes, payload["step"], device
             )
-        new = [{"sweep": name} | setting | {"num_returns": args.num_returns} | row for row in known[key]]
+        new = [{"sweep": name} | setting | row for row in known[key]]
         rows += new
         runs.append_rows(output.with_suffix(".csv"), new)
         mean, half = interval([100 * row["success"] for row in new])

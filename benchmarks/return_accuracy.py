@@ -121,7 +121,9 @@ def parse_variant(variant):
 def small_args(module, gamma=0.9, **changes):
     """Arguments of an agent for these MDPs: small networks, one candidate action (actions change nothing)."""
     candidates = {"num_samples": 1} if module.__name__ == "value_flows" else {}
-    small = dict(learning_rate=1e-3, tau=0.02, value_hidden_dims=(64, 64), actor_hidden_dims=(8,), cuda=False)
+    small = dict(
+        learning_rate=1e-3, batch_size=512, tau=0.02, value_hidden_dims=(64, 64), actor_hidden_dims=(8,), cuda=False
+    )
     return replace(module.Args(), gamma=gamma, **small | candidates | changes)
 
 

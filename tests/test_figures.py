@@ -89,16 +89,20 @@ def test_interval_is_students():
 
 def test_inference_scaling_of_a_run(online_runs, tmp_path):
     words = ("--run", online_runs["evor"], "--episodes", 1, "--output", tmp_path / "scaling", "--no-cuda")
-    sweeps = ("--num-actions", 1, 3, "--tau-q", 0.1, "--tau-r", 10)
+    sweeps = ("--num-actions", 1, 3, "--tau-q", 0.1, "--tau-r", 10, "--num-returns", 2)
     done = draw(*words, *sweeps, script="inference_scaling")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = list(csv.DictReader(open(tmp_path / "scaling.csv")))
-    assert [(row["sweep"], row["num_actions"], row["tau_q"], row["tau_r"], row["seed"]) for row in rows] == [
-        ("num_actions", "1", "1.0", "10.0", "0"), ("num_actions", "1", "1.0", "10.0", "1"),
-        ("num_actions", "3", "1.0", "10.0", "0"), ("num_actions", "3", "1.0", "10.0", "1"),
-        ("tau_q", "3", "0.1", "10.0", "0"), ("tau_q", "3", "0.1", "10.0", "1"),
-        ("tau_r", "3", "1.0", "10.0", "0"), ("tau_r", "3", "1.0", "10.0", "1"),
-    ]  # fmt: skip
+    columns = ("sweep", "num_actions", "tau_q", "tau_r", "num_returns")
+    settings = [tuple(row[column] for column in columns) for row in rows]
+    assert settings[::2] == settings[1::2] and [row["seed"] for row in rows] == 5 * ["0", "1"]
+    assert settings[::2] == [
+        ("num_actions", "1", "1.0", "10.0", "16"),
+        ("num_actions", "3", "1.0", "10.0", "16"),
+        ("tau_q", "3", "0.1", "10.0", "16"),
+        ("tau_r", "3", "1.0", "10.0", "16"),
+        ("num_returns", "3", "1.0", "10.0", "2"),
+    ]
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
     failed = draw("--run", online_runs["floq"], script="inference_scaling")
