@@ -32,7 +32,7 @@ SMALL_FLAGS = {
 }
 for name in SMALL_FLAGS:
     SMALL_FLAGS[name] += (
-        " --no-cuda --batch-size 16 --value-hidden-dims 16 16 --actor-hidden-dims 16 16 --eval-episodes 2 --eval-workers 1"
+        " --no-cuda --no-compile --batch-size 16 --value-hidden-dims 16 16 --actor-hidden-dims 16 16 --eval-episodes 2 --eval-workers 1"
     )
     SMALL_FLAGS[name] = SMALL_FLAGS[name].split()
 # Sizes of an agent that a test can update in a millisecond.
