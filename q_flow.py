@@ -117,6 +117,8 @@ class Args:
     """compile the losses with torch.compile (up to a minute when a size is new to the machine, then faster updates)"""
     cudagraphs: bool = True
     """replay the whole update as one CUDA graph (on a GPU)"""
+    matmul_precision: Optional[Literal["highest", "high", "medium"]] = None
+    """float32 products: highest is exact, high TF32, medium bfloat16 (default: high on a GPU that has it, else highest)"""
 
 
 # The paper's settings where they differ from the defaults.

@@ -1,143 +1,365 @@
-"""Seconds, floating-point operations and efficiency of one update at the published size.
+"""Updates per second, operations and efficiency of the algorithms, each setting in turn with the plain eager version.
 
-    python -m benchmarks.speed --algorithm floq                 # on this machine's default device
-    python -m benchmarks.speed --algorithm value_flows --compile --num-seeds 4 --json
-    python -m benchmarks.speed --algorithm floq --evaluation --num-seeds 3
+    python -m benchmarks.speed                                          # all four, 1 and 8 seeds, published sizes
+    python -m benchmarks.speed --algorithms floq --num-seeds 1 --quick  # one setting, at the sizes of --quick
+    python -m benchmarks.speed --store                                  # also benchmarks/results/speed_MACHINE.csv and .png
+    python -m benchmarks.speed --check                                  # exit code 1 if a stored efficiency is not reached
+    python -m benchmarks.speed --evaluation --num-seeds 3               # time evaluations instead
 
-Efficiency = operations / seconds / the device's float32 matrix-product rate, which is measured between the updates, so
-that a busy machine slows both. Medians over the repeats, with the quartiles.
+Every setting is a process of its own. It times A B M A B M ...: an update of the setting, one of the same algorithm without
+compile, graph or reduced precision, and a float32-sized matrix product at the setting's precision. Efficiency = operations
+(counted by torch) / seconds / the rate of that product, so that a busy machine slows both. Medians after a warm-up, with
+quartiles; speed-up = median of the ratios of neighbours.
 """
 
+import csv
 import importlib
 import json
+import re
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Optional
 
 import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-from common import datasets, graphs, rollout, runs
+from common import datasets, fail, graphs, num_cores, rollout, runs, warn
 
 OBS_DIM, ACTION_DIM = 28, 5  # cube-single's
+RESULTS = Path(__file__).parent / "results"
+TOLERANCE = 0.85  # --check: efficiency may fall to this share of the stored one
+SETTING = ("machine", "size", "algorithm", "num_seeds", "precision", "variant")  # what names a row
+VARIANTS = {  # (compile, cudagraphs)
+    "eager": (False, False),
+    "compile": (True, False),
+    "graph": (False, True),
+    "compile+graph": (True, True),
+}
 
 
 @dataclass
 class SpeedArgs:
-    algorithm: Literal["floq", "value_flows", "q_flow", "evor"] = "floq"
-    """file to measure"""
-    num_seeds: int = 1
+    algorithms: tuple[Literal["floq", "value_flows", "q_flow", "evor"], ...] = ("floq", "value_flows", "q_flow", "evor")
+    """files to measure"""
+    num_seeds: tuple[int, ...] = (1, 8)
     """agents trained side by side"""
+    precisions: tuple[Literal["highest", "high", "medium"], ...] = ()
+    """matrix-product precisions (default: highest; on a GPU also high)"""
+    variants: tuple[Literal["eager", "compile", "graph", "compile+graph"], ...] = ()
+    """how updates run (default: compile; on a GPU graph and compile+graph)"""
     cuda: bool = True
     """measure the GPU where there is one"""
-    compile: bool = False
-    """compile the losses"""
-    cudagraphs: bool = True
-    """capture the update in a CUDA graph (on a GPU)"""
     repeats: int = 15
-    """timed updates"""
+    """timed updates of each setting"""
     quick: bool = False
     """measure at the sizes of --quick instead"""
     evaluation: bool = False
     """time an evaluation of 50 cube-single episodes a seed instead (untrained policies: full-length episodes)"""
+    store: bool = False
+    """add the rows to benchmarks/results/speed_MACHINE.csv, which --check compares with, and redraw its picture"""
+    check: bool = False
+    """measure the stored settings among those asked for; exit code 1 if an efficiency is below 0.85 of the stored one"""
+    output: Optional[str] = None
+    """csv and PNG get this path's stem"""
     json: bool = False
-    """print one line of JSON"""
+    """print one line of JSON a row instead of the table"""
 
 
-def measure(options):
-    """Times updates on random data; returns a dictionary of figures."""
-    algorithm = importlib.import_module(options.algorithm)
-    args = replace(algorithm.Args(), num_seeds=options.num_seeds, cuda=options.cuda)
-    args = replace(args, **algorithm.QUICK) if options.quick else args
-    device = runs.setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available()))
-    seeds = list(range(options.num_seeds))
-    S, B = options.num_seeds, args.batch_size
+# --- One setting ---
+
+
+def machine_name(device):
+    """What is measured: a GPU's name, or the CPU's with the number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
+    except (OSError, TypeError):
+        name = "CPU"
+    return f"{name}, {num_cores()} cores"
+
+
+def make_update(algorithm, args, device, compiled, captured, dataset):
+    """An agent's update as a function of the number of the update, on random rows of the dataset."""
+    seeds = list(range(args.num_seeds))
     agent = algorithm.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0).to(device)
     agent.make_optimizer()
+    chunk = runs.draw_chunk(agent, args, seeds, len(dataset["rewards"]), 0, device)
+    inputs = lambda i: {name: value[i % runs.CHUNK] for name, value in chunk.items()}
+    if compiled:
+        graphs.compile_losses(agent, announce=False)
+    update = lambda inputs: agent.update(datasets.gather(dataset, None, inputs), inputs)
+    update = graphs.capture(update, inputs(0), agent.state_tensors(), captured)
+    return lambda i: update(inputs(i))
+
+
+def peak_memory(device):
+    """Largest memory so far in bytes: the GPU's, or this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, quick=False):
+    """Times updates on random data; returns the row of this setting as a dictionary."""
+    module = importlib.import_module(algorithm)
+    args = replace(module.Args(), **module.QUICK) if quick else module.Args()
+    cuda = cuda and torch.cuda.is_available()
+    args = replace(args, num_seeds=num_seeds, cuda=cuda, matmul_precision=None if precision == "highest" else precision)
+    args = replace(args, matmul_precision="highest") if cuda and precision == "highest" else args
+    device = runs.setup_torch(args)
+    plain_precision = "highest" if cuda else torch.get_float32_matmul_precision()  # the CPU's exact one
+    own_precision = torch.get_float32_matmul_precision()
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
     generator = torch.Generator(device).manual_seed(0)
-    N = 10_000
     draw = lambda *shape: torch.rand(*shape, generator=generator, device=device)
+    N = 10_000
     dataset = {
         "observations": draw(N, OBS_DIM),
         "next_observations": draw(N, OBS_DIM),
         "actions": draw(N, ACTION_DIM) * 2 - 1,
+        "rewards": -torch.ones(N, device=device),
+        "masks": torch.ones(N, device=device),
     }
-    dataset |= {"rewards": -torch.ones(N, device=device), "masks": torch.ones(N, device=device)}
-    chunk = runs.draw_chunk(agent, args, seeds, N, 0, device)
-    update = lambda inputs: agent.update(datasets.gather(dataset, None, inputs), inputs)
-    inputs = lambda i: {name: value[i % runs.CHUNK] for name, value in chunk.items()}
 
-    with FlopCounterMode(display=False) as counter:
-        update(inputs(0))
+    # The setting itself comes first, alone, so that start-up and memory are its own.
+    compiled, captured = VARIANTS[variant]
     start = time.perf_counter()
-    if options.compile:
-        agent.critic_loss, agent.actor_loss = torch.compile(agent.critic_loss), torch.compile(agent.actor_loss)
-    update = graphs.capture(update, inputs(0), agent.state_tensors(), options.cudagraphs)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    update = make_update(module, args, device, compiled, captured, dataset)
     for i in range(3):
-        update(inputs(i))
+        update(i)
     synchronize()
-    warm_up = time.perf_counter() - start
+    warm_up, peak = time.perf_counter() - start, peak_memory(device)
 
-    a, b = draw(2 * S, 8 * B, 512), draw(2 * S, 512, 512)
-    seconds, matmul_seconds = [], []
-    for i in range(options.repeats):
-        start = time.perf_counter()
-        update(inputs(i))
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        for _ in range(4):
-            torch.bmm(a, b)
-        synchronize()
-        matmul_seconds.append((time.perf_counter() - start) / 4)
-    low, median, high = statistics.quantiles(seconds, n=4)
-    rate = 2 * a.numel() * 512 / statistics.median(matmul_seconds)
+    plain = make_update(module, args, device, False, False, dataset)
+    torch.set_float32_matmul_precision(plain_precision)
+    with FlopCounterMode(display=False) as counter:
+        plain(0)
+    plain(1)
+    a, b = (draw(4096, 4096), draw(4096, 4096)) if cuda else (draw(2, 2048, 512), draw(2, 512, 512))
+    flop = 2 * a.numel() * b.shape[-1]
+    actions = {
+        "update": lambda i: update(i),
+        "plain": lambda i: plain(i),
+        "matmul": lambda i: [a @ b for _ in range(4)],
+    }
+    seconds = {name: [] for name in actions}
+    for i in range(-1, repeats):
+        for name, action in actions.items():
+            torch.set_float32_matmul_precision(plain_precision if name == "plain" else own_precision)
+            synchronize()
+            start = time.perf_counter()
+            action(i)
+            synchronize()
+            if i >= 0:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+
+    low, median, high = statistics.quantiles(seconds["update"], n=4) if repeats > 1 else 3 * seconds["update"]
+    rate = 4 * flop / statistics.median(seconds["matmul"])
     gigaflop = counter.get_total_flops() / 1e9
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    digits = lambda value: float(f"{value:.4g}")
     return {
-        "algorithm": options.algorithm,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "num_seeds": S,
-        "compile": options.compile,
-        "cudagraphs": options.cudagraphs and device.type == "cuda",
-        "seconds_per_update": round(median, 5),
-        "quartiles": [round(low, 5), round(high, 5)],
-        "seed_updates_per_second": round(S / median, 3),
-        "gflop_per_update": round(gigaflop, 2),
-        "matmul_gflops": round(rate / 1e9, 1),
-        "efficiency": round(gigaflop * 1e9 / median / rate, 3),
-        "warm_up_seconds": round(warm_up, 1),
-        "peak_memory_gib": round(peak / 2**30, 2),
+        "machine": machine_name(device),
+        "size": "quick" if quick else "published",
+        "algorithm": algorithm,
+        "num_seeds": num_seeds,
+        "precision": precision,
+        "variant": variant,
+        "updates_per_second": digits(1 / median),
+        "quartile_low": digits(1 / high),
+        "quartile_high": digits(1 / low),
+        "seed_updates_per_second": digits(num_seeds / median),
+        "gflop_per_update": digits(gigaflop),
+        "matmul_gflops": digits(rate / 1e9),
+        "efficiency": digits(gigaflop * 1e9 / median / rate),
+        "plain_updates_per_second": digits(1 / statistics.median(seconds["plain"])),
+        "speedup": digits(statistics.median(b / a for a, b in zip(seconds["update"], seconds["plain"]))),
+        "warm_up_seconds": digits(warm_up),
+        "peak_memory_gib": digits(peak / 2**30),
+        "torch": torch.__version__,
     }
 
 
-def measure_evaluation(options):
+def measure_evaluation(algorithm, num_seeds, cuda):
     """Seconds to start the evaluation workers, and of each of three evaluations."""
-    algorithm = importlib.import_module(options.algorithm)
-    args = algorithm.Args(env_id="cube-single-play-singletask-v0")
-    device = runs.setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available()))
-    seeds = list(range(options.num_seeds))
-    agent = algorithm.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0).to(device)
+    module = importlib.import_module(algorithm)
+    args = module.Args(env_id="cube-single-play-singletask-v0", cuda=cuda and torch.cuda.is_available())
+    device = runs.setup_torch(args)
+    seeds = list(range(num_seeds))
+    agent = module.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0).to(device)
     marks = [time.perf_counter()]
-    workers = rollout.start_workers(args.env_id, options.num_seeds, args.eval_episodes)
+    workers = rollout.start_workers(args.env_id, num_seeds, args.eval_episodes)
     marks.append(time.perf_counter())
     for step in range(3):
         rollout.evaluate(workers, agent.act, agent.draw_act_noise, seeds, args.eval_episodes, step, device)
         marks.append(time.perf_counter())
+    num_workers = len(workers.processes)
     rollout.stop_workers(workers)
     start, *evaluations = [round(b - a, 1) for a, b in zip(marks, marks[1:])]
-    return {"num_seeds": options.num_seeds, "start_seconds": start, "evaluation_seconds": evaluations}
+    figures = {"num_seeds": num_seeds, "workers": num_workers, "start_seconds": start}
+    return {"algorithm": algorithm} | figures | {"evaluation_seconds": evaluations}
+
+
+# --- Tables ---
+
+
+def read_rows(path):
+    """The rows of a stored csv file, numbers as numbers."""
+    rows = list(csv.DictReader(open(path)))
+    texts = ("machine", "size", "algorithm", "precision", "variant", "torch")
+    return [
+        {k: v if k in texts else float(v) for k, v in row.items()} | {"num_seeds": int(row["num_seeds"])}
+        for row in rows
+    ]
+
+
+def write_rows(path, rows):
+    """Writes rows as a csv file, in the order of their settings."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def setting(row):
+    """What names a row."""
+    return tuple(row[name] for name in SETTING)
+
+
+def slower(rows, stored):
+    """Messages, one for each row whose efficiency is below TOLERANCE of the stored row of its setting."""
+    known = {setting(row): row["efficiency"] for row in stored}
+    return [
+        f"{' '.join(str(value) for value in setting(row)[1:])}: efficiency {row['efficiency']:.3f}, "
+        f"stored {known[setting(row)]:.3f}"
+        for row in rows
+        if row["efficiency"] < TOLERANCE * known.get(setting(row), 0)
+    ]
+
+
+def table(rows):
+    """The rows as a markdown table."""
+    lines = [
+        "| size | algorithm | seeds | precision | variant | updates/s (quartiles) | seed-updates/s | GFLOP | GFLOP/s of products"
+    ]
+    lines[0] += " | efficiency | times plain eager | start | peak memory |"
+    lines.append("|" + "---|" * 13)
+    for r in rows:
+        lines.append(
+            f"| {r['size']} | {r['algorithm']} | {r['num_seeds']} | {r['precision']} | {r['variant']} "
+            f"| {r['updates_per_second']:.4g} ({r['quartile_low']:.3g} to {r['quartile_high']:.3g}) "
+            f"| {r['seed_updates_per_second']:.4g} | {r['gflop_per_update']:.4g} | {r['matmul_gflops']:.0f} "
+            f"| {r['efficiency']:.2f} | {r['speedup']:.2f} | {r['warm_up_seconds']:.0f} s | {r['peak_memory_gib']:.2f} GiB |"
+        )
+    return "\n".join(lines)
+
+
+def draw(path, rows):
+    """Saves bars of the efficiency of every row, and the plain eager version's beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = [
+        f"{r['algorithm']}, {r['num_seeds']} seed{'s' * (r['num_seeds'] > 1)}, {r['size']}\n{r['variant']}, {r['precision']}"
+        for r in rows
+    ]
+    own = [r["efficiency"] for r in rows]
+    plain = [r["efficiency"] / r["speedup"] for r in rows]
+    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.45 * len(rows)), layout="constrained")
+    places = range(len(rows))
+    axes.barh([y - 0.2 for y in places], own, 0.4, label="this setting")
+    axes.barh([y + 0.2 for y in places], plain, 0.4, color="lightgrey", label="plain eager")
+    axes.set(yticks=places, xlim=(0, 1), xlabel="efficiency: share of the rate of plain matrix products")
+    axes.set_yticklabels(labels, fontsize="small")
+    axes.invert_yaxis()
+    axes.legend(fontsize="small")
+    axes.set_title(f"{rows[0]['machine']}, torch {rows[0]['torch']}", fontsize="medium")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def measure_apart(words):
+    """A setting measured in a process of its own: the row, or None if it failed (its last line is shown)."""
+    command = [sys.executable, "-m", "benchmarks.speed", "--setting", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        warn(f"{' '.join(words)}: {lines[-1]}")
+        return None
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--setting"]:  # the process of one setting
+        print(json.dumps(measure(**json.loads(sys.argv[2]))))
+        raise SystemExit
+
     options = tyro.cli(SpeedArgs, description=__doc__)
-    figures = measure_evaluation(options) if options.evaluation else measure(options)
-    print(json.dumps(figures) if options.json else "\n".join(f"{name:>24}: {value}" for name, value in figures.items()))
+    if options.repeats < 1 or min(options.num_seeds, default=0) < 1:
+        fail("--repeats and --num-seeds must be above zero")
+    on_gpu = options.cuda and torch.cuda.is_available()
+    if options.evaluation:
+        for algorithm in options.algorithms:
+            for num_seeds in options.num_seeds:
+                print(json.dumps(measure_evaluation(algorithm, num_seeds, options.cuda)), flush=True)
+        raise SystemExit
+    if not on_gpu and any("graph" in variant for variant in options.variants):
+        fail("--variants: CUDA graphs need a GPU")
+    machine = machine_name(torch.device("cuda" if on_gpu else "cpu"))
+    stored_path = RESULTS / f"speed_{re.sub('[^a-z0-9]+', '_', machine.lower()).strip('_')}.csv"
+    stored = read_rows(stored_path) if stored_path.exists() else []
+    if options.check and not stored:
+        fail(
+            f"--check: {stored_path.name} is missing: no figures of this machine ({machine}) are stored; make them by --store"
+        )
+
+    settings = [
+        dict(algorithm=algorithm, num_seeds=num_seeds, precision=precision, variant=variant)
+        for algorithm in options.algorithms
+        for num_seeds in options.num_seeds
+        for precision in options.precisions or (("highest", "high") if on_gpu else ("highest",))
+        for variant in options.variants or (("graph", "compile+graph") if on_gpu else ("compile",))
+    ]
+    if options.check:
+        size = "quick" if options.quick else "published"
+        known = {setting(row) for row in stored}
+        settings = [s for s in settings if setting({"machine": machine, "size": size} | s) in known]
+        if not settings:
+            fail(f"--check: none of the settings asked for is in {stored_path.name}")
+    rows = []
+    for words in tqdm(settings, unit=" settings"):
+        common = dict(cuda=options.cuda, repeats=options.repeats, quick=options.quick)
+        row = measure_apart([json.dumps(words | common)])
+        if row is not None:
+            rows.append(row)
+            if options.json:
+                print(json.dumps(row), flush=True)
+    if not rows:
+        fail("no setting could be measured")
+    if not options.json:
+        print(table(rows))
+    if options.output:
+        write_rows(Path(options.output).with_suffix(".csv"), rows)
+        draw(Path(options.output).with_suffix(".png"), rows)
+    if options.store:
+        new = {setting(row) for row in rows}
+        rows_of_machine = sorted([row for row in stored if setting(row) not in new] + rows, key=setting)
+        write_rows(stored_path, rows_of_machine)
+        draw(stored_path.with_suffix(".png"), rows_of_machine)
+        print(f"saved {stored_path.name} and its picture in {RESULTS.name}")
+    if options.check:
+        problems = slower(rows, stored)
+        for problem in problems:
+            print(f"slower than stored: {problem}", file=sys.stderr)
+        failed = len(settings) - len(rows)
+        print(f"{len(rows)} settings checked, {len(problems)} slower, {failed} failed")
+        raise SystemExit(1 if problems or failed else 0)

@@ -5,7 +5,7 @@ import torch
 from common import warn
 
 
-def compile_losses(agent):
+def compile_losses(agent, announce=True):
     """Compiles an agent's critic_loss and actor_loss with torch.compile, which joins chains of elementwise operations.
 
     Compiling happens in the first update: up to a minute, a few seconds where torch finds its cache from an earlier run

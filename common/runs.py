@@ -26,6 +26,7 @@ CHUNK = 50
 MAY_CHANGE = {
     "resume", "runs_dir", "cuda", "track", "wandb_project_name", "wandb_entity", "capture_video", "dataset_dir",
     "dataset_path", "eval_workers", "save_interval", "total_timesteps", "online_timesteps", "compile", "cudagraphs",
+    "matmul_precision",
 }  # fmt: skip
 
 
@@ -104,11 +105,16 @@ def parse_args(Args, tuned, tuned_online, quick, may_be_zero=(), inference=(), a
         fail(f"--gamma {args.gamma} must lie between 0 and 1, --tau {args.tau} above 0 and at most 1")
     if resumed is None:
         envs.check_env_id(args.env_id)
+    if "--cudagraphs" in (sys.argv if argv is None else argv) and not (args.cuda and torch.cuda.is_available()):
+        print("note: --cudagraphs is ignored: there are no CUDA graphs on the CPU")
     return args, resumed
 
 
 def setup_torch(args):
-    """Sets up determinism and float32 matrix products; returns the device (the CPU, with a warning, without CUDA)."""
+    """Sets up determinism and float32 matrix products; returns the device (the CPU, with a warning, without CUDA).
+
+    A precision that the device lacks ends the program with exit code 2.
+    """
     if args.cuda and not torch.cuda.is_available():
         warn("--cuda: torch finds no CUDA device; training on the CPU (--no-cuda silences this)")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
@@ -116,10 +122,54 @@ def setup_torch(args):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    set_matmul_precision(args.matmul_precision, device)
     if device.type == "cpu":
-        use_fast_float32_matmul()
         keep_freed_memory()
     return device
+
+
+def set_matmul_precision(precision, device):
+    """Sets how float32 matrix products are computed; a precision that the device lacks ends the program.
+
+    Args:
+        precision: "highest" (exact), "high" (TF32), "medium" (bfloat16 where torch has that, else as high), or None for
+            the device's default: high on a GPU with TF32 units, highest elsewhere.
+        device: torch device.
+    """
+    if device.type == "cuda":
+        has_tf32 = torch.cuda.get_device_capability(device) >= (8, 0)
+        if precision in ("high", "medium") and not has_tf32:
+            name = torch.cuda.get_device_name(device)
+            fail(f"--matmul-precision {precision}: {name} has no units for it (compute capability 8.0 on); use highest")
+        torch.set_float32_matmul_precision(precision or ("high" if has_tf32 else "highest"))
+        return
+    if precision == "high":
+        fail("--matmul-precision high: the CPU has no TF32; use highest, or medium where it multiplies bfloat16")
+    # On AMD, "highest" goes through MKL at half speed; "medium" goes through oneDNN, exact unless the CPU has special units.
+    torch.set_float32_matmul_precision("medium")
+    exact = onednn_is_exact()
+    if precision == "medium" and exact:
+        fail("--matmul-precision medium: this CPU does not multiply in bfloat16; use highest")
+    if precision != "medium" and not (exact and is_amd()):
+        torch.set_float32_matmul_precision("highest")
+
+
+def is_amd():
+    """Whether the CPU is AMD's, as far as /proc tells."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def onednn_is_exact():
+    """Whether products are float32's at the present setting: by the error of one, not by its time, since what a run
+    computes must not depend on how busy the machine is.
+    """
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 512, 512, generator=generator) for _ in range(2))
+    exact = torch.bmm(a.double(), b.double())
+    return bool((torch.bmm(a, b) - exact).norm() <= 1e-6 * exact.norm())
 
 
 def keep_freed_memory():
@@ -130,27 +180,6 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     except (OSError, AttributeError):  # another system's C library
         pass
-
-
-def use_fast_float32_matmul():
-    """On AMD CPUs, lets matrix products go through oneDNN, where that is exact.
-
-    torch sends float32 products to MKL, which runs at half speed on AMD; the setting "medium" sends them to oneDNN,
-    which may round the factors to bfloat16 on CPUs with units for that. So the error is looked at, not the time: what
-    a run computes must not depend on how busy the machine is.
-    """
-    try:
-        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        amd = False
-    if not amd:
-        return
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(2, 512, 512, generator=generator) for _ in range(2))
-    torch.set_float32_matmul_precision("medium")
-    exact = torch.bmm(a.double(), b.double())
-    if (torch.bmm(a, b) - exact).norm() > 1e-6 * exact.norm():
-        torch.set_float32_matmul_precision("highest")
 
 
 # --- Random draws ---

@@ -1,0 +1,96 @@
+"""The speed benchmark: operations by hand, what --check refuses, the precision flag, compilers and GPUs that are missing."""
+
+import pytest
+import torch
+
+from benchmarks import speed
+from common import graphs, runs
+from conftest import ALGORITHMS, make_agent, small_args
+
+ROW = dict(
+    machine="abacus, 2 cores", size="quick", algorithm="evor", num_seeds=1, precision="highest", variant="compile",
+    updates_per_second=100.0, quartile_low=90.0, quartile_high=110.0, seed_updates_per_second=100.0, gflop_per_update=1.7,
+    matmul_gflops=400.0, efficiency=0.4, plain_updates_per_second=70.0, speedup=1.4, warm_up_seconds=9.0,
+    peak_memory_gib=0.5, torch="2.13.0",
+)  # fmt: skip
+
+
+@pytest.fixture
+def same_precision():
+    """The precision of matrix products is torch's own again after the test."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_operations_are_those_counted_by_hand(same_precision):
+    """EVOR at the size of --quick: 5 Euler steps, 2 fields, 256 rows, widths 256; 2 operations a weight and row."""
+    row = speed.measure("evor", 1, "highest", "eager", repeats=2, quick=True)
+    K, E, B, H, D, A = 5, 2, 256, 256, 28, 5
+    policy = (D * H, (A + 1) * H, H * H, H * H, H * A)  # weights: of s, of x and t, of the other layers
+    critic = ((D + A) * H, 2 * H, H * H, H * H, H)
+    fold = 2 * (H * H + H * H + H)  # a LayerNorm's shift through the layer after it
+    next_action = 2 * B * (policy[0] + K * sum(policy[1:]))
+    next_return = E * (2 * B * (critic[0] + K * sum(critic[1:])) + fold)
+    regression = E * (2 * B * sum(critic) + fold)
+    cloning = 2 * B * sum(policy)
+    # Backward: every product twice, for its two factors, but those of the inputs, which are no parameters.
+    backward = E * (2 * B * (2 * sum(critic) - critic[0] - critic[1]) + 2 * fold)
+    backward += 2 * B * (2 * sum(policy) - policy[0] - policy[1])
+    expected = (next_action + next_return + regression + cloning + backward) / 1e9
+    assert abs(row["gflop_per_update"] - expected) < 1e-3 * expected, (row["gflop_per_update"], expected)
+    assert row["updates_per_second"] > 0 and 0 < row["efficiency"] < 1.5 and 0.1 < row["peak_memory_gib"] < 20
+    assert row["quartile_low"] <= row["updates_per_second"] <= row["quartile_high"]
+
+
+def test_check_compares_efficiency_with_the_stored_row_of_the_setting():
+    stored = [ROW, ROW | {"num_seeds": 8, "efficiency": 0.6}]
+    fine = [ROW | {"efficiency": 0.35, "updates_per_second": 1.0}, ROW | {"num_seeds": 8, "efficiency": 0.9}]
+    assert speed.slower(fine, stored) == []  # the time may be anything
+    assert speed.slower([ROW | {"variant": "eager", "efficiency": 0.01}], stored) == []  # nothing to compare with
+    (message,) = speed.slower([ROW | {"num_seeds": 8, "efficiency": 0.5}], stored)
+    assert message == "quick evor 8 highest compile: efficiency 0.500, stored 0.600"
+
+
+def test_stored_rows_read_back_as_written(tmp_path):
+    rows = [ROW, ROW | {"num_seeds": 8}]
+    speed.write_rows(tmp_path / "speed.csv", rows)
+    assert speed.read_rows(tmp_path / "speed.csv") == rows
+    speed.draw(tmp_path / "speed.png", rows)
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert "| quick | evor | 8 | highest | compile | 100 (90 to 110) |" in speed.table(rows)
+
+
+def test_precisions_of_the_cpu(same_precision, capsys):
+    """A product at the default is float32's to the bit or nearly; TF32 is refused, and bfloat16 where there is none."""
+    cpu = torch.device("cpu")
+    refused = {"high": "--matmul-precision high: the CPU has no TF32"}
+    for precision in (None, "highest"):
+        runs.set_matmul_precision(precision, cpu)
+        assert runs.onednn_is_exact()
+    torch.set_float32_matmul_precision("medium")
+    if runs.onednn_is_exact():
+        refused["medium"] = "--matmul-precision medium: this CPU does not multiply in bfloat16"
+    for precision, message in refused.items():
+        with pytest.raises(SystemExit) as stopped:
+            runs.set_matmul_precision(precision, cpu)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_without_a_compiler_the_losses_stay_and_a_warning_says_so(monkeypatch, capsys):
+    def no_compiler(function):
+        raise RuntimeError("\nno C++ compiler was found\nmore lines")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    agent = make_agent(small_args("evor"))
+    losses = agent.critic_loss, agent.actor_loss
+    graphs.compile_losses(agent)
+    assert (agent.critic_loss, agent.actor_loss) == losses
+    assert "--compile: torch.compile fails here (no C++ compiler was found)" in capsys.readouterr().err
+
+
+def test_cudagraphs_asked_for_on_the_cpu_are_ignored_with_a_note(capsys):
+    words = ["--no-cuda", "--cudagraphs"]
+    for argv, noted in ((words, True), (words[:1], False)):
+        args, _ = runs.parse_args(ALGORITHMS["evor"].Args, {}, {}, {}, argv=argv)
+        assert not args.cuda and ("--cudagraphs is ignored" in capsys.readouterr().out) == noted
