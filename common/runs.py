@@ -3,11 +3,13 @@
 import csv
 import ctypes
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -125,7 +127,34 @@ def setup_torch(args):
     set_matmul_precision(args.matmul_precision, device)
     if device.type == "cpu":
         keep_freed_memory()
+    sys.excepthook = functools.partial(explain_out_of_memory, args.num_seeds, device)
     return device
+
+
+def explain_out_of_memory(num_seeds, device, kind, error, traceback):
+    """Exception hook: if torch found no memory, a message with a number of seeds that may fit, and exit code 2; else the
+    usual traceback. What is needed is known up to the allocation that failed: at most half of the seeds are suggested.
+    """
+    import resource  # not on every system
+
+    size = re.search(r"ried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", str(error))
+    if not issubclass(kind, RuntimeError) or size is None:
+        return sys.__excepthook__(kind, error, traceback)
+    requested = float(size[1]) * 1024 ** ["bytes", "KiB", "MiB", "GiB", "TiB"].index(size[2])
+    if device.type == "cuda":
+        used, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        total = total if limit == resource.RLIM_INFINITY else min(total, limit)
+    seeds = min(num_seeds // 2, int(num_seeds * total / (used + requested)))
+    advice = f"--num-seeds {seeds} may fit" if seeds > 0 else "take a smaller --batch-size"
+    fail(
+        f"out of memory with {num_seeds} seed{'s' * (num_seeds > 1)}: {(used + requested) / 2**30:.1f} GiB or more are "
+        f"needed, the {'GPU' if device.type == 'cuda' else 'machine'} has {total / 2**30:.1f}; {advice}. "
+        f"Checkpoints already written are kept (--resume)"
+    )
 
 
 def set_matmul_precision(precision, device):

@@ -89,6 +89,35 @@ def test_without_a_compiler_the_losses_stay_and_a_warning_says_so(monkeypatch, c
     assert "--compile: torch.compile fails here (no C++ compiler was found)" in capsys.readouterr().err
 
 
+def test_out_of_memory_says_how_many_seeds_may_fit(monkeypatch, capsys):
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**22}[name])  # 16 GiB
+    with pytest.raises(RuntimeError) as caught:  # a whole exabyte
+        torch.empty(2**58)
+    usage = lambda who: type("Usage", (), {"ru_maxrss": 2**20})  # 1 GiB in KiB
+    monkeypatch.setattr("resource.getrusage", usage)
+    monkeypatch.setattr("sys.platform", "linux")
+    explain = lambda error, seeds: runs.explain_out_of_memory(seeds, torch.device("cpu"), type(error), error, None)
+    small = RuntimeError(str(caught.value).replace(str(2**60), str(31 * 2**30)))
+    for error, seeds, message in (
+        (
+            small,
+            10,
+            "out of memory with 10 seeds: 32.0 GiB or more are needed, the machine has 16.0; --num-seeds 5 may fit",
+        ),
+        (
+            small,
+            1,
+            "out of memory with 1 seed: 32.0 GiB or more are needed, the machine has 16.0; take a smaller --batch",
+        ),
+        (caught.value, 10, "take a smaller --batch-size"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            explain(error, seeds)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    explain(RuntimeError("another mistake"), 10)
+    assert "RuntimeError: another mistake" in capsys.readouterr().err
+
+
 def test_cudagraphs_asked_for_on_the_cpu_are_ignored_with_a_note(capsys):
     words = ["--no-cuda", "--cudagraphs"]
     for argv, noted in ((words, True), (words[:1], False)):
