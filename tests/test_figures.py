@@ -97,10 +97,10 @@ def test_inference_scaling_of_a_run(online_runs, tmp_path):
     settings = [tuple(row[column] for column in columns) for row in rows]
     assert settings[::2] == settings[1::2] and [row["seed"] for row in rows] == 5 * ["0", "1"]
     assert settings[::2] == [
-        ("num_actions", "1", "1.0", "10.0", "16"),
-        ("num_actions", "3", "1.0", "10.0", "16"),
-        ("tau_q", "3", "0.1", "10.0", "16"),
-        ("tau_r", "3", "1.0", "10.0", "16"),
+        ("num_actions", "1", "1.0", "10.0", "4"),
+        ("num_actions", "3", "1.0", "10.0", "4"),
+        ("tau_q", "3", "0.1", "10.0", "4"),
+        ("tau_r", "3", "1.0", "10.0", "4"),
         ("num_returns", "3", "1.0", "10.0", "2"),
     ]
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
