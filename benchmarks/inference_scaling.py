@@ -19,6 +19,7 @@ import tyro
 from tqdm import tqdm
 
 import evor
+from benchmarks.scores import interval
 from common import checkpoint, fail, rollout, runs
 
 SWEEPS = {
@@ -53,15 +54,6 @@ class ScalingArgs:
     """use the GPU where there is one"""
     output: Optional[str] = None
     """csv and PNG get this path's stem (default: inference_scaling in the run directory)"""
-
-
-def interval(values):
-    """Mean of the seeds' values and half of its 95% interval (Student's t); zero for one seed."""
-    from scipy.stats import t
-
-    n = len(values)
-    half = t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else 0.0
-    return np.mean(values), half
 
 
 def draw(path, rows, base):

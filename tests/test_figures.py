@@ -81,12 +81,6 @@ def test_figure_of_an_evor_run(online_runs, tmp_path):
 # --- Inference scaling ---
 
 
-def test_interval_is_students():
-    mean, half = inference_scaling.interval([1.0, 2.0, 3.0])
-    np.testing.assert_allclose((mean, half), (2.0, 4.302653 / 3**0.5), rtol=1e-5)  # t of 2 degrees of freedom, 97.5%
-    assert inference_scaling.interval([5.0]) == (5.0, 0.0)
-
-
 def test_inference_scaling_of_a_run(online_runs, tmp_path):
     words = ("--run", online_runs["evor"], "--episodes", 1, "--output", tmp_path / "scaling", "--no-cuda")
     sweeps = ("--num-actions", 1, 3, "--tau-q", 0.1, "--tau-r", 10, "--num-returns", 2)

@@ -1,0 +1,144 @@
+"""Brings finished runs into benchmarks/results: their evaluations and what made them.
+
+    python -m benchmarks.collect_results runs/RUN_DIR [runs/RUN_DIR ...]
+    python -m benchmarks.collect_results runs/*
+
+Writes `benchmarks/results/{method}/{env_id}/{run}.csv`, the run's eval.csv, and `{run}.json`: its arguments, versions, device,
+data with its hash, wall time, and the settings that are not the published ones. A run that is unfinished, that has no
+identity, or whose settings, data and seeds are there already with other numbers is refused (exit code 2) before anything is
+written.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from benchmarks import scores
+from common import collect, envs, fail, runs
+
+# Arguments that name a run or its place; with runs.MAY_CHANGE, but for the lengths there, those that no number depends on.
+NAMES = {"exp_name", "seed", "num_seeds", "env_id", "quick", "log_interval", "evaluate", "torch_deterministic"}
+# Compared by the data themselves.
+DATA = {"dataset_source", "generated_episodes"}
+LENGTHS = {"total_timesteps", "online_timesteps"}
+ONLINE_STEPS = 1_000_000  # of the published online phases
+
+
+@dataclass
+class CollectResultsArgs:
+    run_dirs: tyro.conf.Positional[tuple[str, ...]]
+    """run directories"""
+    output: str = str(scores.ROOT / "results")
+    """directory of the results"""
+
+
+def settings(args):
+    """{name: value} of the arguments that change a run's numbers, besides its seeds and data."""
+    ignored = (runs.MAY_CHANGE - LENGTHS) | NAMES | DATA
+    return {name: value for name, value in sorted(args.items()) if name not in ignored}
+
+
+def changed_settings(info):
+    """{name: value} of what differs from the method's published configuration of the environment, data included.
+
+    Args:
+        info: the content of a run's args.json.
+    """
+    module, args = importlib.import_module(info["algorithm"]), info["args"]
+    environment = scores.environment(args["env_id"])
+    published = dict(module.TUNED.get(environment, {}))
+    published |= module.TUNED_ONLINE.get(environment, {}) if args["online_timesteps"] else {}
+    published = dataclasses.asdict(module.Args(**published))
+    published["online_timesteps"] = ONLINE_STEPS if args["online_timesteps"] else 0
+    published = json.loads(json.dumps(published))  # tuples as the lists that args.json has
+    changed = {name: value for name, value in settings(args).items() if value != published.get(name)}
+    if info["dataset"]["source"] == "custom":
+        changed["dataset"] = info["dataset"]["file"]
+    if made := re.search(r"-generated-(\d+)ep-", info["dataset"]["file"]):
+        official = collect.OFFICIAL_SIZES.get(envs.dataset_name(args["env_id"]), (None,))[0]
+        changed |= {"generated_episodes": int(made[1])} if int(made[1]) != official else {}
+    return changed
+
+
+def read_run(run_dir):
+    """A finished run's identity, for the json file, and the bytes of its eval.csv.
+
+    Raises:
+        SystemExit: (code 2) for a directory that is no run's, one without an identity, or an unfinished run.
+    """
+    run_dir = Path(run_dir)
+    try:
+        info = json.loads((run_dir / "args.json").read_text())
+    except (OSError, ValueError) as error:
+        fail(f"{run_dir}/args.json cannot be read, so the run has no identity: {error}")
+    missing = [name for name in ("algorithm", "args", "versions", "device", "dataset") if name not in info]
+    if missing:
+        fail(f"{run_dir}/args.json has no identity: {', '.join(missing)} missing")
+    if info["algorithm"] not in scores.METHODS:
+        fail(f"{run_dir} is a run of {info['algorithm']}; known: {', '.join(scores.METHODS)}")
+    path = run_dir / "eval.csv"
+    if not path.exists():
+        fail(
+            f"{run_dir} is unfinished: it has no eval.csv; go on with python {info['algorithm']}.py --resume {run_dir}"
+        )
+    scores.read_evaluations(path, info["args"])
+    timing = scores.read_table(
+        run_dir / "timing.csv", ["step", "updates_per_second", "seconds_training", "seconds_evaluating"]
+    )
+    last = timing[-1][1] if timing else {"seconds_training": "0", "seconds_evaluating": "0"}
+    info["settings"], info["changed"] = settings(info["args"]), changed_settings(info)
+    info["seconds"] = {kind: float(last[f"seconds_{kind}"]) for kind in ("training", "evaluating")}
+    for name in ("runs_dir", "dataset_dir", "dataset_path", "resume", "wandb_entity"):
+        info["args"].pop(name, None)  # places of the machine that made it
+    return info, path.read_bytes()
+
+
+def run_name(info):
+    """`{source}-{hash of the experiment}-seeds{first}-{last}`: the same for every copy of a run."""
+    first, number = info["args"]["seed"], info["args"]["num_seeds"]
+    experiment = hashlib.sha256(scores.experiment(info).encode()).hexdigest()[:8]
+    return f"{info['dataset']['source']}-{experiment}-seeds{first}-{first + number - 1}"
+
+
+def main(args):
+    """Collects the runs; nothing is written unless all of them are good."""
+    if not args.run_dirs:
+        fail("no run directory given: python -m benchmarks.collect_results RUN_DIR ...")
+    output = Path(args.output)
+    claimed = {}  # (experiment, seed) -> (where, evaluations)
+    for run in scores.read_results(output):
+        claimed |= {
+            (scores.experiment(run["info"]), seed): (run["path"], run["path"].read_bytes()) for seed in run["seeds"]
+        }
+    new = {}
+    for run_dir in args.run_dirs:
+        info, evaluations = read_run(run_dir)
+        seeds = range(info["args"]["seed"], info["args"]["seed"] + info["args"]["num_seeds"])
+        others = [claimed[key] for seed in seeds if (key := (scores.experiment(info), seed)) in claimed]
+        path = output / info["algorithm"] / scores.canonical(info["args"]["env_id"]) / f"{run_name(info)}.csv"
+        for other, numbers in others:
+            if (other, numbers) != (path, evaluations):
+                fail(
+                    f"{run_dir} claims the same settings, data and seeds as {other}, with other numbers; keep one of them"
+                )
+        claimed |= {(scores.experiment(info), seed): (path, evaluations) for seed in seeds}
+        if others:
+            print(f"{run_dir}: there already, {path}")
+        else:
+            new[path] = info, evaluations
+    for path, (info, evaluations) in new.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_text(path.with_suffix(".json"), json.dumps(info, indent=1) + "\n")
+        runs.write_text(path, evaluations.decode())
+        label = f"not the published settings: {', '.join(info['changed'])}" if info["changed"] else "published settings"
+        print(f"{path} ({label})")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(CollectResultsArgs, description=__doc__))

@@ -1,0 +1,405 @@
+"""Published against measured scores: tables, a verdict each, learning curves.
+
+    python -m benchmarks.report              # print the tables of what is in benchmarks/results
+    python -m benchmarks.report --write      # and renew README.md, docs/benchmarks.md, its pictures and report.csv
+    python -m benchmarks.report --check      # exit code 1 if a verdict got worse than the one in report.csv
+
+A score follows the paper's rule (offline: the mean of the last three evaluations), then the mean over seeds. A verdict rests
+on the interval of the difference to the published score (`benchmarks.scores.verdict`). Runs whose settings are not the
+published ones are listed as reduced and get none. Official and generated data are never put together.
+"""
+
+import csv
+import io
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import tyro
+
+from benchmarks import scores
+from common import fail
+
+REPOSITORY = scores.ROOT.parent
+TITLES = {"floq": "floq", "value_flows": "Value Flows", "q_flow": "Q-Flow", "evor": "EVOR"}
+PICTURE_TASKS = 30  # panels of a picture at most
+
+# A verdict gets worse when it goes down in this order.
+RANK = {"not run": 0, "below": 1, "undecided": 2, "reproduced": 3, "above": 3}
+
+COLUMNS = [
+    "method", "env_id", "protocol", "source", "changed", "seeds", "score", "half", "last", "best", "reported",
+    "reported_std", "reported_seeds", "reported_kind", "difference", "difference_half", "verdict",
+]  # fmt: skip
+
+
+@dataclass
+class ReportArgs:
+    results: str = str(scores.ROOT / "results")
+    """directory of the collected runs; its report.csv is what --check compares with"""
+    reported: str = str(scores.ROOT / "reported.csv")
+    """published scores"""
+    methods: tuple[str, ...] = scores.METHODS
+    """methods that are printed"""
+    write: bool = False
+    """renew report.csv there, and the tables and pictures below --docs"""
+    check: bool = False
+    """exit code 1 if a verdict is worse than the stored one"""
+    docs: str = str(REPOSITORY)
+    """directory of README.md and docs/ for --write"""
+    output: Optional[str] = None
+    """also write the rows to this csv file"""
+
+
+# --- Rows ---
+
+
+def summarize(curves_and_protocols, reported=None):
+    """One row's statistics over the seeds of one or more runs of the same kind.
+
+    Args:
+        curves_and_protocols: [(curves as of scores.read_evaluations, protocol)], a run each.
+        reported: the published score, or None.
+
+    Returns:
+        {samples, seeds, score, half, last, best, difference, difference_half, verdict}: `samples` the scores by seed, `last`
+        the mean of the last evaluation, `best` of each seed's best one (it is chosen by its outcome: not a score).
+    """
+    samples, last, best = [], [], []
+    for curves, protocol in curves_and_protocols:
+        samples += scores.seed_scores(curves, protocol).values()
+        for curve in curves[scores.PROTOCOLS[protocol][0]].values():
+            last.append(curve[max(curve)])
+            best.append(max(curve.values()))
+    return statistics(samples, reported) | {"last": np.mean(last), "best": np.mean(best)}
+
+
+def statistics(samples, reported):
+    """The part of a row that follows from the seeds' scores and the published one."""
+    mean, half = scores.interval(samples)
+    row = {"samples": samples, "seeds": len(samples), "score": mean, "half": half}
+    if reported is not None:
+        row["difference"], row["difference_half"] = scores.difference(samples, reported)
+        row["verdict"] = scores.verdict(samples, reported)
+    return row
+
+
+def make_rows(runs, reported):
+    """Rows of the report, one for each method, task (or five tasks together), protocol, kind of data and settings.
+
+    Args:
+        runs: of scores.read_results.
+        reported: of scores.read_reported.
+
+    Returns:
+        list of {COLUMNS..., samples, curves}; measured rows first have `changed` empty for published settings. A published
+        score without a run is a row with the verdict `not run`.
+    """
+    groups = defaultdict(list)
+    for run in runs:
+        for protocol in run["protocols"]:
+            groups[run["method"], run["env_id"], protocol, run["source"], json.dumps(run["changed"])].append(run)
+    rows = []
+    for (method, env_id, protocol, source, changed), members in groups.items():
+        changed = json.loads(changed)
+        published = None if changed else reported.get((method, env_id, protocol))
+        row = summarize([(run["curves"], protocol) for run in members], published)
+        row |= {"method": method, "env_id": env_id, "protocol": protocol, "source": source, "changed": changed}
+        rows.append(row | {"members": members} | reported_columns(published))
+    rows += environment_rows(rows, reported)
+    there = {(row["method"], row["env_id"], row["protocol"]) for row in rows if not row["changed"]}
+    for (method, env_id, protocol), published in reported.items():
+        compared = method in scores.METHODS and protocol in scores.PROTOCOLS and published["tasks"] in (1, 5)
+        if compared and (method, env_id, protocol) not in there:
+            row = {"method": method, "env_id": env_id, "protocol": protocol, "source": "official", "changed": {}}
+            rows.append(row | {"verdict": "not run", "samples": []} | reported_columns(published))
+    order = lambda row: (scores.METHODS.index(row["method"]), row["env_id"], row["protocol"], row["source"])
+    return [{name: None for name in COLUMNS} | row for row in sorted(rows, key=order)]
+
+
+def environment_rows(rows, reported):
+    """Rows of five tasks together: each seed's mean over the tasks, where all five were run with published settings."""
+    tasks = defaultdict(dict)
+    for row in rows:
+        if not row["changed"] and "-singletask-task" in row["env_id"]:
+            key = row["method"], scores.environment(row["env_id"]), row["protocol"], row["source"]
+            tasks[key][row["env_id"]] = row
+    together = []
+    for (method, name, protocol, source), parts in tasks.items():
+        if len(parts) < 5:
+            continue
+        by_seed = [
+            {s: v for run in part["members"] for s, v in scores.seed_scores(run["curves"], protocol).items()}
+            for part in parts.values()
+        ]
+        common = sorted(set.intersection(*map(set, by_seed)))
+        if not common:
+            continue
+        published = reported.get((method, name, protocol))
+        samples = [np.mean([part[seed] for part in by_seed]) for seed in common]
+        row = {"method": method, "env_id": name, "protocol": protocol, "source": source, "changed": {}}
+        together.append(row | statistics(samples, published) | reported_columns(published))
+    return together
+
+
+def reported_columns(published):
+    """The columns of a published score, empty without one."""
+    if published is None:
+        return {}
+    return {"reported" + (f"_{key}" if key else ""): published[name] for key, name in
+            (("", "mean"), ("std", "std"), ("seeds", "num_seeds"), ("kind", "kind"))}  # fmt: skip
+
+
+def csv_text(rows):
+    """The rows as csv; a float has two decimals, so that the same results give the same file everywhere."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    for row in rows:
+        cells = {}
+        for name in COLUMNS:
+            value = row[name]
+            if name == "changed":
+                value = " ".join(sorted(value))
+            elif isinstance(value, float) or isinstance(value, np.floating):
+                value = "" if np.isnan(value) else f"{value:.2f}"
+            cells[name] = "" if value is None else value
+        writer.writerow(cells)
+    return text.getvalue()
+
+
+# --- Check ---
+
+
+def worse_verdicts(rows, stored):
+    """Lines that say which verdicts are worse than the stored ones: [] if none is.
+
+    Args:
+        rows: of make_rows.
+        stored: path of an earlier report.csv.
+
+    Raises:
+        SystemExit: (code 2) if the file is missing, malformed or names an unknown verdict.
+    """
+    now = {verdict_key(row): row["verdict"] for row in rows if row["verdict"]}
+    lines = []
+    for line, row in scores.read_table(stored, COLUMNS):
+        if not row["verdict"]:
+            continue
+        if row["verdict"] not in RANK:
+            fail(f"{stored}:{line}: unknown verdict {row['verdict']!r}; known: {', '.join(RANK)}")
+        verdict = now.get(verdict_key(row), "not run")
+        if RANK[verdict] < RANK[row["verdict"]]:
+            lines.append(f"{' '.join(verdict_key(row))}: {verdict}, was {row['verdict']}")
+    return lines
+
+
+def verdict_key(row):
+    """What a verdict is about."""
+    return row["method"], row["env_id"], row["protocol"], row["source"]
+
+
+# --- Tables ---
+
+
+def cell(mean, spread, number=None):
+    """`95 +- 3 (8)`; an empty cell for None."""
+    if mean is None:
+        return ""
+    spread = "" if spread is None or np.isnan(spread) else f" +- {spread:.0f}"
+    return f"{mean:.0f}{spread}" + (f" ({number})" if number else "")
+
+
+def table(header, lines):
+    """A markdown table."""
+    text = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(text + ["| " + " | ".join(map(str, line)) + " |" for line in lines]) + "\n"
+
+
+def comparison_table(rows, reported, method):
+    """A method's published scores, ours on official and on generated data beside them, and FQL's for reference."""
+    tasks = defaultdict(dict)
+    for row in rows:
+        if row["method"] == method and not row["changed"]:
+            tasks[row["env_id"], row["protocol"]][row["source"]] = row
+    lines = []
+    for (env_id, protocol), by_source in tasks.items():
+        published = reported.get((method, env_id, protocol))
+        fql = reported.get(("fql", env_id, protocol))
+        line = [env_id, protocol]
+        line.append(cell(published["mean"], published["std"], published["num_seeds"]) if published else "")
+        for source in ("official", "generated"):
+            row = by_source.get(source, {})
+            line.append(cell(row.get("score"), row.get("half"), row.get("seeds")))
+            line.append(row.get("verdict") or "")
+            if source == "official":
+                line.append(" / ".join(filter(None, (cell(row.get("last"), None), cell(row.get("best"), None)))))
+        lines.append([*line, cell(fql["mean"], fql["std"], fql["num_seeds"]) if fql else ""])
+    header = [
+        "environment",
+        "protocol",
+        "published",
+        "official data",
+        "verdict",
+        "last / best",
+        "generated data",
+        "verdict",
+    ]
+    return table([*header, "FQL, published"], lines)
+
+
+def reduced_table(rows):
+    """Runs that are not the published configuration, with what differs in words."""
+    lines = []
+    for row in rows:
+        if not row["changed"]:
+            continue
+        info = row["members"][0]["info"]
+        args, data = info["args"], info["dataset"]
+        lines.append([
+            TITLES[row["method"]], row["env_id"], f"{row['source']}, {data['transitions']:,}",
+            f"{args['total_timesteps']:,}" + (f" + {args['online_timesteps']:,}" if args["online_timesteps"] else ""),
+            args["eval_episodes"], cell(row["score"], row["half"], row["seeds"]), cell(row["last"], None),
+            cell(row["best"], None), len(row["changed"]),
+        ])  # fmt: skip
+    header = ["method", "environment", "data, transitions", "updates", "episodes", "score", "last", "best"]
+    return table([*header, "settings changed"], lines)
+
+
+def iqm_table(rows):
+    """Interquartile means over the tasks of one method, kind of data and settings, with bootstrap intervals."""
+    groups = defaultdict(list)
+    for row in rows:
+        if row["samples"] and "-singletask-task" in row["env_id"]:
+            groups[row["method"], row["protocol"], row["source"], json.dumps(row["changed"])].append(row["samples"])
+    lines = []
+    for (method, protocol, source, changed), samples in groups.items():
+        mean, low, high = scores.iqm(samples)
+        bounds = "" if np.isnan(low) else f"{low:.0f} to {high:.0f}"
+        kind = "reduced" if changed != "{}" else "published"
+        lines.append([TITLES[method], protocol, source, kind, len(samples), f"{mean:.0f}", bounds])
+    return table(["method", "protocol", "data", "settings", "tasks", "IQM", "95% interval"], lines)
+
+
+def verdict_table(rows):
+    """How many published scores of each method have which verdict."""
+    lines = []
+    for method in scores.METHODS:
+        for source in ("official", "generated"):
+            verdicts = [row["verdict"] for row in rows if (row["method"], row["source"]) == (method, source)]
+            counts = [verdicts.count(name) for name in RANK]
+            if any(counts):
+                lines.append([TITLES[method], source, *counts])
+    return table(["method", "data", *RANK], lines)
+
+
+def documents(rows, reported):
+    """{path below the repository: {block name: markdown}}: what --write puts between a file's markers."""
+    notes = "Scores are success in percent, +- is half of the 95% interval over the seeds (their number in brackets)."
+    summary = "Published scores by verdict:\n\n" + verdict_table(rows)
+    if any(row["changed"] for row in rows):
+        summary += "\nReduced runs, which get no verdict. " + notes + "\n\n" + reduced_table(rows)
+    complete = {f"comparison {method}": comparison_table(rows, reported, method) for method in scores.METHODS}
+    complete |= {"reduced": reduced_table(rows), "iqm": iqm_table(rows), "verdicts": verdict_table(rows)}
+    return {"README.md": {"results": summary}, "docs/benchmarks.md": complete}
+
+
+def insert(text, name, block, path):
+    """The text with what stands between the markers `<!-- name: begin -->` and `<!-- name: end -->` replaced."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        fail(f"{path} needs the lines {begin.strip()} and {end} once each, for the table between them")
+    before, rest = text.split(begin)
+    return before + begin + "\n" + block + "\n" + end + rest.split(end)[1]
+
+
+# --- Pictures ---
+
+
+def draw_curves(path, rows, reported):
+    """Saves a method's learning curves: a panel a task, a thin line a seed, the published score as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(3, len(rows))
+    lines = -(-len(rows) // columns)
+    figure, panels = plt.subplots(
+        lines, columns, figsize=(4.2 * columns, 2.8 * lines), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, row in zip(panels.flat, rows):
+        phase = scores.PROTOCOLS[row["protocol"]][0]
+        curves = [curve for run in row["members"] for curve in run["curves"][phase].values()]
+        for curve in curves:
+            axes.plot(*zip(*sorted(curve.items())), color="tab:blue", linewidth=0.8, alpha=0.5)
+        steps = sorted(set.intersection(*map(set, curves)))
+        mean = [np.mean([curve[step] for curve in curves]) for step in steps]
+        axes.plot(steps, mean, color="tab:blue", linewidth=2.5, marker=".", label=f"here, {row['source']} data")
+        for name, label in ((row["env_id"], "published"), (scores.environment(row["env_id"]), "published, five tasks")):
+            if published := reported.get((row["method"], name, row["protocol"])):
+                spread = published["std"] or 0.0
+                axes.axhspan(published["mean"] - spread, published["mean"] + spread, color="tab:orange", alpha=0.2)
+                axes.axhline(published["mean"], color="tab:orange", label=label)
+                break
+        title = row["env_id"].removesuffix("-v0").replace("-singletask", "")
+        axes.set(title=title + (" (reduced run)" if row["changed"] else ""), ylim=(-3, 103), xlabel="updates")
+        axes.title.set_fontsize("medium")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left", fontsize="small")
+    for axes in panels.flat[len(rows) :]:
+        axes.set_visible(False)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("success (%)")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+# --- Main ---
+
+
+def main(args):
+    """Prints the report; see the module's docstring for the files."""
+    for method in args.methods:
+        if method not in scores.METHODS:
+            fail(f"--methods {method}: unknown; known: {', '.join(scores.METHODS)}")
+    if not Path(args.results).is_dir():
+        fail(f"--results {args.results} is not a directory")
+    reported = scores.read_reported(args.reported)
+    rows = make_rows(scores.read_results(args.results), reported)
+    stored = Path(args.results) / "report.csv"
+    worse = worse_verdicts(rows, stored) if args.check else []
+
+    for method in args.methods:
+        print(f"\n{TITLES[method]}\n\n{comparison_table(rows, reported, method)}")
+    printed = [row for row in rows if row["method"] in args.methods]
+    print(f"\nReduced runs\n\n{reduced_table(printed)}\nInterquartile means\n\n{iqm_table(printed)}")
+    print(f"\nVerdicts\n\n{verdict_table(printed)}")
+    if args.output is not None:
+        Path(args.output).write_text(csv_text(rows))
+    if args.write:
+        for name, blocks in documents(rows, reported).items():
+            path = Path(args.docs) / name
+            text = path.read_text()
+            for block, content in blocks.items():
+                text = insert(text, block, content, path)
+            path.write_text(text)
+        for method in scores.METHODS:
+            drawn = [row for row in rows if row["method"] == method and row.get("members")]
+            if drawn:
+                draw_curves(Path(args.docs) / "docs" / f"results_{method}.png", drawn[:PICTURE_TASKS], reported)
+        stored.write_text(csv_text(rows))
+        print(f"written: {stored}, README.md, docs/benchmarks.md and its pictures")
+    if worse:
+        print("verdicts that got worse:\n  " + "\n  ".join(worse), file=sys.stderr)
+        raise SystemExit(1)
+    if args.check:
+        print(f"no verdict is worse than in {stored}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(ReportArgs, description=__doc__))

@@ -1,0 +1,327 @@
+"""Published and measured scores, read and checked, and the statistics that compare them.
+
+A measured run is two files, `benchmarks/results/{method}/{env_id}/{run}.csv` (its eval.csv) and `{run}.json` (what made it),
+brought in by `benchmarks.collect_results`. The samples of every interval are seeds, never episodes. Scores are in percent.
+"""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from common import fail
+
+ROOT = Path(__file__).resolve().parent
+METHODS = ("floq", "value_flows", "q_flow", "evor")
+
+# A difference from a published score up to this many points is no deviation, however narrow its interval.
+MARGIN = 5.0
+# A 95% interval of the difference wider than plus or minus this shows neither agreement nor a drop of ten points.
+RESOLUTION = 10.0
+
+# protocol -> (phase, how many of its last evaluations are averaged).
+PROTOCOLS = {
+    "offline-last3": ("offline", 3),
+    "pixels-last3": ("offline", 3),
+    "online-start": ("offline", 1),
+    "online-end": ("online", 1),
+}
+# Protocols of other benchmarks or settings: kept in reported.csv, compared with nothing here.
+OTHER_PROTOCOLS = ("offline-last3-default-settings", "offline-2m-last3", "offline-advanced", "d4rl-offline-last",
+                   "d4rl-online-start", "d4rl-online-end")  # fmt: skip
+# The task that `...-singletask-v0` means.
+DEFAULT_TASKS = {
+    "pointmaze": 1, "antmaze": 1, "humanoidmaze": 1, "antsoccer": 4, "cube": 2, "scene": 2, "puzzle-3x3": 4,
+    "puzzle-4x4": 4, "puzzle-4x5": 2, "puzzle-4x6": 2,
+}  # fmt: skip
+
+REPORTED_COLUMNS = ["method", "env_id", "tasks", "protocol", "mean", "std", "num_seeds", "kind", "source"]
+RUN_COLUMNS = ["step", "seed", "phase", "success", "episode_return", "episode_length", "episodes"]
+IDENTITY_KEYS = ("algorithm", "args", "versions", "device", "dataset", "settings", "changed", "seconds")
+
+
+# --- Reading ---
+
+
+def canonical(env_id):
+    """The id with its task: `cube-single-play-singletask-v0` -> `cube-single-play-singletask-task2-v0`."""
+    if not env_id.endswith("-singletask-v0"):
+        return env_id
+    name = env_id.removeprefix("visual-")
+    task = next((task for family, task in DEFAULT_TASKS.items() if name.startswith(family)), None)
+    return env_id if task is None else env_id.replace("-singletask-v0", f"-singletask-task{task}-v0")
+
+
+def environment(env_id):
+    """`cube-single-play-singletask-task2-v0` -> `cube-single-play`: the name of the five tasks together."""
+    return re.sub(r"-singletask(-task\d)?-v0$", "", env_id)
+
+
+def read_table(path, columns):
+    """[(line number, row)] of a csv file with exactly these columns; anything else ends the program with code 2."""
+    try:
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        fail(f"{path} cannot be read: {error}")
+    if reader.fieldnames != columns:
+        fail(f"{path}:1: the columns are {reader.fieldnames}; expected {columns}")
+    for line, row in rows:
+        if None in row or None in row.values():
+            fail(f"{path}:{line}: {len(columns)} values expected")
+    return rows
+
+
+def number(path, line, row, name, kind=float):
+    """A field as int or float; anything else ends the program with the file and the line."""
+    try:
+        value = kind(row[name])
+    except ValueError:
+        fail(f"{path}:{line}: {name} is {row[name]!r}, not {'a whole number' if kind is int else 'a number'}")
+    if not np.isfinite(value):
+        fail(f"{path}:{line}: {name} is {value}")
+    return value
+
+
+def read_reported(path=ROOT / "reported.csv"):
+    """Published scores: {(method, env_id or environment, protocol): row}, of the first primary source, else the first one.
+
+    Each row is {mean, std, num_seeds (None where not known), tasks, kind, source}; scores in percent.
+
+    Raises:
+        SystemExit: (code 2) for a malformed row, an unknown protocol or kind, a score outside 0 to 100, or two rows of
+            one source for one score; with the file and the line.
+    """
+    reported, lines = {}, {}
+    for line, row in read_table(path, REPORTED_COLUMNS):
+        if row["protocol"] not in (*PROTOCOLS, *OTHER_PROTOCOLS):
+            fail(
+                f"{path}:{line}: unknown protocol {row['protocol']!r}; known: {', '.join((*PROTOCOLS, *OTHER_PROTOCOLS))}"
+            )
+        if row["kind"] not in ("primary", "secondary"):
+            fail(f"{path}:{line}: kind is {row['kind']!r}, not primary or secondary")
+        mean = number(path, line, row, "mean")
+        # D4RL's scores are normalised returns: an expert has 100, better policies more.
+        if not 0 <= mean <= 100 and not row["protocol"].startswith("d4rl"):
+            fail(f"{path}:{line}: mean is {mean}, outside 0 to 100")
+        key = row["method"], canonical(row["env_id"]), row["protocol"]
+        if (*key, row["source"]) in lines:
+            fail(
+                f"{path}:{line}: a second score of {' '.join(key)} from one source: see line {lines[*key, row['source']]}"
+            )
+        lines[*key, row["source"]] = line
+        if key in reported and (reported[key]["kind"] == "primary" or row["kind"] == "secondary"):
+            continue
+        reported[key] = {
+            "mean": mean,
+            "std": number(path, line, row, "std") if row["std"] else None,
+            "num_seeds": number(path, line, row, "num_seeds", int) if row["num_seeds"] else None,
+            "tasks": number(path, line, row, "tasks", int),
+            "kind": row["kind"],
+            "source": row["source"],
+        }
+    return reported
+
+
+def read_evaluations(path, args):
+    """Rows of an eval.csv, checked against the arguments of its run.
+
+    Args:
+        path: of the file.
+        args: the run's arguments, of args.json.
+
+    Returns:
+        {phase: {seed: {step: success in percent}}}.
+
+    Raises:
+        SystemExit: (code 2) with the file and the line for a malformed row, a score outside [0, 1], a row of another
+            protocol (seed, phase, step or number of episodes that the arguments do not give) or one that is there twice;
+            with the file for missing evaluations (an unfinished run).
+    """
+    steps = evaluation_steps(args)
+    seeds = range(args["seed"], args["seed"] + args["num_seeds"])
+    curves = {phase: {seed: {} for seed in seeds} for phase in steps}
+    for line, row in read_table(path, RUN_COLUMNS):
+        where = f"{path}:{line}"
+        step, seed, episodes = (number(path, line, row, name, int) for name in ("step", "seed", "episodes"))
+        success = number(path, line, row, "success")
+        if not 0 <= success <= 1:
+            fail(f"{where}: success is {row['success']}, outside [0, 1]")
+        if row["phase"] not in steps:
+            fail(
+                f"{where}: phase is {row['phase']!r}, but the run has {' and '.join(steps)} only: another protocol's row"
+            )
+        if seed not in seeds:
+            fail(f"{where}: seed {seed} is none of the run's ({seeds[0]} to {seeds[-1]})")
+        if episodes != args["eval_episodes"]:
+            fail(
+                f"{where}: {episodes} episodes, the run has --eval-episodes {args['eval_episodes']}: another protocol's row"
+            )
+        if step not in steps[row["phase"]]:
+            fail(f"{where}: no {row['phase']} evaluation is due at step {step}: another protocol's row")
+        if step in curves[row["phase"]][seed]:
+            fail(f"{where}: a second row of step {step} and seed {seed}")
+        curves[row["phase"]][seed][step] = 100 * success
+    for phase, due in steps.items():
+        for seed, curve in curves[phase].items():
+            if missing := sorted(due - curve.keys()):
+                fail(f"{path}: unfinished: seed {seed} has no {phase} evaluation at step {missing[0]}")
+    return curves
+
+
+def evaluation_steps(args):
+    """{phase: set of steps} at which a run with these arguments is evaluated."""
+    offline, last = args["total_timesteps"], args["total_timesteps"] + args["online_timesteps"]
+    due = {1, offline, last} | set(range(args["eval_interval"], last + 1, args["eval_interval"]))
+    steps = {"offline": {step for step in due if step <= offline}, "online": {step for step in due if step > offline}}
+    return {phase: steps[phase] for phase in steps if steps[phase]}
+
+
+def read_results(directory=ROOT / "results"):
+    """Every run below a directory, checked; sorted by method and environment.
+
+    Returns:
+        list of {method, env_id (with its task), source, changed, seeds, protocols, curves, info, path}; `curves` as from
+        read_evaluations, `changed` the settings that are not the published ones (none: the run gets a verdict), `source`
+        official, generated or custom.
+
+    Raises:
+        SystemExit: (code 2) for a csv file without its json file or the other way round, a json file without an identity, one
+            in a directory of another method or environment, or two runs with the same settings, data and a seed in common.
+    """
+    runs, claimed = [], {}
+    paths = {path.with_suffix("") for pattern in ("*/*/*.csv", "*/*/*.json") for path in Path(directory).glob(pattern)}
+    for stem in sorted(paths):
+        path, json_path = stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".json")
+        for there, missing in ((path, json_path), (json_path, path)):
+            if not missing.exists():
+                fail(f"{there} has no {missing.name}: results need both; collect the run again, or remove the file")
+        info = read_identity(json_path)
+        method, env_id = info["algorithm"], canonical(info["args"]["env_id"])
+        if (method, env_id) != (path.parent.parent.name, path.parent.name):
+            fail(f"{json_path} is a run of {method} on {env_id}, in the directory of another")
+        seeds = range(info["args"]["seed"], info["args"]["seed"] + info["args"]["num_seeds"])
+        for seed in seeds:
+            key = (experiment(info), seed)
+            if key in claimed:
+                fail(f"{path} and {claimed[key]} claim the same identity: settings, data and seed {seed}; remove one")
+            claimed[key] = path
+        runs.append({
+            "method": method, "env_id": env_id, "source": info["dataset"]["source"], "changed": info["changed"],
+            "seeds": list(seeds), "curves": read_evaluations(path, info["args"]), "info": info, "path": path,
+            "protocols": protocols(info["args"]),
+        })  # fmt: skip
+    return runs
+
+
+def read_identity(path):
+    """A run's json file; the program ends with code 2 where it lacks what identifies a run."""
+    try:
+        info = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        fail(f"{path} cannot be read: {error}")
+    missing = [key for key in IDENTITY_KEYS if not isinstance(info, dict) or key not in info]
+    missing += [] if missing else [f"args.{key}" for key in ("env_id", "seed", "num_seeds") if key not in info["args"]]
+    missing += [] if missing else [f"dataset.{key}" for key in ("source", "sha256") if key not in info["dataset"]]
+    if missing:
+        fail(f"{path} has no identity: {', '.join(missing)} missing; collect the run with benchmarks.collect_results")
+    if info["algorithm"] not in METHODS:
+        fail(f"{path}: unknown method {info['algorithm']!r}; known: {', '.join(METHODS)}")
+    return info
+
+
+def experiment(info):
+    """What two runs share that differ in their seeds only: method, task, data and every setting that changes the numbers."""
+    identity = info["algorithm"], canonical(info["args"]["env_id"]), info["dataset"]["sha256"], info["settings"]
+    return json.dumps(identity, sort_keys=True)
+
+
+def protocols(args):
+    """Names of the published protocols that a run with these arguments follows (its other settings aside)."""
+    if args["online_timesteps"]:
+        return ["online-start", "online-end"]
+    return ["pixels-last3" if args["env_id"].startswith("visual-") else "offline-last3"]
+
+
+# --- Statistics ---
+
+
+def seed_scores(curves, protocol):
+    """{seed: score} by a protocol: the mean of the phase's last evaluations."""
+    phase, last = PROTOCOLS[protocol]
+    return {seed: np.mean([curve[step] for step in sorted(curve)[-last:]]) for seed, curve in curves[phase].items()}
+
+
+def interval(values):
+    """Mean of the seeds' values and half of its 95% interval (Student's t); NaN for one seed, which has none."""
+    from scipy.stats import t
+
+    n = len(values)
+    return np.mean(values), t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else np.nan
+
+
+def difference(values, reported):
+    """Measured minus published score and half of its 95% interval (Welch's t); NaN where there is none.
+
+    The published deviation is taken as numpy's default (over n, as the authors' scripts compute it); where a paper gives
+    none, or no number of seeds, the measured one stands in for it.
+
+    Args:
+        values: scores, a seed each.
+        reported: {mean, std, num_seeds}.
+    """
+    from scipy.stats import t
+
+    n, m = len(values), reported["num_seeds"] or len(values)
+    distance = np.mean(values) - reported["mean"]
+    if n < 2:
+        return distance, np.nan
+    ours = np.var(values, ddof=1) / n
+    known = reported["std"] is not None and m > 1
+    theirs = reported["std"] ** 2 / (m - 1) if known else np.var(values, ddof=1) / m
+    if ours + theirs == 0:
+        return distance, 0.0
+    freedom = (ours + theirs) ** 2 / (ours**2 / (n - 1) + theirs**2 / max(m - 1, 1))
+    return distance, t.ppf(0.975, freedom) * np.sqrt(ours + theirs)
+
+
+def verdict(values, reported):
+    """Whether measured scores agree with a published one.
+
+    below, above: the 95% interval of the difference excludes zero and the difference exceeds MARGIN.
+    undecided: else, if the interval is wider than plus or minus RESOLUTION (or there is one seed only).
+    reproduced: else.
+
+    Args:
+        values: scores in percent, a seed each.
+        reported: {mean, std, num_seeds}.
+    """
+    distance, half = difference(values, reported)
+    if abs(distance) > max(MARGIN, half) and not np.isnan(half):
+        return "below" if distance < 0 else "above"
+    return "reproduced" if half <= RESOLUTION else "undecided"
+
+
+def iqm(samples, num_resamples=2000):
+    """Interquartile mean over all tasks' seeds, and its 95% interval: a bootstrap that draws seeds within each task.
+
+    Args:
+        samples: a list of scores for each task, a seed each; at least two seeds for an interval (else NaN).
+        num_resamples: of the bootstrap.
+
+    Returns:
+        (mean, low, high).
+    """
+    from scipy.stats import bootstrap, trim_mean
+
+    mean = trim_mean(np.concatenate(samples), 0.25)
+    if min(map(len, samples)) < 2:
+        return mean, np.nan, np.nan
+    result = bootstrap(
+        samples, lambda *parts, axis: trim_mean(np.concatenate(parts, axis=axis), 0.25, axis=axis), vectorized=True,
+        n_resamples=num_resamples, method="percentile", rng=np.random.default_rng(0),
+    )  # fmt: skip
+    return mean, *result.confidence_interval

@@ -1,0 +1,406 @@
+"""Published and measured scores: the statistics against closed forms and simulated runs, what is refused, the report's files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+import floq
+from benchmarks import collect_results, report, scores
+from conftest import ALGORITHMS, ROOT
+
+TASK = "cube-double-play-singletask-task{}-v0"
+
+
+def write_run(directory, success, task=1, first_seed=0, algorithm="value_flows", source="official", **changes):
+    """Writes a finished run directory of the published configuration whose every evaluation is `success` by seed."""
+    args = dict(asdict(ALGORITHMS[algorithm].Args(**ALGORITHMS[algorithm].TUNED["cube-double-play"])))
+    args |= {
+        "env_id": TASK.format(task),
+        "seed": first_seed,
+        "num_seeds": len(success),
+        "dataset_source": source,
+    } | changes
+    file = "cube-double-play-v0.npz" if source == "official" else "cube-double-play-v0-generated-1000ep-seed0.npz"
+    dataset = {"source": source, "file": file, "size": 1, "sha256": f"{source} data", "transitions": 1_000_000}
+    info = {
+        "algorithm": algorithm,
+        "args": args,
+        "versions": {},
+        "git_commit": None,
+        "device": "cpu",
+        "dataset": dataset,
+    }
+    directory.mkdir(parents=True)
+    (directory / "args.json").write_text(json.dumps(info))
+    lines = [",".join(scores.RUN_COLUMNS)]
+    for phase, steps in scores.evaluation_steps(args).items():
+        for step in sorted(steps):
+            lines += [f"{step},{first_seed + s},{phase},{x},-100.0,200.0,50" for s, x in enumerate(success)]
+    (directory / "eval.csv").write_text("\n".join(lines) + "\n")
+    timing = "step,updates_per_second,seconds_training,seconds_evaluating\n1000000,100,10000.0,500.0\n"
+    (directory / "timing.csv").write_text(timing)
+    return directory
+
+
+def collect(output, *run_dirs):
+    """benchmarks.collect_results, in this process."""
+    collect_results.main(collect_results.CollectResultsArgs(tuple(map(str, run_dirs)), str(output)))
+    return sorted(output.glob("*/*/*.csv"))
+
+
+def refused(capsys, function, *arguments):
+    """The message with which a function ends the program with code 2."""
+    with pytest.raises(SystemExit) as end:
+        function(*arguments)
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+# --- Statistics ---
+
+
+def test_score_is_the_mean_of_the_last_three_evaluations():
+    curves = {"offline": {0: {1: 0.0, 10: 10.0, 20: 20.0, 30: 60.0}}, "online": {0: {40: 70.0, 50: 80.0}}}
+    assert scores.seed_scores(curves, "offline-last3") == {0: 30.0}
+    assert scores.seed_scores(curves, "online-start") == {0: 60.0} and scores.seed_scores(curves, "online-end") == {
+        0: 80.0
+    }
+
+
+def test_intervals_are_students_and_welchs():
+    np.testing.assert_allclose(scores.interval([1.0, 2.0, 3.0]), (2.0, 4.302653 / 3**0.5), rtol=1e-6)
+    assert np.isnan(scores.interval([5.0])[1])
+    from scipy.stats import t, ttest_ind
+
+    ours, theirs = [50.0, 60.0, 64.0, 55.0], [70.0, 62.0, 79.0, 68.0, 71.0, 70.0, 66.0, 74.0]
+    reported = {"mean": np.mean(theirs), "std": np.std(theirs), "num_seeds": 8}  # as a paper would print them
+    known = ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    distance, half = scores.difference(ours, reported)
+    np.testing.assert_allclose((distance - half, distance + half), (known.low, known.high), rtol=1e-9)
+    # Without a published deviation the measured one stands in; without a number of seeds the measured number.
+    np.testing.assert_allclose(
+        scores.difference(ours, {"mean": 70.0, "std": None, "num_seeds": 4})[1],
+        t.ppf(0.975, 6) * (np.var(ours, ddof=1) / 2) ** 0.5,
+    )
+    without = scores.difference(ours, {"mean": 70.0, "std": 6.0, "num_seeds": None})
+    assert without == scores.difference(ours, {"mean": 70.0, "std": 6.0, "num_seeds": 4})
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    inside = []
+    for _ in range(2000):
+        mean, half = scores.interval(rng.normal(60, 8, 5))
+        inside.append(abs(mean - 60) <= half)
+    assert abs(np.mean(inside) - 0.95) < 0.015
+
+
+def simulate(num_seeds, drop, pairs=1500):
+    """Fractions of the verdicts on simulated pairs: deviation 5 points, eight published seeds."""
+    rng, verdicts = np.random.default_rng(0), []
+    for _ in range(pairs):
+        theirs = rng.normal(60, 5, 8)
+        reported = {"mean": theirs.mean(), "std": theirs.std(), "num_seeds": 8}
+        verdicts.append(scores.verdict(rng.normal(60 - drop, 5, num_seeds), reported))
+    return {name: verdicts.count(name) / pairs for name in report.RANK}
+
+
+def test_verdicts_have_the_rates_that_the_docs_state():
+    assert abs(simulate(8, 0)["reproduced"] - 0.970) < 0.02
+    assert abs(simulate(8, 10)["below"] - 0.953) < 0.02
+    few = simulate(3, 0)
+    assert abs(few["reproduced"] - 0.588) < 0.04 and few["below"] + few["above"] < 0.06
+    assert abs(simulate(3, 10)["below"] - 0.584) < 0.04
+
+
+def test_verdict_needs_the_interval_and_the_margin():
+    reported = {"mean": 50.0, "std": 1.0, "num_seeds": 8}
+    assert scores.verdict([53.0, 53.1, 53.2, 53.1], reported) == "reproduced"  # excludes zero, within the margin
+    assert scores.verdict([57.0, 57.1, 57.2, 57.1], reported) == "above"
+    assert scores.verdict([43.0, 43.1, 42.9, 43.0], reported) == "below"
+    assert scores.verdict([30.0, 80.0, 55.0], reported) == "undecided"  # could be anything
+    assert scores.verdict([50.0], reported) == "undecided"  # one seed has no interval
+    assert scores.verdict([100.0, 100.0], {"mean": 100.0, "std": 0.0, "num_seeds": 8}) == "reproduced"
+
+
+def test_iqm_and_its_stratified_bootstrap():
+    assert scores.iqm([[0.0, 10.0], [20.0, 100.0]])[0] == 15.0  # the middle half
+    # Seeds are drawn within tasks: tasks that differ a lot, of seeds that do not, leave nothing uncertain.
+    assert scores.iqm([[0.0] * 4, [50.0] * 4, [100.0] * 4]) == (50.0, 50.0, 50.0)
+    mean, low, high = scores.iqm([[40.0, 60.0, 45.0], [50.0, 70.0, 55.0]])
+    assert low < mean < high
+    assert np.isnan(scores.iqm([[40.0], [50.0, 60.0]])[1])
+    rng, inside = np.random.default_rng(0), []
+    for _ in range(200):
+        _, low, high = scores.iqm(list(rng.normal([[40.0], [60.0], [80.0]], 5.0, (3, 8))), num_resamples=300)
+        inside.append(low <= 60 <= high)
+    assert np.mean(inside) > 0.85  # a percentile bootstrap of eight seeds covers less than its nominal rate
+
+
+# --- Published scores ---
+
+
+def test_published_scores_are_read():
+    reported = scores.read_reported()
+    assert reported["value_flows", TASK.format(1), "offline-last3"]["mean"] == 97
+    assert reported["q_flow", "cube-single-play", "offline-last3"] == {
+        "mean": 95.0, "std": 1.0, "num_seeds": None, "tasks": 5, "kind": "primary",
+        "source": reported["q_flow", "cube-single-play", "offline-last3"]["source"],
+    }  # fmt: skip
+    # FQL's own paper comes before other papers' tables; its row of the default task is that of task 2.
+    assert reported["fql", TASK.format(2), "offline-last3"]["kind"] == "primary"
+    assert ("fql", TASK.format(2), "online-start") in reported
+    assert scores.canonical("antsoccer-arena-navigate-singletask-v0") == "antsoccer-arena-navigate-singletask-task4-v0"
+    assert scores.canonical("visual-scene-play-singletask-v0") == "visual-scene-play-singletask-task2-v0"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("offline-last3", "offline-best"), "reported.csv:2: unknown protocol 'offline-best'"),
+        ((",61,", ",161,"), "reported.csv:2: mean is 161.0, outside 0 to 100"),
+        ((",61,", ",many,"), "reported.csv:2: mean is 'many', not a number"),
+        ((",primary,", ",hearsay,"), "reported.csv:2: kind is 'hearsay'"),
+        ((",8,primary", ",primary"), "reported.csv:2: 9 values expected"),
+        (("tasks,", "task,"), "reported.csv:1: the columns are"),
+        (("\nend", "\nfql,t,1,offline-last3,61,9,8,primary,a paper\n"), "reported.csv:3: a second score of fql t"),
+    ],
+)
+def test_malformed_published_scores_are_refused(tmp_path, capsys, change, message):
+    text = ",".join(scores.REPORTED_COLUMNS) + "\nfql,t,1,offline-last3,61,9,8,primary,a paper\nend"
+    path = tmp_path / "reported.csv"
+    path.write_text(text.replace("\nend", "\n") if change[0] != "\nend" else text)
+    path.write_text(path.read_text().replace(*change))
+    assert message in refused(capsys, scores.read_reported, path)
+
+
+# --- Measured scores ---
+
+
+def test_collected_run_and_its_identity(tmp_path, capsys):
+    run_dir = write_run(tmp_path / "a", [0.9, 0.8])
+    (path,) = collect(tmp_path / "results", run_dir)
+    assert path.read_bytes() == (run_dir / "eval.csv").read_bytes()
+    assert path.parent == tmp_path / "results" / "value_flows" / TASK.format(1)
+    info = json.loads(path.with_suffix(".json").read_text())
+    assert info["changed"] == {} and info["seconds"] == {"training": 10000.0, "evaluating": 500.0}
+    assert "runs_dir" not in info["args"] and info["settings"]["batch_size"] == 256
+    (run,) = scores.read_results(tmp_path / "results")
+    assert run["protocols"] == ["offline-last3"] and run["seeds"] == [0, 1] and run["source"] == "official"
+    # The same again is no second run; other seeds are one; other numbers of the same seeds are refused.
+    assert collect(tmp_path / "results", run_dir) == [path] and "there already" in capsys.readouterr().out
+    assert len(collect(tmp_path / "results", write_run(tmp_path / "b", [0.7], first_seed=2))) == 2
+    message = refused(capsys, collect, tmp_path / "results", write_run(tmp_path / "c", [0.1, 0.2], first_seed=1))
+    assert "claims the same settings, data and seeds as" in message
+    assert len(scores.read_results(tmp_path / "results")) == 2
+    # In one call too: nothing is written then.
+    twice = write_run(tmp_path / "d", [0.1], task=2), write_run(tmp_path / "e", [0.2], task=2)
+    assert "claims the same" in refused(capsys, collect, tmp_path / "results", *twice)
+    assert len(scores.read_results(tmp_path / "results")) == 2
+
+
+def test_changed_settings_are_named(tmp_path):
+    changed = lambda run_dir: collect_results.read_run(run_dir)[0]["changed"]
+    assert changed(write_run(tmp_path / "a", [0.5], source="generated")) == {}
+    assert changed(write_run(tmp_path / "b", [0.5], num_samples=4)) == {"num_samples": 4}
+    assert changed(write_run(tmp_path / "c", [0.5], compile=False, eval_workers=3, matmul_precision="high")) == {}
+    assert changed(write_run(tmp_path / "d", [0.5], total_timesteps=500_000)) == {"total_timesteps": 500_000}
+    run_dir = write_run(tmp_path / "e", [0.5], source="generated")
+    info = json.loads((run_dir / "args.json").read_text())
+    info["dataset"]["file"] = "cube-double-play-v0-generated-120ep-seed0.npz"
+    assert collect_results.changed_settings(info) == {"generated_episodes": 120}
+    info["dataset"] |= {"source": "custom", "file": "mine.npz"}
+    assert collect_results.changed_settings(info) == {"dataset": "mine.npz"}
+    # Online runs have settings of their own.
+    env_id = "antsoccer-arena-navigate-singletask-task4-v0"
+    tuned = floq.TUNED["antsoccer-arena-navigate"]
+    online = write_run(
+        tmp_path / "f", [0.5], algorithm="floq",
+        **asdict(floq.Args(**tuned | floq.TUNED_ONLINE["antsoccer-arena-navigate"], env_id=env_id, online_timesteps=1_000_000)),
+    )  # fmt: skip
+    assert changed(online) == {}
+    offline_settings = write_run(
+        tmp_path / "g", [0.5], algorithm="floq", **asdict(floq.Args(**tuned, env_id=env_id, online_timesteps=1_000_000))
+    )
+    assert changed(offline_settings) == {"alpha": 10.0}
+
+
+def test_real_runs_are_collected(online_runs, tmp_path):
+    paths = collect(tmp_path, *online_runs.values())
+    assert len(paths) == len(ALGORITHMS)
+    for run in scores.read_results(tmp_path):
+        assert run["protocols"] == ["online-start", "online-end"] and run["source"] == "generated"
+        assert {"batch_size", "total_timesteps", "online_timesteps", "generated_episodes"} <= set(run["changed"])
+        assert len(scores.seed_scores(run["curves"], "online-end")) == 2
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (("0.9,-100", "1.9,-100"), "eval.csv:2: success is 1.9, outside [0, 1]"),
+        (("0.9,-100", "nan,-100"), "eval.csv:2: success is nan"),
+        (("1,0,offline,", "1,0,online,"), "eval.csv:2: phase is 'online', but the run has offline only"),
+        (("200.0,50", "200.0,10"), "eval.csv:2: 10 episodes, the run has --eval-episodes 50"),
+        (("\n1,0,", "\n7,0,"), "eval.csv:2: no offline evaluation is due at step 7"),
+        (("\n1,0,", "\n1,4,"), "eval.csv:2: seed 4 is none of the run's (0 to 0)"),
+        (("\n1,0,", "\n100000,0,"), "eval.csv:3: a second row of step 100000 and seed 0"),
+        (("\n1,0,", "\n1,"), "eval.csv:2: 7 values expected"),
+        (("step,seed", "step,sed"), "eval.csv:1: the columns are"),
+        (
+            ("\n1000000,0,offline,0.9,-100.0,200.0,50", ""),
+            "unfinished: seed 0 has no offline evaluation at step 1000000",
+        ),
+    ],
+)
+def test_malformed_or_mixed_rows_are_refused(tmp_path, capsys, damage, message):
+    run_dir = write_run(tmp_path / "run", [0.9])
+    path = run_dir / "eval.csv"
+    path.write_text(path.read_text().replace(*damage, 1))
+    assert message in refused(capsys, collect, tmp_path / "results", run_dir)
+    assert not (tmp_path / "results").exists()
+
+
+def test_results_without_identity_are_refused(tmp_path, capsys):
+    assert "no identity" in refused(capsys, collect, tmp_path / "results", tmp_path)
+    run_dir = write_run(tmp_path / "a", [0.9])
+    (path,) = collect(tmp_path / "results", run_dir)
+    read = lambda: refused(capsys, scores.read_results, tmp_path / "results")
+    identity = path.with_suffix(".json")
+    text = identity.read_text()
+    identity.unlink()
+    assert f"{path} has no {identity.name}" in read()
+    identity.write_text(text.replace('"sha256"', '"md5"'))
+    assert f"{identity} has no identity: dataset.sha256 missing" in read()
+    identity.write_text(text.replace("value_flows", "dqn"))
+    assert "unknown method 'dqn'" in read()
+    identity.write_text(text.replace("task1", "task2"))
+    assert "in the directory of another" in read()
+    identity.write_text(text)
+    shutil.copy(path, path.with_name("copy.csv"))
+    shutil.copy(identity, path.with_name("copy.json"))
+    assert "claim the same identity" in read()
+    (run_dir / "eval.csv").unlink()
+    assert "unfinished" in refused(capsys, collect, tmp_path / "other", run_dir)
+
+
+# --- Report ---
+
+
+def measured(tmp_path, reported):
+    """Results of Value Flows: the five tasks of cube-double-play on official data, as published but for task 2, which is
+    20 points below; task 1 on generated data too; and a reduced run.
+    """
+    spread = np.linspace(-0.03, 0.03, 8)
+    run_dirs = []
+    for task in range(1, 6):
+        mean = reported["value_flows", TASK.format(task), "offline-last3"]["mean"] / 100 - 0.2 * (task == 2)
+        run_dirs.append(write_run(tmp_path / f"task{task}", list(np.minimum(1, mean + spread)), task))
+    run_dirs.append(write_run(tmp_path / "generated", [0.95, 0.97, 0.98], source="generated"))
+    run_dirs.append(write_run(tmp_path / "reduced", [0.2, 0.3], source="generated", batch_size=16))
+    collect(tmp_path / "results", *run_dirs)
+    return tmp_path / "results"
+
+
+def test_report_of_measured_runs(tmp_path):
+    reported = scores.read_reported()
+    rows = report.make_rows(scores.read_results(measured(tmp_path, reported)), reported)
+    found = {
+        (row["env_id"], row["source"]): row for row in rows if row["method"] == "value_flows" and not row["changed"]
+    }
+    assert found[TASK.format(1), "official"]["verdict"] == "reproduced"
+    assert found[TASK.format(2), "official"]["verdict"] == "below"
+    assert found[TASK.format(1), "generated"]["verdict"] == "reproduced"
+    np.testing.assert_allclose(found[TASK.format(2), "official"]["difference"], -20)
+    together = found["cube-double-play", "official"]
+    assert together["seeds"] == 8 and together["reported"] == 69
+    np.testing.assert_allclose(
+        together["score"], np.mean([found[TASK.format(k), "official"]["score"] for k in range(1, 6)])
+    )
+    assert found["scene-play", "official"]["verdict"] == "not run"
+    (reduced,) = [row for row in rows if row["changed"]]
+    assert reduced["verdict"] is None and reduced["changed"] == {"batch_size": 16} and reduced["best"] == 25.0
+    text = report.comparison_table(rows, reported, "value_flows")
+    assert "| 76 +- 7 (8) | 56 +- 2 (8) | below |" in text
+    assert "| 97 +- 4 (3) | reproduced |" in text  # the column of generated data
+    assert "| Value Flows | official | 26 | 1 | 0 | 5 | 0 |" in report.verdict_table(rows)
+
+
+def test_check_finds_verdicts_that_got_worse(tmp_path, capsys):
+    reported = scores.read_reported()
+    results = measured(tmp_path, reported)
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copy(ROOT / "docs" / "benchmarks.md", docs)
+    main = lambda **words: report.main(report.ReportArgs(str(results), docs=str(tmp_path), **words))
+    assert "cannot be read" in refused(capsys, lambda: main(check=True))  # nothing stored yet
+    main(write=True)
+    assert (docs / "results_value_flows.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        "| below |" in (docs / "benchmarks.md").read_text()
+        and "Value Flows | official" in (tmp_path / "README.md").read_text()
+    )
+    main(check=True)
+    assert "no verdict is worse" in capsys.readouterr().out
+
+    (path,) = (results / "value_flows" / TASK.format(1)).glob("official-*.csv")
+    path.write_text("\n".join(line.replace(",0.9", ",0.5") for line in path.read_text().splitlines()) + "\n")
+    shutil.rmtree(results / "value_flows" / TASK.format(3))
+    with pytest.raises(SystemExit) as end:
+        main(check=True)
+    assert end.value.code == 1
+    text = capsys.readouterr().err
+    assert f"{TASK.format(1)} offline-last3 official: below, was reproduced" in text
+    assert f"{TASK.format(3)} offline-last3 official: not run, was reproduced" in text
+    # The five tasks together are not there any more either; task 2 was below before.
+    assert "cube-double-play offline-last3 official: not run" in text and TASK.format(2) not in text
+
+    stored = results / "report.csv"
+    stored.write_text(stored.read_text().replace("reproduced", "good", 1))
+    assert "unknown verdict 'good'" in refused(capsys, lambda: main(check=True))
+    assert "--methods dqn: unknown" in refused(capsys, lambda: main(methods=("dqn",)))
+    (docs / "benchmarks.md").write_text("no markers")
+    assert "benchmarks.md needs the lines <!-- comparison floq: begin -->" in refused(capsys, lambda: main(write=True))
+
+
+def test_the_repositorys_tables_are_those_of_its_results():
+    """README.md, docs/benchmarks.md and report.csv are what `python -m benchmarks.report --write` makes of the results."""
+    reported = scores.read_reported()
+    rows = report.make_rows(scores.read_results(), reported)
+    for name, blocks in report.documents(rows, reported).items():
+        text = (ROOT / name).read_text()
+        for block, content in blocks.items():
+            assert report.insert(text, block, content, name) == text, f"{name}: run python -m benchmarks.report --write"
+    assert (ROOT / "benchmarks" / "results" / "report.csv").read_text() == report.csv_text(rows)
+    assert report.worse_verdicts(rows, ROOT / "benchmarks" / "results" / "report.csv") == []
+
+
+def test_five_thousand_rows_take_less_than_five_seconds(tmp_path):
+    rng = np.random.default_rng(0)
+    run_dirs = []
+    for k in range(53):  # 11 evaluations of 8 or 9 seeds each
+        algorithm = ("value_flows", "q_flow")[k % 2]
+        success = list(rng.uniform(size=9).round(2))
+        run_dirs.append(write_run(tmp_path / str(k), success, 1 + k // 2 % 5, first_seed=100 * k, algorithm=algorithm))
+    collect(tmp_path / "results", *run_dirs)
+    assert sum(path.read_text().count("\n") - 1 for path in (tmp_path / "results").glob("*/*/*.csv")) > 5000
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.report",
+        "--results",
+        tmp_path / "results",
+        "--output",
+        tmp_path / "rows.csv",
+    ]
+    begin = time.monotonic()
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=os.environ)
+    assert time.monotonic() - begin < 5
+    assert "cube-double-play,offline-last3,official" in (tmp_path / "rows.csv").read_text()
