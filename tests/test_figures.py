@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import torch
 
-from benchmarks import figures, inference_scaling
+from benchmarks import figures
 from conftest import ROOT
 
 
