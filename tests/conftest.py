@@ -7,14 +7,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
+# One thread a process where tests run side by side (pytest -n 2): more threads than cores are many times slower. Before
+# torch is imported, which reads it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+THREADS = os.environ.get("OMP_NUM_THREADS", "2")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 os.environ.setdefault("MUJOCO_GL", "disable")
 os.environ.setdefault("MPLBACKEND", "Agg")
 ROOT = Path(__file__).resolve().parent.parent
-THREADS = os.environ.get("OMP_NUM_THREADS", "2")
 
 import evor  # noqa: E402
 import floq  # noqa: E402
@@ -46,6 +51,9 @@ SMALL_ARGS = {
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        # Side by side, a file's tests share a process, and so do all tests of the runs that take longest to make.
+        group = "online_runs" if "online_runs" in item.fixturenames else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

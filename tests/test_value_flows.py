@@ -285,7 +285,7 @@ def test_value_flows_learns_a_two_mode_return_distribution():
     """
     from benchmarks import return_accuracy
 
-    mdp, args = return_accuracy.make_mdp("coin"), return_accuracy.small_args(value_flows)
+    mdp, args = return_accuracy.make_mdp("coin"), return_accuracy.small_args(value_flows, batch_size=256)
     agent, diverged = return_accuracy.train(value_flows, args, mdp, updates=2_000, seeds=[0])
     assert diverged is None
     for row in return_accuracy.accuracy(agent, mdp, 0.9):
