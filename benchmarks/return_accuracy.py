@@ -16,7 +16,6 @@ rates and numbers of updates. The error of the mean is also given as a share of 
 """
 
 import ast
-import csv
 import importlib
 import time
 from dataclasses import dataclass, fields, replace
@@ -29,7 +28,7 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.figures import return_samples
-from common import fail, runs
+from common import fail, graphs, runs
 
 VARIANTS = (
     "evor",
@@ -52,6 +51,8 @@ class AccuracyArgs:
     """seeds, trained side by side"""
     updates: int = 2_000
     """updates of each training"""
+    compile: bool = True
+    """compile the losses with torch.compile"""
     output: Optional[str] = None
     """csv and PNG get this path's stem (default: no files)"""
 
@@ -127,12 +128,15 @@ def small_args(module, gamma=0.9, **changes):
     return replace(module.Args(), gamma=gamma, **small | candidates | changes)
 
 
-def train(module, args, mdp, updates, seeds):
+def train(module, args, mdp, updates, seeds, compiled=False):
     """Trains one agent a seed on an MDP; returns the agent, and the step of the first non-finite loss or None."""
     rewards = mdp["rewards"]
     lowest, highest = min(rewards.min().item(), 0.0), max(rewards.max().item(), 0.0)  # after the end rewards are zero
     agent = module.Agent(args, mdp["observations"].shape[1], 1, seeds, lowest, highest)
     agent.make_optimizer()
+    if compiled:
+        torch.compiler.reset()  # a function is compiled for eight agents at most
+        graphs.compile_losses(agent, announce=False)
     for step in range(updates):
         if step % runs.CHUNK == 0:
             chunk = runs.draw_chunk(agent, args, seeds, len(rewards), step // runs.CHUNK, "cpu")
@@ -216,16 +220,21 @@ if __name__ == "__main__":
         fail("--seeds and --updates must be above zero, --gammas between 0 and 1")
     mdps = {name: make_mdp(name) for name in options.mdps}
     variants = {variant: parse_variant(variant) for variant in options.variants}
-    table, pictures = [], {}
+    pictures = {}
+    if options.output:
+        Path(options.output).with_suffix(".csv").unlink(missing_ok=True)
     bar = tqdm(total=len(mdps) * len(options.gammas) * len(variants), unit=" trainings")
     for name, mdp in mdps.items():
         for gamma in options.gammas:
             truth = true_returns(mdp, 0, gamma)
             for variant, (module, changes) in variants.items():
                 start, args = time.perf_counter(), small_args(module, gamma, **changes)
-                agent, diverged = train(module, args, mdp, options.updates, list(range(options.seeds)))
+                agent, diverged = train(module, args, mdp, options.updates, list(range(options.seeds)), options.compile)
                 rows = accuracy(agent, mdp, gamma)
-                table += [{"mdp": name, "gamma": gamma, "variant": variant} | row for row in rows]
+                if options.output:  # as it goes: what was trained is not lost
+                    digits = lambda row: {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+                    keys = {"mdp": name, "gamma": gamma, "variant": variant}
+                    runs.append_rows(Path(options.output).with_suffix(".csv"), [keys | digits(row) for row in rows])
                 pictures.setdefault((name, gamma), {})[variant] = learned_returns(agent, 0), truth
                 column = lambda key: np.array([row[key] for row in rows])
                 modes = (
@@ -243,9 +252,4 @@ if __name__ == "__main__":
                 bar.update()
     bar.close()
     if options.output:
-        path = Path(options.output)
-        with open(path.with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, table[0])
-            writer.writeheader()
-            writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
-        draw(path.with_suffix(".png"), pictures)
+        draw(Path(options.output).with_suffix(".png"), pictures)
