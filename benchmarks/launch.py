@@ -311,7 +311,7 @@ def read_rows(path):
 
 def is_finished(job, run_dir):
     """Whether a run of the job has its length, and an evaluation of every seed at the end."""
-    args = info_of(run_dir)["args"]
+    args = job.defaults | info_of(run_dir).get("args", {})
     if any(args[name] != job.args[name] for name in ("total_timesteps", "online_timesteps")):
         return False
     rows = read_rows(run_dir / "eval.csv")
@@ -696,6 +696,7 @@ def run_local(jobs, options, num_gpus):
     signal.signal(signal.SIGTERM, stop)
 
     tasks, used = {}, {}  # by the job's place in `jobs`: submitit's job, and its slot
+    ended = [0] * len(jobs)  # how often a process of the job ended too early
     screen, signalled = Screen(jobs), 0.0
     while True:
         for i, task in list(tasks.items()):
@@ -709,12 +710,13 @@ def run_local(jobs, options, num_gpus):
                 job.state, job.note = "done", ""
             elif stopped or result == "locked":
                 job.state, job.note = "waiting", ""
-            elif result == 2 or job.restarts >= options.max_restarts:
-                how = "killed" if result is None else f"killed by signal {-result}" if is_signal(result) else result
-                job.state, job.note = "failed", f"exit code {how}" if how == result else how
+            elif result == 2 or ended[i] == options.max_restarts:
+                job.state, job.note = "failed", describe(result)
                 write_state(job, failed=job.note)
             else:
-                job.state, job.note = "waiting", "to be restarted"
+                ended[i] += 1
+                job.state, job.note = "waiting", f"{describe(result)}, to be restarted"
+        screen.draw()
         free = [slot for slot in range(len(slots)) if slot not in used.values()]
         for i, job in enumerate(jobs):
             if job.state != "waiting" or i in tasks or stopped or not free:
@@ -746,9 +748,13 @@ def run_local(jobs, options, num_gpus):
     return report_failures(jobs)
 
 
-def is_signal(result):
-    """Whether a worker's result is the exit code of a process that a signal killed."""
-    return isinstance(result, int) and result < 0
+def describe(result):
+    """How a worker ended, in words: by its exit code (negative: a signal), its error, or None: killed."""
+    if result is None:
+        return "its process was killed"
+    if isinstance(result, int):
+        return f"killed by {signal.Signals(-result).name}" if result < 0 else f"exit code {result}"
+    return result
 
 
 def own_command():
@@ -756,14 +762,14 @@ def own_command():
     return ["python", "-m", "benchmarks.launch", *sys.argv[1:]]
 
 
-def slurm_queue():
-    """{SLURM job id: state} of the user's jobs in the queue; {} without SLURM."""
-    if shutil.which("squeue") is None:
+def slurm_queue(jobs):
+    """{SLURM job id: state} of the user's jobs in the queue; {} if none of `jobs` was ever submitted."""
+    if shutil.which("squeue") is None or not any("slurm" in read_state(job) for job in jobs):
         return {}
     words = ["squeue", "--me", "--noheader", "--array", "--format=%A %F %K %T"]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        warn(f"squeue: {done.stderr.strip()}")
+        warn(f"the queue is not known: {(done.stderr.strip() or 'squeue failed').splitlines()[-1]}")
     queued = {}
     for line in done.stdout.splitlines():
         own, array, index, state = line.split(maxsplit=3)
@@ -801,7 +807,7 @@ def watch(jobs):
     """Shows the table until every job has ended; returns the exit code."""
     screen = Screen(jobs)
     while True:
-        queued = slurm_queue()
+        queued = slurm_queue(jobs)
         for job in jobs:
             show_state(job, queued)
         screen.draw()
@@ -829,7 +835,7 @@ def main():
     if options.status:
         if options.watch:
             raise SystemExit(watch(jobs))
-        queued = slurm_queue()
+        queued = slurm_queue(jobs)
         for job in jobs:
             show_state(job, queued)
         print("\n".join(table(jobs)))
@@ -842,7 +848,7 @@ def main():
         (Path(options.runs_dir) / "launch").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--runs-dir {options.runs_dir} is not writable: {error}")
-    queued = slurm_queue() if options.executor == "slurm" else {}
+    queued = slurm_queue(jobs) if options.executor == "slurm" else {}
     for job in jobs:
         action, run_dir = choose(job)
         busy = locked_by(job) or queued.get(read_state(job).get("slurm"))
