@@ -22,12 +22,13 @@ STUB = Path(__file__).parent / "stub_algorithm.py"
 OTHER_ENV_ID = ENV_ID.replace("task4", "task5")
 BOTH = ENV_ID.replace("task4", "task{4,5}")
 TWENTY = "cube-{single,double}-play-singletask-task{1..5}-v0"  # with two seeds, one a job
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 LENGTHS = "--total-timesteps 420 --eval-interval 150 --log-interval 20 --save-interval 90 --eval-episodes 1".split()
 
 
 def start_launch(*words, env=None):
     """Starts the launcher; returns the process."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    environment = os.environ | ONE_THREAD | (env or {})
     return subprocess.Popen(
         [sys.executable, "-m", "benchmarks.launch", *map(str, words)],
         env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -185,7 +186,7 @@ def test_killed_worker_changes_no_number(maze_data, tmp_path):
     assert out.count(": done, step 420/420") == 2
 
     env_id = run_dir.name.split("__")[0]
-    run("floq", *flags, "--env-id", env_id, "--num-seeds", 2, "--runs-dir", tmp_path / "uninterrupted")
+    run("floq", *flags, "--env-id", env_id, "--num-seeds", 2, "--runs-dir", tmp_path / "uninterrupted", env=ONE_THREAD)
     assert_same_csv(run_dir, only_run(tmp_path / "uninterrupted"))
 
     out, _ = finish_launch(start_launch(*words))  # nothing is left to do
@@ -256,3 +257,125 @@ def test_the_table(stub_job):
     assert summary == "5 jobs: 2 done, 1 running, 1 waiting, 1 failed"
     short = launch.table(jobs, height=5)
     assert len(short) == 4 and "running" in short[1] and "failed" in short[2] and "(3 not shown)" in short[3]
+
+
+# --- SLURM ---
+
+SLURM_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthType=auth/munge
+CredType=cred/munge
+# A job that is queued again starts once its old credential has expired.
+AuthInfo=socket={directory}/munge.socket,cred_expire=5
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd.pid
+SlurmctldLogFile={directory}/slurmctld.log
+SlurmdLogFile={directory}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+MailProg=/bin/true
+JobRequeue=1
+KillWait=5
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=2,bf_interval=2
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=4000 State=UNKNOWN
+PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A SLURM of one node with a configuration of its own, started and ended here: the environment to use it."""
+    missing = [name for name in SLURM_PROGRAMS if shutil.which(name) is None]
+    if missing or os.geteuid() != 0:
+        pytest.skip(f"SLURM's {', '.join(missing)} missing" if missing else "SLURM's daemons are started by root only")
+    directory = tmp_path / "slurm"
+    for path in (directory, directory / "state", directory / "spool"):
+        path.mkdir()
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    ports = [listening.getsockname()[1] for listening in sockets]
+    for listening in sockets:
+        listening.close()
+    host = socket.gethostname().split(".")[0]
+    (directory / "slurm.conf").write_text(SLURM_CONF.format(host=host, ports=ports, directory=directory))
+    (directory / "key").write_bytes(os.urandom(1024))
+    (directory / "key").chmod(0o600)
+    environment = {"SLURM_CONF": str(directory / "slurm.conf")}
+
+    munge = {"key-file": "key", "socket": "munge.socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+    commands = [["munged", "--foreground", "--force", *(f"--{flag}={directory / munge[flag]}" for flag in munge)]]
+    commands += [["slurmctld", "-D"], ["slurmd", "-D"]]
+    daemons, output = [], open(directory / "output", "w")
+    deadline = time.monotonic() + 60
+    try:
+        for command in commands:
+            options = dict(env=os.environ | environment, stdout=output, stderr=output)
+            daemons.append(subprocess.Popen(command, **options))
+            while not (directory / "munge.socket").exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+        while "idle" not in slurm_says(environment, "sinfo", "--noheader", "--format=%T"):
+            if time.monotonic() > deadline:
+                pytest.skip(f"SLURM does not start here: {(directory / 'output').read_text()[-500:]}")
+            time.sleep(0.5)
+        yield environment
+        slurm_says(environment, "scancel", "--user=root")
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait()
+        output.close()
+
+
+def slurm_says(environment, *words):
+    """What a SLURM command prints, errors included."""
+    done = subprocess.run(words, env=os.environ | environment, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def test_slurm_jobs_are_killed_and_queued_again(slurm, maze_data, tmp_path):
+    flags = [*SMALL_FLAGS["floq"], *LENGTHS, "--total-timesteps", 900, "--dataset-path", maze_data]
+    runs_dir = tmp_path / "runs"
+    words = ["--methods", "floq", "--env-ids", BOTH, "--seeds", 2, "--runs-dir", runs_dir, "--executor", "slurm"]
+    own = ["--gpus-per-node", 0, "--cpus-per-task", 1, "--mem-gb", 1]
+    _, err = finish_launch(start_launch(*words, *own, "--partition", "none", "--", *flags, env=slurm), 2)
+    assert "sbatch refuses the jobs" in err and "partition" in err
+
+    process = start_launch(*words, *own, "--watch", "--", *flags, env=slurm)
+    first = lambda env_id, row: wait_for(process, lambda: has_row(runs_dir, env_id, row))
+    run_dir = first(ENV_ID, 180)
+    (killed,) = [pid for pid in trainers(runs_dir) if ENV_ID in command_line(pid)]
+    os.kill(killed, signal.SIGKILL)  # within its SLURM job it starts again
+    array = json.loads(next(runs_dir.glob(f"launch/*{ENV_ID}*/state.json")).read_text())["slurm"].split("_")[0]
+    first(OTHER_ENV_ID, 180)
+    assert slurm_says(slurm, "scontrol", "requeue", f"{array}_1") == ""  # as a preemption or an administrator
+    first(ENV_ID, 400)
+    slurm_says(slurm, "scancel", "--signal=USR2", f"{array}_0")  # as before its time limit
+    again, _ = finish_launch(start_launch(*words, *own, "--", *flags, env=slurm))
+    assert "2 jobs: 2 skipped" in again and "runs or waits already: " in again
+    out, _ = finish_launch(process)
+    assert out.count(": done, step 900/900") == 2
+    restarts = [json.loads(path.read_text())["starts"] - 1 for path in sorted(runs_dir.glob("launch/*/state.json"))]
+    assert restarts == [2, 1]
+
+    run("floq", *flags, "--env-id", ENV_ID, "--num-seeds", 2, "--runs-dir", tmp_path / "uninterrupted", env=ONE_THREAD)
+    assert_same_csv(run_dir, only_run(tmp_path / "uninterrupted"))
+    out, _ = finish_launch(start_launch(*words, *own, "--", *flags, env=slurm))
+    assert "2 jobs: 2 skipped" in out and out.count("done: ") == 2
+
+
+def has_row(runs_dir, env_id, step):
+    """The run directory of an environment once its train.csv has a step."""
+    found = [path for path in runs_dir.glob(f"{env_id}__*/train.csv") if f"\n{step}," in path.read_text()]
+    return found and found[0].parent
