@@ -597,16 +597,17 @@ class Screen:
     """Shows the table: redrawn in place on a terminal, else a line for every job whose state or success has changed."""
 
     def __init__(self, jobs):
-        self.jobs, self.lines, self.known = jobs, 0, {}
+        self.jobs, self.lines, self.known = jobs, [], {}
         self.terminal = sys.stdout.isatty()
 
     def draw(self):
         if self.terminal:
             columns, height = shutil.get_terminal_size()
             lines = [line[: columns - 1] for line in table(self.jobs, height)]
-            up = f"\033[{self.lines}F\033[J" if self.lines else ""
-            print(up + "\n".join(lines), flush=True)
-            self.lines = len(lines)
+            if lines != self.lines:
+                up = f"\033[{len(self.lines)}F\033[J" if self.lines else ""
+                print(up + "\n".join(lines), flush=True)
+                self.lines = lines
             return
         for job in self.jobs:
             now = job.state, job.success, job.restarts, job.note
@@ -685,19 +686,20 @@ def run_local(jobs, options, num_gpus):
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, num_cores() // len(slots))))
     executor = submitit.LocalExecutor(Path(options.runs_dir) / "launch" / "submitit")
     executor.update_parameters(timeout_min=10 * 365 * 24 * 60)  # the queue here has no time limit
-    stopped = []
+    screen, stopped = Screen(jobs), []
 
     def stop(number, frame):
         stopped.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
         print("\nstopping: every job saves a checkpoint (Ctrl-C again: do not wait for them)", flush=True)
+        screen.lines = []  # the table is drawn anew below
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
 
     tasks, used = {}, {}  # by the job's place in `jobs`: submitit's job, and its slot
     ended = [0] * len(jobs)  # how often a process of the job ended too early
-    screen, signalled = Screen(jobs), 0.0
+    signalled = 0.0
     while True:
         for i, task in list(tasks.items()):
             job = jobs[i]
@@ -878,4 +880,7 @@ def main():
 if __name__ == "__main__":
     from benchmarks import launch  # so that submitit's processes find `Worker` in a module
 
-    launch.main()
+    try:
+        launch.main()
+    except KeyboardInterrupt:  # before the first job, or the second time
+        raise SystemExit(130) from None
