@@ -554,9 +554,9 @@ def refresh(job):
 
 
 def show_state(job, queued):
-    """Sets a job's state to what the disk, its lock and SLURM's queue (`queued`: {job id: state}) tell."""
+    """Sets a job's state to what the disk, its lock and SLURM's queue (`queued`: {job id: state}, or None) tell."""
     finished, state = refresh(job), read_state(job)
-    place = queued.get(state.get("slurm"))
+    place = (queued or {}).get(state.get("slurm"))
     holder = locked_by(job)
     job.note = holder or (f"SLURM {state['slurm']} {place}" if place else "")
     if finished:
@@ -565,6 +565,8 @@ def show_state(job, queued):
         job.state = "running"
     elif state.get("failed") and not place:
         job.state, job.note = "failed", state["failed"].splitlines()[0]
+    elif state.get("slurm") and not place and queued is not None:
+        job.state, job.note = "failed", f"SLURM job {state['slurm']} has left the queue"
     else:
         job.state = "waiting"
 
@@ -765,15 +767,18 @@ def own_command():
 
 
 def slurm_queue(jobs):
-    """{SLURM job id: state} of the user's jobs in the queue; {} if none of `jobs` was ever submitted."""
-    if shutil.which("squeue") is None or not any("slurm" in read_state(job) for job in jobs):
+    """{SLURM job id: state} of the user's jobs in the queue; {} if none of `jobs` was submitted, None if it is not known."""
+    if not any(read_state(job).get("slurm") for job in jobs):
         return {}
     words = ["squeue", "--me", "--noheader", "--array", "--format=%A %F %K %T"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        warn(f"the queue is not known: {(done.stderr.strip() or 'squeue failed').splitlines()[-1]}")
+    try:
+        lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError) as error:
+        text = getattr(error, "stderr", None) or str(error)
+        warn(f"SLURM's queue is not known: {text.strip().splitlines()[-1]}")
+        return None
     queued = {}
-    for line in done.stdout.splitlines():
+    for line in lines:
         own, array, index, state = line.split(maxsplit=3)
         queued[own if index == "N/A" else f"{array}_{index}"] = state
     return queued
@@ -850,7 +855,7 @@ def main():
         (Path(options.runs_dir) / "launch").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--runs-dir {options.runs_dir} is not writable: {error}")
-    queued = slurm_queue(jobs) if options.executor == "slurm" else {}
+    queued = (slurm_queue(jobs) if options.executor == "slurm" else None) or {}
     for job in jobs:
         action, run_dir = choose(job)
         busy = locked_by(job) or queued.get(read_state(job).get("slurm"))
@@ -860,7 +865,7 @@ def main():
         elif busy and options.executor == "slurm":
             job.state, job.note = "skipped", f"runs or waits already: {busy}"
         elif not busy:
-            write_state(job, starts=0, failed=None)
+            write_state(job, starts=0, failed=None, slurm=None)
             job.note = f"goes on: {run_dir}" if action == "resume" else ""
     os.environ.update(python_environment())  # submitit's processes import this file
     if options.executor == "local":

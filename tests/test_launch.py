@@ -259,7 +259,37 @@ def test_the_table(stub_job):
     assert len(short) == 4 and "running" in short[1] and "failed" in short[2] and "(3 not shown)" in short[3]
 
 
+def test_devices(monkeypatch, capsys):
+    options = lambda *devices: SimpleNamespace(devices=devices)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launch.find_devices(options(), 2) == ["0", "1"]
+    assert launch.find_devices(options(), 0) == ["cpu"]
+    assert launch.find_devices(options("1", "cpu"), 2) == ["1", "cpu"]
+    with pytest.raises(SystemExit):
+        launch.find_devices(options("2"), 2)
+    assert "--devices 2: visible here are 0, 1, cpu" in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5f2")
+    assert launch.find_devices(options(), 2) == ["3", "GPU-5f2"]
+
+
 # --- SLURM ---
+
+
+def test_states_of_slurm_jobs(stub_job):
+    launch.write_state(stub_job, slurm="7_1")
+    places = {"PENDING": "waiting", "RUNNING": "running", "COMPLETING": "running"}
+    for queued, state in [({"7_1": place}, state) for place, state in places.items()] + [(None, "waiting")]:
+        launch.show_state(stub_job, queued)
+        assert stub_job.state == state
+    launch.show_state(stub_job, {"7_0": "RUNNING"})
+    assert (stub_job.state, stub_job.note) == ("failed", "SLURM job 7_1 has left the queue")
+    lock = launch.take_lock(stub_job)
+    launch.show_state(stub_job, {})
+    assert stub_job.state == "running" and stub_job.note.endswith(f"process {os.getpid()}")
+    assert launch.take_lock(stub_job, patience=0) is None
+    lock.close()
+    assert launch.locked_by(stub_job) is None
+
 
 SLURM_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 SLURM_CONF = """
