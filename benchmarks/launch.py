@@ -543,14 +543,13 @@ def end_with_parent(parent, libc):
 
 
 def refresh(job):
-    """Reads from the disk how far a job is."""
+    """Reads from the disk how far a job is; returns its finished run directory, or None."""
     found = find_runs(job)
     finished = [run_dir for run_dir in found if is_finished(job, run_dir)]
-    run_dir = (finished or found or [None])[-1]
-    if run_dir is not None:
-        job.step, job.success, job.rate = progress(run_dir)
+    if found:
+        job.step, job.success, job.rate = progress((finished or found)[-1])
     job.restarts = max(0, read_state(job).get("starts", 0) - 1)
-    return bool(finished)
+    return finished[-1] if finished else None
 
 
 def show_state(job, queued):
@@ -673,7 +672,10 @@ def outcome(task):
     if not task.paths.result_pickle.exists():
         return None
     error = task.exception()
-    return task.result() if error is None else str(error).strip().splitlines()[-1]
+    if error is None:
+        return task.result()
+    trace = re.split("-{9,}\n", str(error))  # its middle part is the traceback
+    return trace[len(trace) // 2].strip().splitlines()[-1]
 
 
 def run_local(jobs, options, num_gpus):
@@ -857,16 +859,15 @@ def main():
         fail(f"--runs-dir {options.runs_dir} is not writable: {error}")
     queued = (slurm_queue(jobs) if options.executor == "slurm" else None) or {}
     for job in jobs:
-        action, run_dir = choose(job)
+        finished = refresh(job)
         busy = locked_by(job) or queued.get(read_state(job).get("slurm"))
-        if action == "skip":
-            job.state, job.note = "skipped", f"done: {run_dir}"
-            refresh(job)
+        if finished:
+            job.state, job.note = "skipped", f"done: {finished}"
         elif busy and options.executor == "slurm":
             job.state, job.note = "skipped", f"runs or waits already: {busy}"
         elif not busy:
             write_state(job, starts=0, failed=None, slurm=None)
-            job.note = f"goes on: {run_dir}" if action == "resume" else ""
+            job.restarts = 0
     os.environ.update(python_environment())  # submitit's processes import this file
     if options.executor == "local":
         raise SystemExit(run_local(jobs, options, num_gpus))

@@ -23,7 +23,7 @@ OTHER_ENV_ID = ENV_ID.replace("task4", "task5")
 BOTH = ENV_ID.replace("task4", "task{4,5}")
 TWENTY = "cube-{single,double}-play-singletask-task{1..5}-v0"  # with two seeds, one a job
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-LENGTHS = "--total-timesteps 420 --eval-interval 150 --log-interval 20 --save-interval 90 --eval-episodes 1".split()
+LENGTHS = "--total-timesteps 240 --eval-interval 150 --log-interval 20 --save-interval 70 --eval-episodes 1".split()
 
 
 def start_launch(*words, env=None):
@@ -103,7 +103,6 @@ def test_patterns_are_expanded(capsys):
         ("--methods floq --env-ids scene-* -- --num_seeds=3", "--num_seeds=3 after --: the launcher sets it itself"),
         ("--methods q_flow floq --env-ids scene-play-* -- --noise-samples 2", "Unrecognized options: --noise-samples"),
         ("--methods q_flow --env-ids scene-play-* -- --time-embed-dim 3", "--time-embed-dim 3 must be even"),
-        ("--methods floq --env-ids visual-scene-* ", "floq.py works on state observations"),
         ("--methods floq --env-ids scene-play-* -- --dataset-path nowhere.npz", "nowhere.npz is not a file"),
         (
             "--methods floq --env-ids scene-play-* --executor slurm",
@@ -178,12 +177,12 @@ def test_killed_worker_changes_no_number(maze_data, tmp_path):
     words = ["--methods", "floq", "--env-ids", BOTH, "--seeds", 2, "--runs-dir", tmp_path / "runs"]
     words += ["--slots-per-device", 2, "--", *flags]
     process = start_launch(*words)
-    run_dir = wait_for_row(process, tmp_path / "runs", "train.csv", "180,0")
+    run_dir = wait_for_row(process, tmp_path / "runs", "train.csv", "100,0")
     (killed,) = [pid for pid in trainers(tmp_path / "runs") if run_dir.name.split("__")[0] in command_line(pid)]
     os.kill(killed, signal.SIGKILL)
     out, _ = finish_launch(process)
     assert "killed by SIGKILL, to be restarted" in out and "restarts 1" in out
-    assert out.count(": done, step 420/420") == 2
+    assert out.count(": done, step 240/240") == 2
 
     env_id = run_dir.name.split("__")[0]
     run("floq", *flags, "--env-id", env_id, "--num-seeds", 2, "--runs-dir", tmp_path / "uninterrupted", env=ONE_THREAD)
@@ -191,8 +190,6 @@ def test_killed_worker_changes_no_number(maze_data, tmp_path):
 
     out, _ = finish_launch(start_launch(*words))  # nothing is left to do
     assert out.count(": skipped (done: ") == 2 and "running" not in out
-    out, _ = finish_launch(start_launch("--status", *words))
-    assert "2 jobs: 2 done" in out and "420/420" in out
 
 
 def command_line(pid):
@@ -213,9 +210,9 @@ def test_twenty_jobs_lose_none(tmp_path):
 
 
 def test_a_job_that_always_dies_is_given_up(tmp_path):
-    words = stub_sweep(tmp_path, "--max-restarts", 2, "--", "--die-at", 7, env_ids="cube-single-play-singletask-v0")
+    words = stub_sweep(tmp_path, "--max-restarts", 1, "--", "--die-at", 7, env_ids="cube-single-play-singletask-v0")
     out, err = finish_launch(start_launch(*words), 1)
-    assert out.count("to be restarted") == 2 * 2  # restarts of two jobs
+    assert out.count("to be restarted") == 2  # once for each of two jobs
     assert "failed: stub_algorithm cube-single-play-singletask-v0 seeds 0-0: killed by SIGKILL" in err
     assert "    this stub dies\n    log: " in err
     out, _ = finish_launch(start_launch("--status", *words))
