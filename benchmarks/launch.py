@@ -460,7 +460,7 @@ class Worker:
         """Trains; returns the algorithm's exit code, or "locked" if another process trains this job."""
         self.child, self.stopping = None, False
         signal.signal(signal.SIGTERM, self.stop)
-        on_slurm = "SLURM_JOB_ID" in os.environ
+        on_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
         lock = take_lock(self.job, self.patience)
         if lock is None:
             print(f"{self.job.name} is trained by {locked_by(self.job)}")

@@ -220,7 +220,7 @@ def test_a_job_that_always_dies_is_given_up(tmp_path):
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
-    words = stub_sweep(tmp_path, "--", "--total-timesteps", 150, env_ids="cube-single-play-singletask-task{1,2}-v0")
+    words = stub_sweep(tmp_path, "--", "--total-timesteps", 100, env_ids="cube-single-play-singletask-task{1,2}-v0")
     process = start_launch(*words)
     wait_for(process, lambda: len([d for d in stub_runs(tmp_path) if (d / "eval.csv").exists()]) == 4)
     process.send_signal(signal.SIGINT)
@@ -228,10 +228,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     assert "go on with the same command: python -m benchmarks.launch --methods" in out and "done" not in out
     assert not trainers(tmp_path)
     out, _ = finish_launch(start_launch(*words))
-    assert out.count("done, step 150/150") == 4
+    assert out.count("done, step 100/100") == 4
     assert len(stub_runs(tmp_path)) == 4
     for run_dir in stub_runs(tmp_path):
-        assert_each_step_once(run_dir, 150)
+        assert_each_step_once(run_dir, 100)
 
 
 def test_two_launchers_share_the_jobs(tmp_path):
