@@ -1,12 +1,12 @@
-"""Trains many algorithms, environments and seeds: on this machine's devices, on a SLURM cluster, or as printed commands.
+"""Trains many algorithms, environments and seeds: on this machine, on a SLURM cluster, or as printed commands.
 
     python -m benchmarks.launch --methods floq q_flow --env-ids 'cube-double-play-singletask-task{1..5}-v0' --seeds 8
     python -m benchmarks.launch --methods floq --env-ids 'scene-play-*' --seeds 8 --executor slurm --partition gpu
     python -m benchmarks.launch --methods floq --env-ids 'scene-play-*' --seeds 8 --status      # what is done, no start
     python -m benchmarks.launch --methods floq --env-ids 'scene-*-task2-v0' --executor print -- --quick --alpha 10
 
-One job is one method on one environment, its seeds side by side in one process. Flags after `--` go to every job. The same
-command again goes on: what is done is skipped, what was interrupted continues from its checkpoint, the rest starts.
+One job is one method on one environment, its seeds side by side in one process. Flags after `--` go to every job.
+The same command again goes on: what is done is skipped, what was interrupted continues, the rest starts.
 """
 
 import contextlib
@@ -320,7 +320,7 @@ def is_finished(job, run_dir):
 
 
 def progress(run_dir):
-    """(last step in the csv files, mean success of the last evaluation, updates per second) of a run; None: not known."""
+    """(last step in the csv files, mean success of the last evaluation, updates per second); None: not known."""
     evaluations, timing = read_rows(run_dir / "eval.csv"), read_rows(run_dir / "timing.csv")
     step = max([int(rows[-1]["step"]) for rows in (evaluations, timing) if rows], default=0)
     last = [float(row["success"]) for row in evaluations if row["step"] == evaluations[-1]["step"]]
@@ -440,8 +440,8 @@ def locked_by(job):
 class Worker:
     """What submitit calls in a process of its own: trains a job, and hands SLURM's signals on to the training process.
 
-    SIGTERM makes an algorithm save and leave (exit code 143). submitit's own signal, SIGUSR2, which SLURM sends before the
-    time limit, comes to `checkpoint`, after which submitit queues the job again.
+    SIGTERM makes an algorithm save and leave (exit code 143). submitit's own signal, SIGUSR2, which SLURM sends before
+    the time limit, comes to `checkpoint`, after which submitit queues the job again.
 
     Args:
         job: the job.
@@ -769,7 +769,7 @@ def own_command():
 
 
 def slurm_queue(jobs):
-    """{SLURM job id: state} of the user's jobs in the queue; {} if none of `jobs` was submitted, None if it is not known."""
+    """{SLURM job id: state} of the user's queue; {} if none of `jobs` was submitted, None if it is not known."""
     if not any(read_state(job).get("slurm") for job in jobs):
         return {}
     words = ["squeue", "--me", "--noheader", "--array", "--format=%A %F %K %T"]
@@ -787,7 +787,7 @@ def slurm_queue(jobs):
 
 
 def run_slurm(jobs, options):
-    """Submits jobs as one SLURM array; returns their SLURM ids. A refusal by sbatch ends the program with exit code 2."""
+    """Submits jobs as one SLURM array; returns their SLURM ids. If sbatch refuses: exit code 2."""
     import submitit
 
     executor = submitit.SlurmExecutor(Path(options.runs_dir) / "launch" / "submitit", max_num_timeout=1000)
