@@ -1,0 +1,74 @@
+"""Honours the algorithms' interface and computes nothing: a step is 20 ms, a checkpoint comes every fifth."""
+
+import json
+import os
+import signal
+import sys
+import time
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Optional
+
+
+@dataclass
+class Args:
+    exp_name: str = "stub"
+    env_id: str = ""
+    seed: int = 0
+    num_seeds: int = 1
+    runs_dir: str = "runs"
+    resume: Optional[str] = None
+    dataset_path: Optional[str] = None
+    dataset_source: str = "official"
+    total_timesteps: int = 20
+    online_timesteps: int = 0
+    die_at: int = 0
+
+
+if "torch" in sys.modules:  # the launcher looks at the arguments
+    import tyro
+
+    from common import runs
+
+    runs.setup_torch(tyro.cli(Args))
+
+args = Args()
+for flag, value in zip(sys.argv[1::2], sys.argv[2::2]):  # not tyro, which takes longer than all the rest
+    name = flag.lstrip("-").replace("-", "_")
+    setattr(args, name, int(value) if isinstance(getattr(args, name), int) else value)
+stopped = []
+signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+if args.resume:
+    run_dir = Path(args.resume)
+    with zipfile.ZipFile(run_dir / "checkpoint.pt") as archive:
+        step, size = json.loads(archive.read("state"))
+    os.truncate(run_dir / "eval.csv", size)
+else:
+    run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
+    run_dir.mkdir(parents=True)
+    step = 0
+(run_dir / "args.json").write_text(json.dumps({"algorithm": "stub_algorithm", "args": asdict(args)}))
+
+
+def save():
+    size = (run_dir / "eval.csv").stat().st_size if step else 0
+    with zipfile.ZipFile(run_dir / "part", "w") as archive:
+        archive.writestr("state", json.dumps([step, size]))
+    os.replace(run_dir / "part", run_dir / "checkpoint.pt")
+
+
+while step < args.total_timesteps:
+    time.sleep(0.02)
+    step += 1
+    with open(run_dir / "eval.csv", "a") as file:
+        if file.tell() == 0:
+            file.write("step,seed,success\n")
+        file.writelines(f"{step},{seed},0.5\n" for seed in range(args.seed, args.seed + args.num_seeds))
+    if step == args.die_at:
+        print("this stub dies", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if step % 5 == 0 or stopped:
+        save()
+    if stopped:
+        sys.exit(143)

@@ -1,0 +1,408 @@
+"""benchmarks.launch as a user starts it: which jobs, mistakes, killed workers, Ctrl-C, two at once, a real SLURM."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import launch
+from conftest import ENV_ID, ROOT, SMALL_FLAGS, assert_same_csv, children, only_run, run, wait_for, wait_for_row
+
+STUB = Path(__file__).parent / "stub_algorithm.py"
+OTHER_ENV_ID = ENV_ID.replace("task4", "task5")
+BOTH = ENV_ID.replace("task4", "task{4,5}")
+TWENTY = "cube-{single,double}-play-singletask-task{1..5}-v0"  # with two seeds, one a job
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+LENGTHS = "--total-timesteps 240 --eval-interval 150 --log-interval 20 --save-interval 70 --eval-episodes 1".split()
+
+
+def start_launch(*words, env=None):
+    """Starts the launcher; returns the process."""
+    environment = os.environ | ONE_THREAD | (env or {})
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.launch", *map(str, words)],
+        env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish_launch(process, code=0):
+    """Waits for a launcher; returns its (stdout, stderr) after a look at its exit code."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, out[-3000:] + err[-3000:]
+    assert "Traceback" not in err
+    return out, err
+
+
+def stub_sweep(runs_dir, *words, env_ids=TWENTY, seeds=2):
+    """The launcher's words for jobs of the stub."""
+    own = ["--methods", STUB, "--env-ids", env_ids, "--seeds", seeds, "--seeds-per-job", 1]
+    return [*own, "--runs-dir", runs_dir, "--slots-per-device", 4, *words]
+
+
+def trainers(runs_dir):
+    """Process ids of the training processes at work, by the workers named in the locks."""
+    found = []
+    for lock in Path(runs_dir).glob("launch/*/lock"):
+        words = lock.read_text().split()
+        if words and Path(f"/proc/{words[-1]}").exists():
+            found += children(SimpleNamespace(pid=int(words[-1])))
+    return found
+
+
+def stub_runs(runs_dir):
+    return [path.parent for path in Path(runs_dir).glob("cube-*/args.json")]
+
+
+def assert_each_step_once(run_dir, last=20):
+    steps = [line.split(",")[0] for line in (run_dir / "eval.csv").read_text().splitlines()]
+    assert steps == ["step", *map(str, range(1, last + 1))]
+
+
+def kill_a_trainer(process, runs_dir):
+    """Kills one of the training processes at work as the kernel does when memory is short."""
+    os.kill(wait_for(process, lambda: trainers(runs_dir))[0], signal.SIGKILL)
+
+
+# --- Which jobs ---
+
+
+def test_patterns_are_expanded(capsys):
+    expand = launch.expand_env_ids
+    assert expand(["cube-double-play-singletask-task{1..3}-v0"]) == [
+        f"cube-double-play-singletask-task{i}-v0" for i in (1, 2, 3)
+    ]
+    assert expand(["{scene,cube-single}-play-singletask-v0"]) == [
+        "scene-play-singletask-v0",
+        "cube-single-play-singletask-v0",
+    ]
+    assert len(expand(["scene-play-singletask-task*-v0", "scene-play-singletask-task1-v0"])) == 5
+    with pytest.raises(SystemExit) as error:
+        expand(["cube-duoble-play-singletask-task{1..3}-v0"])
+    assert error.value.code == 2
+    assert "nearest: cube-double-play-singletask-task1-v0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        expand(["scene-play-*", "scnee-play-*"])
+    assert "scnee-play-* matches no environment of ogbench; nearest: scene-play-" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--methods flow --env-ids scene-*", "--methods flow is unknown; nearest: q_flow, floq"),
+        ("--methods floq --env-ids scene-* --seeds 0", "must be above zero"),
+        ("--methods floq --env-ids scene-* -- --num_seeds=3", "--num_seeds=3 after --: the launcher sets it itself"),
+        ("--methods q_flow floq --env-ids scene-play-* -- --noise-samples 2", "Unrecognized options: --noise-samples"),
+        ("--methods q_flow --env-ids scene-play-* -- --time-embed-dim 3", "--time-embed-dim 3 must be even"),
+        ("--methods floq --env-ids scene-play-* -- --dataset-path nowhere.npz", "nowhere.npz is not a file"),
+        (
+            "--methods floq --env-ids scene-play-* --executor slurm",
+            "sbatch not found: install SLURM or use --executor local / print",
+        ),
+    ],
+)
+def test_mistakes_end_before_anything_starts(words, message, tmp_path):
+    process = start_launch("--runs-dir", tmp_path / "runs", *words.split(), env={"PATH": ""})
+    out, err = finish_launch(process, 2)
+    assert message in err and not (tmp_path / "runs").exists()
+
+
+def test_commands_are_printed(tmp_path):
+    (tmp_path / "submitit.py").write_text("raise ImportError('print needs no submitit')")
+    words = ["--methods", "floq", "value_flows", "--env-ids", BOTH, "--seeds", 5, "--seed", 3, "--seeds-per-job", 4]
+    words += ["--runs-dir", tmp_path / "a b", "--executor", "print", "--", "--quick", "--total-timesteps", 100]
+    out, _ = finish_launch(start_launch(*words, env={"PYTHONPATH": str(tmp_path)}))
+    common = ["--runs-dir", str(tmp_path / "a b"), "--quick", "--total-timesteps", "100"]
+    assert [shlex.split(line) for line in out.splitlines()] == [
+        ["python", f"{method}.py", "--env-id", env_id, "--seed", str(seed), "--num-seeds", str(number), *common]
+        for method in ("floq", "value_flows")
+        for env_id in (ENV_ID, OTHER_ENV_ID)
+        for seed, number in ((3, 4), (7, 1))
+    ]
+
+
+@pytest.fixture
+def stub_job(tmp_path):
+    """One job of the stub."""
+    env_id = "cube-single-play-singletask-task1-v0"
+    own = dict(exp_name="stub", total_timesteps=20, online_timesteps=0, dataset_path=None, seed=0, num_seeds=2)
+    identity = {name: own[name] for name in ("seed", "num_seeds", "dataset_path", "exp_name")}
+    words = ["--env-id", env_id, "--seed", "0", "--num-seeds", "2", "--runs-dir", str(tmp_path)]
+    return launch.Job("stub_algorithm", str(STUB), env_id, (0, 1), str(tmp_path), words, own, identity, own)
+
+
+def test_what_there_is_decides(stub_job):
+    assert launch.choose(stub_job) == ("new", None)
+    words = launch.command(stub_job, sys.executable, "new", None)
+    subprocess.run([*words, "--die-at", "4"])  # before its first checkpoint
+    (dead,) = stub_runs(stub_job.runs_dir)
+    assert launch.choose(stub_job) == ("new", None)
+    subprocess.run([*words, "--die-at", "7"])
+    (cut,) = set(stub_runs(stub_job.runs_dir)) - {dead}
+    assert launch.choose(stub_job) == ("resume", cut)
+    whole = (cut / "checkpoint.pt").read_bytes()
+    (cut / "checkpoint.pt").write_bytes(whole[:30])
+    assert launch.choose(stub_job) == ("new", None)
+    (cut / "checkpoint.pt").write_bytes(whole)
+    subprocess.run(launch.command(stub_job, sys.executable, "resume", cut), check=True)
+    assert launch.choose(stub_job) == ("skip", cut)
+
+    rows = (cut / "eval.csv").read_text().splitlines(keepends=True)
+    (cut / "eval.csv").write_text("".join(rows[:-1]))  # one of the seeds lacks its last evaluation
+    assert launch.choose(stub_job) == ("resume", cut)
+    (cut / "eval.csv").write_text("".join(rows))
+    stub_job.args = stub_job.args | {"total_timesteps": 30}
+    assert launch.choose(stub_job) == ("resume", cut)  # a longer run goes on from a shorter one
+    stub_job.args = stub_job.args | {"total_timesteps": 10}
+    assert launch.choose(stub_job) == ("new", None)
+    stub_job.args = stub_job.args | {"total_timesteps": 20}
+    stub_job.identity = stub_job.identity | {"num_seeds": 3}
+    assert launch.choose(stub_job) == ("new", None)
+
+
+# --- On this machine ---
+
+
+def test_killed_worker_changes_no_number(maze_data, tmp_path):
+    flags = [*SMALL_FLAGS["floq"], *LENGTHS, "--dataset-path", maze_data]
+    words = ["--methods", "floq", "--env-ids", BOTH, "--seeds", 2, "--runs-dir", tmp_path / "runs"]
+    words += ["--slots-per-device", 2, "--", *flags]
+    process = start_launch(*words)
+    run_dir = wait_for_row(process, tmp_path / "runs", "train.csv", "100,0")
+    (killed,) = [pid for pid in trainers(tmp_path / "runs") if run_dir.name.split("__")[0] in command_line(pid)]
+    os.kill(killed, signal.SIGKILL)
+    out, _ = finish_launch(process)
+    assert "killed by SIGKILL, to be restarted" in out and "restarts 1" in out
+    assert out.count(": done, step 240/240") == 2
+
+    env_id = run_dir.name.split("__")[0]
+    run("floq", *flags, "--env-id", env_id, "--num-seeds", 2, "--runs-dir", tmp_path / "uninterrupted", env=ONE_THREAD)
+    assert_same_csv(run_dir, only_run(tmp_path / "uninterrupted"))
+
+    out, _ = finish_launch(start_launch(*words))  # nothing is left to do
+    assert out.count(": skipped (done: ") == 2 and "running" not in out
+
+
+def command_line(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def test_twenty_jobs_lose_none(tmp_path):
+    process = start_launch(*stub_sweep(tmp_path))
+    for number in (3, 9):
+        wait_for(process, lambda: len([d for d in stub_runs(tmp_path) if (d / "checkpoint.pt").exists()]) > number)
+        kill_a_trainer(process, tmp_path)
+    out, _ = finish_launch(process)
+    assert out.count(": done, step 20/20") == 20 and "killed by SIGKILL, to be restarted" in out
+    finished = [d for d in stub_runs(tmp_path) if (d / "eval.csv").exists() and "\n20," in (d / "eval.csv").read_text()]
+    assert len(finished) == 20
+    for run_dir in finished:
+        assert_each_step_once(run_dir)
+
+
+def test_a_job_that_always_dies_is_given_up(tmp_path):
+    words = stub_sweep(tmp_path, "--max-restarts", 1, "--", "--die-at", 7, env_ids="cube-single-play-singletask-v0")
+    out, err = finish_launch(start_launch(*words), 1)
+    assert out.count("to be restarted") == 2  # once for each of two jobs
+    assert "failed: stub_algorithm cube-single-play-singletask-v0 seeds 0-0: killed by SIGKILL" in err
+    assert "    this stub dies\n    log: " in err
+    out, _ = finish_launch(start_launch("--status", *words))
+    assert "2 jobs: 2 failed" in out
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+    words = stub_sweep(tmp_path, "--", "--total-timesteps", 100, env_ids="cube-single-play-singletask-task{1,2}-v0")
+    process = start_launch(*words)
+    wait_for(process, lambda: len([d for d in stub_runs(tmp_path) if (d / "eval.csv").exists()]) == 4)
+    process.send_signal(signal.SIGINT)
+    out, _ = finish_launch(process, 130)
+    assert "go on with the same command: python -m benchmarks.launch --methods" in out and "done" not in out
+    assert not trainers(tmp_path)
+    out, _ = finish_launch(start_launch(*words))
+    assert out.count("done, step 100/100") == 4
+    assert len(stub_runs(tmp_path)) == 4
+    for run_dir in stub_runs(tmp_path):
+        assert_each_step_once(run_dir, 100)
+
+
+def test_two_launchers_share_the_jobs(tmp_path):
+    words = stub_sweep(tmp_path, env_ids="cube-single-play-singletask-task{1,2}-v0")
+    processes = [start_launch(*words), start_launch(*words)]
+    for process in processes:
+        out, _ = finish_launch(process)
+        assert "failed" not in out
+    assert len(stub_runs(tmp_path)) == 4
+    for run_dir in stub_runs(tmp_path):
+        assert_each_step_once(run_dir)
+
+
+def test_the_table(stub_job):
+    jobs = [replace(stub_job, state=state) for state in ("done", "running", "waiting", "failed", "done")]
+    jobs[1].step, jobs[1].success, jobs[1].rate, jobs[1].restarts, jobs[1].note = 10, 0.5, 123.456, 1, "on GPU 3"
+    header, *rows, summary = launch.table(jobs)
+    assert header.split() == ["method", "environment", "seeds", "state", "step", "success", "updates/s", "restarts"]
+    assert rows[1].split() == f"stub_algorithm {stub_job.env_id} 0-1 running 10/20 0.50 123.5 1 on GPU 3".split()
+    assert summary == "5 jobs: 2 done, 1 running, 1 waiting, 1 failed"
+    short = launch.table(jobs, height=5)
+    assert len(short) == 4 and "running" in short[1] and "failed" in short[2] and "(3 not shown)" in short[3]
+
+
+def test_devices(monkeypatch, capsys):
+    options = lambda *devices: SimpleNamespace(devices=devices)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launch.find_devices(options(), 2) == ["0", "1"]
+    assert launch.find_devices(options(), 0) == ["cpu"]
+    assert launch.find_devices(options("1", "cpu"), 2) == ["1", "cpu"]
+    with pytest.raises(SystemExit):
+        launch.find_devices(options("2"), 2)
+    assert "--devices 2: visible here are 0, 1, cpu" in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5f2")
+    assert launch.find_devices(options(), 2) == ["3", "GPU-5f2"]
+
+
+# --- SLURM ---
+
+
+def test_states_of_slurm_jobs(stub_job):
+    launch.write_state(stub_job, slurm="7_1")
+    places = {"PENDING": "waiting", "RUNNING": "running", "COMPLETING": "running"}
+    for queued, state in [({"7_1": place}, state) for place, state in places.items()] + [(None, "waiting")]:
+        launch.show_state(stub_job, queued)
+        assert stub_job.state == state
+    launch.show_state(stub_job, {"7_0": "RUNNING"})
+    assert (stub_job.state, stub_job.note) == ("failed", "SLURM job 7_1 has left the queue")
+    lock = launch.take_lock(stub_job)
+    launch.show_state(stub_job, {})
+    assert stub_job.state == "running" and stub_job.note.endswith(f"process {os.getpid()}")
+    assert launch.take_lock(stub_job, patience=0) is None
+    lock.close()
+    assert launch.locked_by(stub_job) is None
+
+
+SLURM_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthType=auth/munge
+CredType=cred/munge
+# A job that is queued again starts once its old credential has expired.
+AuthInfo=socket={directory}/munge.socket,cred_expire=5
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd.pid
+SlurmctldLogFile={directory}/slurmctld.log
+SlurmdLogFile={directory}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+MailProg=/bin/true
+JobRequeue=1
+KillWait=5
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=2,bf_interval=2
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=4000 State=UNKNOWN
+PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A SLURM of one node with a configuration of its own, started and ended here: the environment to use it."""
+    missing = [name for name in SLURM_PROGRAMS if shutil.which(name) is None]
+    if missing or os.geteuid() != 0:
+        pytest.skip(f"SLURM's {', '.join(missing)} missing" if missing else "SLURM's daemons are started by root only")
+    directory = tmp_path / "slurm"
+    for path in (directory, directory / "state", directory / "spool"):
+        path.mkdir()
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    ports = [listening.getsockname()[1] for listening in sockets]
+    for listening in sockets:
+        listening.close()
+    host = socket.gethostname().split(".")[0]
+    (directory / "slurm.conf").write_text(SLURM_CONF.format(host=host, ports=ports, directory=directory))
+    (directory / "key").write_bytes(os.urandom(1024))
+    (directory / "key").chmod(0o600)
+    environment = {"SLURM_CONF": str(directory / "slurm.conf")}
+
+    munge = {"key-file": "key", "socket": "munge.socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+    commands = [["munged", "--foreground", "--force", *(f"--{flag}={directory / munge[flag]}" for flag in munge)]]
+    commands += [["slurmctld", "-D"], ["slurmd", "-D"]]
+    daemons, output = [], open(directory / "output", "w")
+    deadline = time.monotonic() + 60
+    try:
+        for command in commands:
+            options = dict(env=os.environ | environment, stdout=output, stderr=output)
+            daemons.append(subprocess.Popen(command, **options))
+            while not (directory / "munge.socket").exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+        while "idle" not in slurm_says(environment, "sinfo", "--noheader", "--format=%T"):
+            if time.monotonic() > deadline:
+                pytest.skip(f"SLURM does not start here: {(directory / 'output').read_text()[-500:]}")
+            time.sleep(0.5)
+        yield environment
+        slurm_says(environment, "scancel", "--user=root")
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait()
+        output.close()
+
+
+def slurm_says(environment, *words):
+    """What a SLURM command prints, errors included."""
+    done = subprocess.run(words, env=os.environ | environment, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def test_slurm_jobs_are_killed_and_queued_again(slurm, maze_data, tmp_path):
+    flags = [*SMALL_FLAGS["floq"], *LENGTHS, "--total-timesteps", 900, "--dataset-path", maze_data]
+    runs_dir = tmp_path / "runs"
+    words = ["--methods", "floq", "--env-ids", BOTH, "--seeds", 2, "--runs-dir", runs_dir, "--executor", "slurm"]
+    own = ["--gpus-per-node", 0, "--cpus-per-task", 1, "--mem-gb", 1]
+    _, err = finish_launch(start_launch(*words, *own, "--partition", "none", "--", *flags, env=slurm), 2)
+    assert "sbatch refuses the jobs" in err and "partition" in err
+
+    process = start_launch(*words, *own, "--watch", "--", *flags, env=slurm)
+    first = lambda env_id, row: wait_for(process, lambda: has_row(runs_dir, env_id, row))
+    run_dir = first(ENV_ID, 180)
+    (killed,) = [pid for pid in trainers(runs_dir) if ENV_ID in command_line(pid)]
+    os.kill(killed, signal.SIGKILL)  # within its SLURM job it starts again
+    array = json.loads(next(runs_dir.glob(f"launch/*{ENV_ID}*/state.json")).read_text())["slurm"].split("_")[0]
+    first(OTHER_ENV_ID, 180)
+    assert slurm_says(slurm, "scontrol", "requeue", f"{array}_1") == ""  # as a preemption or an administrator
+    first(ENV_ID, 400)
+    slurm_says(slurm, "scancel", "--signal=USR2", f"{array}_0")  # as before its time limit
+    again, _ = finish_launch(start_launch(*words, *own, "--", *flags, env=slurm))
+    assert "2 jobs: 2 skipped" in again and "runs or waits already: " in again
+    out, _ = finish_launch(process)
+    assert out.count(": done, step 900/900") == 2
+    restarts = [json.loads(path.read_text())["starts"] - 1 for path in sorted(runs_dir.glob("launch/*/state.json"))]
+    assert restarts == [2, 1]
+
+    run("floq", *flags, "--env-id", ENV_ID, "--num-seeds", 2, "--runs-dir", tmp_path / "uninterrupted", env=ONE_THREAD)
+    assert_same_csv(run_dir, only_run(tmp_path / "uninterrupted"))
+    out, _ = finish_launch(start_launch(*words, *own, "--", *flags, env=slurm))
+    assert "2 jobs: 2 skipped" in out and out.count("done: ") == 2
+
+
+def has_row(runs_dir, env_id, step):
+    """The run directory of an environment once its train.csv has a step."""
+    found = [path for path in runs_dir.glob(f"{env_id}__*/train.csv") if f"\n{step}," in path.read_text()]
+    return found and found[0].parent
