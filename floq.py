@@ -141,7 +141,7 @@ class Args:
 
     # Speed
     compile: bool = True
-    """compile the losses with torch.compile (up to a minute when a size is new to the machine, then faster updates)"""
+    """compile the losses with torch.compile (up to two minutes when a size is new to the machine, then faster updates)"""
     cudagraphs: bool = True
     """replay the whole update as one CUDA graph (on a GPU)"""
     matmul_precision: Optional[Literal["highest", "high", "medium"]] = None

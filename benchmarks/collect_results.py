@@ -1,7 +1,7 @@
 """Brings finished runs into benchmarks/results: their evaluations and what made them.
 
     python -m benchmarks.collect_results runs/RUN_DIR [runs/RUN_DIR ...]
-    python -m benchmarks.collect_results runs/*
+    python -m benchmarks.collect_results runs/*__* --skip    # leave out, instead of refuse, what is unfinished
 
 Writes `benchmarks/results/{method}/{env_id}/{run}.csv`, the run's eval.csv, and `{run}.json`: its arguments, versions, device,
 data with its hash, wall time, and the settings that are not the published ones. A run that is unfinished, that has no
@@ -36,6 +36,8 @@ class CollectResultsArgs:
     """run directories"""
     output: str = str(scores.ROOT / "results")
     """directory of the results"""
+    skip: bool = False
+    """leave out runs that are unfinished or have no identity (it is said which), instead of collecting nothing"""
 
 
 def settings(args):
@@ -118,7 +120,13 @@ def main(args):
         }
     new = {}
     for run_dir in args.run_dirs:
-        info, evaluations = read_run(run_dir)
+        try:
+            info, evaluations = read_run(run_dir)
+        except SystemExit:
+            if not args.skip:
+                raise
+            print(f"{run_dir}: left out")
+            continue
         seeds = range(info["args"]["seed"], info["args"]["seed"] + info["args"]["num_seeds"])
         others = [claimed[key] for seed in seeds if (key := (scores.experiment(info), seed)) in claimed]
         path = output / info["algorithm"] / scores.canonical(info["args"]["env_id"]) / f"{run_name(info)}.csv"

@@ -8,7 +8,7 @@ from common import warn
 def compile_losses(agent, announce=True):
     """Compiles an agent's critic_loss and actor_loss with torch.compile, which joins chains of elementwise operations.
 
-    Compiling happens in the first update: up to a minute, a few seconds where torch finds its cache from an earlier run
+    Compiling happens in the first update: up to two minutes, a few seconds where torch finds its cache from an earlier run
     (TORCHINDUCTOR_CACHE_DIR, by default in the system's temporary directory). Without a working compiler, which is tried
     on a small function first, the losses stay as they are, with a warning.
     """
@@ -21,7 +21,8 @@ def compile_losses(agent, announce=True):
         )
         return
     print(
-        "compiling the losses in the first update: up to a minute, less another time (--no-compile: none)", flush=True
+        "compiling the losses in the first update: up to two minutes, less another time (--no-compile: none)",
+        flush=True,
     )
     agent.critic_loss, agent.actor_loss = torch.compile(agent.critic_loss), torch.compile(agent.actor_loss)
 

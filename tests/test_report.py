@@ -288,6 +288,10 @@ def test_results_without_identity_are_refused(tmp_path, capsys):
     assert "claim the same identity" in read()
     (run_dir / "eval.csv").unlink()
     assert "unfinished" in refused(capsys, collect, tmp_path / "other", run_dir)
+    words = (str(run_dir), str(write_run(tmp_path / "b", [0.4], first_seed=7)))
+    collect_results.main(collect_results.CollectResultsArgs(words, str(tmp_path / "other"), skip=True))
+    assert f"{run_dir}: left out" in capsys.readouterr().out
+    assert [run["seeds"] for run in scores.read_results(tmp_path / "other")] == [[7]]
 
 
 # --- Report ---
