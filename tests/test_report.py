@@ -74,6 +74,13 @@ def test_score_is_the_mean_of_the_last_three_evaluations():
     }
 
 
+def test_best_and_last_evaluations_are_no_scores():
+    curves = {"offline": {0: {1: 0.0, 10: 80.0, 20: 60.0, 30: 40.0}, 1: {1: 0.0, 10: 20.0, 20: 30.0, 30: 40.0}}}
+    row = report.summarize([(curves, "offline-last3")])
+    assert row["samples"] == [60.0, 30.0] and row["last"] == 40.0 and row["best"] == 60.0
+    assert "verdict" not in row
+
+
 def test_intervals_are_students_and_welchs():
     np.testing.assert_allclose(scores.interval([1.0, 2.0, 3.0]), (2.0, 4.302653 / 3**0.5), rtol=1e-6)
     assert np.isnan(scores.interval([5.0])[1])
@@ -137,6 +144,8 @@ def test_iqm_and_its_stratified_bootstrap():
     mean, low, high = scores.iqm([[40.0, 60.0, 45.0], [50.0, 70.0, 55.0]])
     assert low < mean < high
     assert np.isnan(scores.iqm([[40.0], [50.0, 60.0]])[1])
+    one_seed_off = [[50.0, 51.0, 52.0, 49.0, 50.0, 51.0, 52.0, 49.0], [50.0, 51.0, 52.0, 0.0, 50.0, 49.0, 51.0, 52.0]]
+    assert scores.iqm(one_seed_off)[1] > 49  # in every resample too
     rng, inside = np.random.default_rng(0), []
     for _ in range(200):
         _, low, high = scores.iqm(list(rng.normal([[40.0], [60.0], [80.0]], 5.0, (3, 8))), num_resamples=300)
@@ -159,6 +168,17 @@ def test_published_scores_are_read():
     assert ("fql", TASK.format(2), "online-start") in reported
     assert scores.canonical("antsoccer-arena-navigate-singletask-v0") == "antsoccer-arena-navigate-singletask-task4-v0"
     assert scores.canonical("visual-scene-play-singletask-v0") == "visual-scene-play-singletask-task2-v0"
+
+
+def test_a_primary_source_comes_first_wherever_it_stands(tmp_path):
+    lines = [",".join(scores.REPORTED_COLUMNS)]
+    lines += [f"fql,t,1,offline-last3,{mean},,8,{kind},source {mean}" for mean, kind in
+              ((50, "secondary"), (60, "secondary"), (70, "primary"), (80, "primary"))]  # fmt: skip
+    path = tmp_path / "reported.csv"
+    path.write_text("\n".join(lines) + "\n")
+    assert scores.read_reported(path)["fql", "t", "offline-last3"]["mean"] == 70
+    path.write_text("\n".join(lines[:3]) + "\n")
+    assert scores.read_reported(path)["fql", "t", "offline-last3"]["mean"] == 50
 
 
 @pytest.mark.parametrize(
