@@ -350,7 +350,7 @@ def draw_curves(path, rows, reported):
         axes.set(title=title + (" (reduced run)" if row["changed"] else ""), ylim=(-3, 103), xlabel="updates")
         axes.title.set_fontsize("medium")
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper left", fontsize="small")
+        axes.legend(fontsize="small")
     for axes in panels.flat[len(rows) :]:
         axes.set_visible(False)
     for axes in panels[:, 0]:
