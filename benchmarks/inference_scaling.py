@@ -3,9 +3,9 @@
     python -m benchmarks.inference_scaling --run runs/RUN_DIR
     python -m benchmarks.inference_scaling --run runs/RUN_DIR --episodes 20 --output docs/evor_inference
 
-Nothing is trained: each setting changes one of --num-actions, --tau-q, --tau-r and --num-returns of the run (evor.py --evaluate does
-one).
-Writes OUTPUT.csv, one row a setting and seed, as it goes, and OUTPUT.png: means over the seeds with 95% intervals.
+Nothing is trained: each setting changes one of --num-actions, --tau-q, --tau-r and --num-returns of the run (evor.py
+--evaluate does one). Writes OUTPUT.csv, one row a setting and seed, as it goes, and OUTPUT.png:
+means over the seeds with 95% intervals.
 """
 
 import time
@@ -67,7 +67,7 @@ def draw(path, rows, base):
     for axes, name in zip(panels, SWEEPS):
         values = sorted({row[name] for row in rows if row["sweep"] == name})
         groups = [[100 * row["success"] for row in rows if row["sweep"] == name and row[name] == v] for v in values]
-        means, halves = np.array([interval(group) for group in groups]).T
+        means, halves = np.nan_to_num([interval(group) for group in groups]).T  # no bar for one seed
         axes.errorbar(values, means, yerr=halves, marker="o", capsize=3)
         for value, group in zip(values, groups):
             axes.scatter([value] * len(group), group, color="grey", s=8, alpha=0.6)
@@ -116,7 +116,7 @@ if __name__ == "__main__":
         new = [{"sweep": name} | setting | row for row in known[key]]
         rows += new
         runs.append_rows(output.with_suffix(".csv"), new)
-        mean, half = interval([100 * row["success"] for row in new])
+        mean, half = np.nan_to_num(interval([100 * row["success"] for row in new]))
         tqdm.write(f"{name} {setting[name]:g}: success {mean:.1f}% +- {half:.1f} ({time.perf_counter() - start:.0f} s)")
     rollout.stop_workers(workers)
     draw(output.with_suffix(".png"), rows, base)

@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
-from common import envs, fail, num_cores, warn
+from common import envs, fail, num_cores, python_environment, warn
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5
@@ -251,11 +251,6 @@ def resolve(jobs):
             raise
         fail(f"--methods {file} reads no arguments as the algorithms here do (runs.parse_args, runs.setup_torch)")
     return {"jobs": answers, "gpus": torch.cuda.device_count()}
-
-
-def python_environment():
-    """The environment variables of a child process that imports this project."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
 
 
 # --- What there is of a job ---

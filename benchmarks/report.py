@@ -96,8 +96,8 @@ def make_rows(runs, reported):
         reported: of scores.read_reported.
 
     Returns:
-        list of {COLUMNS..., samples, curves}; measured rows first have `changed` empty for published settings. A published
-        score without a run is a row with the verdict `not run`.
+        list of {COLUMNS..., samples, members}, sorted; `changed` is empty for published settings, `members` are a measured
+        row's runs. A published score without a run is a row with the verdict `not run`.
     """
     groups = defaultdict(list)
     for run in runs:

@@ -6,6 +6,7 @@ here imports an algorithm.
 
 import os
 import sys
+from pathlib import Path
 
 
 def fail(message):
@@ -22,3 +23,9 @@ def warn(message):
 def num_cores():
     """CPU cores that this process may use (a scheduler may have given it fewer than the machine has)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def python_environment():
+    """The environment variables of a child process that has to import this project."""
+    root = str(Path(__file__).resolve().parent.parent)
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}

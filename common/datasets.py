@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import envs, fail, pixels, warn
+from common import envs, fail, pixels, python_environment, warn
 
 # Hosts that serve OGBench's files; CLEANFLOW_DATASET_MIRRORS (comma-separated base URLs) is tried first.
 MIRRORS = ("https://rail.eecs.berkeley.edu/datasets/ogbench",)
@@ -90,12 +90,6 @@ def only_one(path):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
         lock.unlink(missing_ok=True)
-
-
-def python_environment():
-    """The environment variables of a child process that has to import `common`."""
-    root = str(Path(__file__).resolve().parent.parent)
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
 
 
 # --- Download ---

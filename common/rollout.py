@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import num_cores
-from common.datasets import python_environment
+from common import num_cores, python_environment
 
 # Environments of a seed (a manipulation one takes 0.2 GB). A constant, since the last bits of a matrix product depend on
 # how many rows it has: so the same policy acts the same on any number of cores.

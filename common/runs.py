@@ -135,8 +135,6 @@ def explain_out_of_memory(num_seeds, device, kind, error, traceback):
     """Exception hook: if torch found no memory, a message with a number of seeds that may fit, and exit code 2; else the
     usual traceback. What is needed is known up to the allocation that failed: at most half of the seeds are suggested.
     """
-    import resource  # not on every system
-
     size = re.search(r"ried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", str(error))
     if not issubclass(kind, RuntimeError) or size is None:
         return sys.__excepthook__(kind, error, traceback)
@@ -144,6 +142,8 @@ def explain_out_of_memory(num_seeds, device, kind, error, traceback):
     if device.type == "cuda":
         used, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
     else:
+        import resource  # not on every system
+
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]

@@ -185,7 +185,6 @@ def test_stacked_seeds_start_and_draw_as_each_seed_alone(algorithm, online):
 
 @pytest.mark.gpu
 def test_graph_replay_equals_eager_updates_and_uses_fresh_noise(algorithm):
-
     agents = [make_agent(small_args(algorithm), (0, 1)).cuda() for _ in range(2)]
     for agent in agents:
         agent.make_optimizer()
