@@ -98,6 +98,7 @@ def test_out_of_memory_says_how_many_seeds_may_fit(monkeypatch, capsys):
     monkeypatch.setattr("sys.platform", "linux")
     explain = lambda error, seeds: runs.explain_out_of_memory(seeds, torch.device("cpu"), type(error), error, None)
     small = RuntimeError(str(caught.value).replace(str(2**60), str(31 * 2**30)))
+    smaller = RuntimeError(str(caught.value).replace(str(2**60), str(13 * 2**30)))  # only the first of what is needed
     for error, seeds, message in (
         (
             small,
@@ -109,6 +110,7 @@ def test_out_of_memory_says_how_many_seeds_may_fit(monkeypatch, capsys):
             1,
             "out of memory with 1 seed: 32.0 GiB or more are needed, the machine has 16.0; take a smaller --batch",
         ),
+        (smaller, 10, "14.0 GiB or more are needed, the machine has 16.0; --num-seeds 5 may fit"),
         (caught.value, 10, "take a smaller --batch-size"),
     ):
         with pytest.raises(SystemExit) as stopped:
