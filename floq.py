@@ -329,9 +329,9 @@ def hl_gauss(z, edges, sigma):
     Returns:
         (..., bins), non-negative with sum 1; zeros where z is so far outside that the whole range has no mass.
     """
-    cdf = torch.erf((edges - z) / (math.sqrt(2) * sigma * (edges[1] - edges[0])))
-    total = cdf[..., -1:] - cdf[..., :1]
-    return cdf.diff(dim=-1) / torch.where(total > 0, total, 1.0)
+    mass = torch.erf((edges - z) / (math.sqrt(2) * sigma * (edges[1] - edges[0]))).diff(dim=-1)  # (..., bins)
+    total = mass.sum(dim=-1, keepdim=True)
+    return mass / torch.where(total > 0, total, 1.0)
 
 
 def init_weights(module, seeds):

@@ -1,0 +1,112 @@
+"""Updates, policies, replay and graph capture on a GPU, as far as they can be tested without one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common import graphs
+from conftest import ALGORITHMS, ROOT, make_agent, random_inputs, small_args
+
+
+@pytest.fixture(scope="module")
+def pretended():
+    """{case: None or an error} of pretend_gpu.py, in a process of its own, since a pretended device cannot be taken back."""
+    command = [sys.executable, ROOT / "tests" / "pretend_gpu.py"]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    return dict(json.loads(line) for line in result.stdout.splitlines())
+
+
+CASES = [f"{algorithm} {phase}" for algorithm in ALGORITHMS for phase in ("offline", "online")] + ["value_flows pixels"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_update_stays_on_the_device_and_never_waits_for_it(case, pretended):
+    """Which is also what a CUDA graph needs: no copy from or to the host, no value read, no random number drawn."""
+    assert pretended[case] is None
+
+
+MISTAKES = {
+    "reads a value": "local_scalar_dense",
+    "branches on a value": "local_scalar_dense",
+    "copies to the host": "copies between",
+    "brings an index from the host": "copies between",
+    "mixes devices": "two devices",
+    "has a shape that depends on values": "nonzero",
+    "draws random numbers": "draws random numbers",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_pretended_device_notices_an_update_that(mistake, pretended):
+    assert MISTAKES[mistake] in pretended[f"floq {mistake}"]
+
+
+# --- The logic around a CUDA graph, with a stand-in for the graph ---
+
+
+class PretendGraph:
+    """Stands in for torch.cuda.CUDAGraph: a replay computes from the captured inputs into the captured outputs."""
+
+    def replay(self):
+        for name, value in self.update(self.inputs).items():
+            self.outputs[name].copy_(value)
+
+
+class PretendStream:
+    """Stands in for torch.cuda.Stream and, given a graph, for torch.cuda.graph."""
+
+    graph = None  # being captured
+
+    def __init__(self, graph=None):
+        self.own = graph
+
+    def __enter__(self):
+        PretendStream.graph = self.own
+
+    def __exit__(self, *_):
+        PretendStream.graph = None
+
+    def wait_stream(self, other):
+        pass
+
+
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_capturing_leaves_the_agent_as_it_was_and_replays_take_fresh_inputs(algorithm, monkeypatch):
+    for name in ("Stream", "current_stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, PretendStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendGraph)
+    eager, captured = (make_agent(small_args(algorithm), (0, 1)) for _ in range(2))
+    batch, noise = random_inputs(eager, (0, 1), 0)
+    calls = []
+
+    def update(inputs):
+        calls.append(PretendStream.graph is not None)
+        split = [{name: inputs[name] for name in names} for names in (batch, noise)]
+        graph = PretendStream.graph
+        if graph is None:
+            return captured.update(*split)
+        graph.update, graph.inputs = update, inputs  # while capturing, nothing is computed
+        graph.outputs = {name: torch.full_like(value, torch.nan) for name, value in shapes.items()}
+        return graph.outputs
+
+    shapes = make_agent(small_args(algorithm), (0, 1)).update(batch, noise)
+    inputs = {name: value.as_subclass(OnGpu) for name, value in (batch | noise).items()}
+    replay = graphs.capture(update, inputs, captured.state_tensors())
+    assert calls == [False, False, False, True]
+    for number in range(3):
+        batch, noise = random_inputs(eager, (0, 1), number)
+        expected = eager.update(batch, noise)
+        for name, value in replay(batch | noise).items():
+            assert torch.equal(value, expected[name]), (name, number)
+    for a, b in zip(eager.state_tensors(), captured.state_tensors()):
+        assert torch.equal(a, b)
