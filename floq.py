@@ -7,7 +7,7 @@ with an EMA copy. A plain critic is distilled from the flow; it gives the policy
 behaviour-cloning flow, distilled into a one-step policy that maximises the critic.
 
     python floq.py --quick                                            # minutes on two CPU cores, data included
-    python floq.py --env-id cube-single-play-singletask-v0            # the published configuration
+    python floq.py --env-id cube-single-play-singletask-v0            # the published hyperparameters
     python floq.py --env-id puzzle-3x3-play-singletask-v0 --num-seeds 8 --track    # eight seeds in one process
 
 Notation in the shapes: S seeds, E ensemble members, B batch, m noise samples, N rows, A action dimension, H width.
@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import checkpoint, datasets, envs, fail, graphs, rollout, runs
+from common import checkpoint, datasets, envs, fail, graphs, rollout, runs, warn
 
 
 # --- Arguments ---
@@ -92,7 +92,7 @@ class Args:
     """discount factor"""
     tau: float = 0.005
     """EMA rate of the target velocity network"""
-    alpha: float = 300.0
+    alpha: float = 10.0
     """weight of the distillation towards the behaviour-cloning flow"""
     noise_samples: int = 8
     """noise samples m a transition in the critic loss"""
@@ -113,7 +113,7 @@ class Args:
     distill_num_ensembles: int = 2
     """distilled critics"""
     use_prob_embed: bool = True
-    """embed z as an HL-Gauss histogram before the velocity network, instead of the raw scalar"""
+    """embed z as an HL-Gauss histogram before the velocity network, instead of scaling its range to [0, 1]"""
     num_bins: int = 51
     """edges of that histogram"""
     sigma: float = 16.0
@@ -278,7 +278,10 @@ class Velocity(nn.Module):
     def embed(self, z, t):
         """[emb(z), emb(t)]: (..., N, 1) and t of the same shape or a float -> (..., N, z_dim + t_dim)."""
         t = t if torch.is_tensor(t) else torch.full_like(z, t)
-        z_embedding = hl_gauss(z, self.edges, self.sigma) if self.use_prob_embed else z
+        if self.use_prob_embed:
+            z_embedding = hl_gauss(z, self.edges, self.sigma)
+        else:
+            z_embedding = (z - self.edges[0]) / (self.edges[-1] - self.edges[0])
         t_embedding = torch.cos(t if self.time_embedding == "cos" else t * self.frequencies)
         return torch.cat([z_embedding, t_embedding], dim=-1)
 
@@ -536,9 +539,11 @@ class Agent(nn.Module):
 
 
 if __name__ == "__main__":
-    args, resumed = runs.parse_args(Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "reward_offset"))
+    args, resumed = runs.parse_args(Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "noise_coverage", "reward_offset"))
     if args.num_bins < 2:
         fail(f"--num-bins {args.num_bins}: a histogram needs at least 2 edges")
+    if args.train_at_zero_only and args.critic_flow_steps > 1:
+        warn(f"--train-at-zero-only with --critic-flow-steps {args.critic_flow_steps}: only step 1 has a trained velocity")
     if envs.is_pixels(args.env_id):
         fail(f"--env-id {args.env_id}: floq.py works on state observations, as its paper does")
     device = runs.setup_torch(args)

@@ -7,7 +7,7 @@ spread; transitions with uncertain returns weigh more. One Euler step reads off 
 behaviour-cloning flow and takes the best (rejection sampling); online, a distilled one-step policy explores.
 
     python value_flows.py --quick                                         # minutes on two CPU cores, data included
-    python value_flows.py --env-id cube-double-play-singletask-task1-v0   # the published configuration
+    python value_flows.py --env-id cube-double-play-singletask-task1-v0   # the published hyperparameters
     python value_flows.py --env-id scene-play-singletask-v0 --num-seeds 8 --online-timesteps 1000000  # then online
 
 Notation in the shapes: S seeds, E ensemble members, B batch, C candidate actions, N rows, A action dimension, H width.
@@ -333,6 +333,11 @@ class Agent(nn.Module):
         """What `network` sees of observations: states as they are, pixels through its own encoder (both fields share one)."""
         return self.encoders[network](observations) if self.is_pixels else observations
 
+    def augment(self, batch, noise):
+        """The batch with pixels shifted, a row's observation and next observation alike; states as they are."""
+        names = ("observations", "next_observations") if self.is_pixels else ()
+        return batch | {name: pixels.crop(batch[name], noise["crop"]) for name in names}
+
     def make_optimizer(self):
         """One Adam over all networks (Adam is elementwise, so several would be the same)."""
         parameters = [p for p in self.parameters() if p.requires_grad]
@@ -523,9 +528,7 @@ class Agent(nn.Module):
 
     def update(self, batch, noise):
         """One update of every seed; returns the losses at the weights before it, {name: (S,)}."""
-        if self.is_pixels:  # one shift for a row's observation and next observation
-            images = ("observations", "next_observations")
-            batch = batch | {name: pixels.crop(batch[name], noise["crop"]) for name in images}
+        batch = self.augment(batch, noise)
         self.optimizer.zero_grad()
         critic_loss, critic_metrics = self.critic_loss(batch, noise)
         critic_loss.sum().backward()
@@ -545,6 +548,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def statistics(self, batch, noise):
         """What only a log line needs, at the present weights: {name: (S,)}."""
+        batch = self.augment(batch, noise)
         q_noise = noise["logged_q"].unsqueeze(2)  # (S, B, 1, 1)
         q = self.q_values(batch["observations"], batch["actions"].unsqueeze(2), q_noise)  # (S, B, 1)
         return {"critic/q_mean": q.mean(dim=(1, 2))}

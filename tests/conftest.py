@@ -204,7 +204,7 @@ def make_agent(args, seeds=(0,), obs_dim=5, action_dim=3, min_reward=-1.0, max_r
     for s, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed + 100)
         for name, parameter in agent.named_parameters():
-            if name.startswith("target_"):
+            if "target_" in name:  # encoders' too
                 parameter.data[s] += 0.1 * torch.randn(parameter.shape[1:], generator=generator)
     agent.make_optimizer()
     return agent

@@ -142,22 +142,68 @@ def test_terminal_rows_have_their_reward_as_target(algorithm):
     torch.testing.assert_close(target, expected)
 
 
+# --- Random numbers ---
+
+UNIFORM = {
+    "floq": {"next_return_ratio", "return_ratio", "time", "bc_time"},
+    "value_flows": {"time", "bc_time"},
+    "q_flow": {"value_time", "policy_time"},
+    "evor": {"time", "policy_time"},
+}
+
+
+def test_random_numbers_are_normal_or_uniform_and_independent(algorithm):
+    """Parity and closed forms are given their random numbers; here are the distributions that updates draw them from."""
+    agent = make_agent(small_args(algorithm))
+    noise = agent.draw_noise(torch.Generator().manual_seed(0), 4_000)
+    noise["act"] = agent.draw_act_noise(torch.Generator().manual_seed(1), 4_000)
+    assert UNIFORM[algorithm] < set(noise)
+    draws = []
+    for name, value in noise.items():
+        draw = value.flatten(1)  # (4000, columns)
+        if name in UNIFORM[algorithm]:
+            assert 0 <= draw.min() < 1e-3 and 1 - 1e-3 < draw.max() < 1, name
+            draw = (draw - 0.5) * 12**0.5
+        else:
+            assert draw.abs().max() > 3.5, name
+        assert draw.mean().abs() < 5 / draw.numel() ** 0.5, name
+        assert (draw.std() - 1).abs() < 5 / draw.numel() ** 0.5, name
+        draws.append(draw)
+    draws = torch.cat(draws, dim=1)  # every single number of an update, and of another seed's action
+    correlations = draws.T @ draws / len(draws) - torch.eye(draws.shape[1])
+    assert correlations.abs().max() < 6.5 / len(draws) ** 0.5
+
+
 # --- Seeds as an axis ---
+
+# Settings beside the default whose code mixes rows, and might mix seeds.
+STACKED = {
+    "floq": [
+        {},
+        dict(normalize_q_loss=True, train_at_zero_only=True, q_agg="min", use_resnets=True, time_embedding="fourier"),
+        dict(use_prob_embed=False, layer_norm=False, actor_layer_norm=True, noise_samples=1, flow_num_ensembles=3),
+    ],
+    "value_flows": [{}, dict(normalize_q_loss=True, q_agg="min", ret_agg="min", num_samples=1, clip_flow_returns=False)],
+    "q_flow": [{}, dict(q_agg="min", use_time_embed=False, num_ensembles=3, flow_steps=1, actor_layer_norm=True)],
+    "evor": [{}, dict(td_target="published", latents="transported", num_ensembles=1, clip_flow_returns=False)],
+}
 
 
 def test_stacked_seeds_equal_each_seed_alone(algorithm):
-    args, seeds = small_args(algorithm), (3, 4, 5)
-    stacked = make_agent(args, seeds)
-    alone = [make_agent(args, (seed,)) for seed in seeds]
-    for update in range(3):
-        out = stacked.update(*random_inputs(stacked, seeds, update))
-        for s, seed in enumerate(seeds):
-            single = alone[s].update(*random_inputs(alone[s], (seed,), update))
-            for name, value in single.items():
-                torch.testing.assert_close(out[name][s], value[0], rtol=1e-4, atol=1e-5)
-    for s in range(3):
-        for stacked_parameter, parameter in zip(stacked.parameters(), alone[s].parameters()):
-            torch.testing.assert_close(stacked_parameter[s], parameter[0], rtol=0, atol=1e-5)
+    seeds = (3, 4, 5)
+    for changes in STACKED[algorithm]:
+        args = small_args(algorithm, **changes)
+        stacked = make_agent(args, seeds)
+        alone = [make_agent(args, (seed,)) for seed in seeds]
+        for update in range(3):
+            out = stacked.update(*random_inputs(stacked, seeds, update))
+            for s, seed in enumerate(seeds):
+                single = alone[s].update(*random_inputs(alone[s], (seed,), update))
+                for name, value in single.items():
+                    torch.testing.assert_close(out[name][s], value[0], rtol=1e-4, atol=1e-5)
+        for s in range(3):
+            for stacked_parameter, parameter in zip(stacked.parameters(), alone[s].parameters()):
+                torch.testing.assert_close(stacked_parameter[s], parameter[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("online", [False, True])

@@ -87,7 +87,8 @@ def test_field_equals_the_velocity_network_written_out(time_embedding, use_prob_
     B, m = 4, 3
     s, a = torch.randn(2, B, 5), torch.rand(2, B, 3)
     z, t = -30 * torch.rand(2, 2, B * m, 1), torch.rand(2, 2, B * m, 1)
-    z_embedding = floq.hl_gauss(z, net.edges, 16.0) if use_prob_embed else z
+    q_min, q_max = -1.01 / 0.01, 0.01 / 0.01
+    z_embedding = floq.hl_gauss(z, net.edges, 16.0) if use_prob_embed else (z - q_min) / (q_max - q_min)
     t_embedding = torch.cos(t) if time_embedding == "cos" else torch.cos(math.pi * torch.arange(1, 65) * t)
     condition = torch.cat([s, a], -1).repeat_interleave(m, dim=1).unsqueeze(1).expand(-1, 2, -1, -1)
     x = torch.cat([condition, z_embedding, t_embedding], dim=-1)
@@ -154,21 +155,40 @@ def test_q_loss_moves_the_onestep_policy_alone_and_its_scale_is_a_constant():
         torch.testing.assert_close(grad, plain[name], rtol=1e-4, atol=1e-7)
 
 
-def test_q_agg_min_is_below_mean():
-    values = {}
-    for q_agg in ("mean", "min"):
-        agent = make_agent(small_args(q_agg=q_agg))
+def test_the_ensemble_is_aggregated_for_each_noise_sample_before_the_mean():
+    """Two members that cross in z: velocities z and -z carry z to 2z and 0 in one step; the smaller depends on z's sign."""
+    for q_agg, expected in (("mean", lambda z: z), ("min", lambda z: (2 * z).clamp(max=0))):
+        agent = make_agent(small_args(q_agg=q_agg, critic_flow_steps=1), min_reward=-1.0, max_reward=1.0)
+        agent.target_floq.field = lambda *_: lambda z, t: torch.cat([z[:, :1], -z[:, 1:]], dim=1)
         batch, noise = random_inputs(agent)
-        values[q_agg] = agent.critic_loss(batch, noise)[1]["critic/target_mean"].item()
-    assert values["min"] < values["mean"]
+        z = -10 + 20 * noise["next_return_ratio"].view(1, 6, 3)  # kappa [r_min, r_max] / (1 - gamma), (S, B, m)
+        target = batch["rewards"] + 0.99 * batch["masks"] * expected(z).mean(dim=2)
+        target_mean = agent.critic_loss(batch, noise)[1]["critic/target_mean"]
+        torch.testing.assert_close(target_mean, target.mean(dim=1))
 
 
-def test_train_at_zero_only_ignores_the_drawn_times():
+def test_train_at_zero_only_is_the_loss_at_time_zero():
     agent = make_agent(small_args(train_at_zero_only=True, critic_flow_steps=1))
     batch, noise = random_inputs(agent)
     first = agent.critic_loss(batch, noise)[0]
-    noise["time"] = 1 - noise["time"]
-    torch.testing.assert_close(agent.critic_loss(batch, noise)[0], first, rtol=0, atol=0)
+    agent.args.train_at_zero_only = False
+    torch.testing.assert_close(agent.critic_loss(batch, noise | {"time": torch.zeros_like(noise["time"])})[0], first)
+
+
+def test_ranges_steps_and_norms_follow_the_arguments():
+    args = small_args(noise_coverage=0.25, gamma=0.9, layer_norm=False, actor_layer_norm=True, actor_flow_steps=3)
+    agent = make_agent(args, min_reward=-2.0, max_reward=1.0)
+    assert (agent.z_low, agent.z_high) == pytest.approx((-5.0, 2.5))
+    assert (agent.floq.edges[0].item(), agent.floq.edges[-1].item()) == pytest.approx((-20.1, 10.1))
+    normed = {name for name, module in agent.named_children() if any("scales" in n for n, _ in module.named_parameters())}
+    assert normed == {"actor_bc_flow", "actor_onestep_flow"}
+    batch, noise = random_inputs(agent)
+    x, s = noise["distill"], batch["observations"]
+    with torch.no_grad():
+        for k in range(3):
+            x = x + agent.bc_velocity(s, x, torch.full_like(noise["bc_time"], k / 3)) / 3
+        distance = (agent.onestep_action(s, noise["distill"]) - x.clamp(-1, 1)).square().mean(dim=(1, 2))
+    torch.testing.assert_close(agent.actor_loss(batch, noise)[1]["actor/distill_loss"], distance)
 
 
 def test_value_flow_learns_a_constant_return():

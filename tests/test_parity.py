@@ -80,6 +80,10 @@ def in_our_order(key, array):
     return np.roll(array, -2, axis=-2) if moves else array
 
 
+# About four times the largest differences seen: a loss that differs more is another loss, not other rounding.
+RTOL = {"floq": 1e-5, "value_flows": 3e-5, "q_flow": 8e-5}
+
+
 @pytest.mark.parametrize("num_seeds", [1, 3], ids=["alone", "stacked"])
 @pytest.mark.parametrize("path", CASES, ids=[path.stem for path in CASES])
 def test_parity(path, num_seeds):
@@ -111,13 +115,13 @@ def test_parity(path, num_seeds):
             assert mine.shape == (num_seeds, *value.shape)
             # A loss near zero is a difference of larger terms, hence the small absolute tolerance.
             np.testing.assert_allclose(
-                mine.detach().numpy(), stack(value), rtol=1e-4, atol=1e-6, err_msg=f"{name}, update {update}"
+                mine.detach().numpy(), stack(value), rtol=RTOL[meta["method"]], atol=1e-6, err_msg=f"{name}, update {update}"
             )
 
     for key in [key for key in data if key.startswith("params_after/")]:
         parameter = parameter_of(agent, key).numpy()
         for s in range(num_seeds):
-            np.testing.assert_allclose(parameter[s].reshape(data[key].shape), data[key], rtol=0, atol=1e-5, err_msg=key)
+            np.testing.assert_allclose(parameter[s].reshape(data[key].shape), data[key], rtol=0, atol=1e-6, err_msg=key)
 
 
 @pytest.mark.parametrize("method", sorted(set(ALGORITHMS) - {"evor"}))  # EVOR's authors have released no code to record

@@ -152,6 +152,55 @@ def test_value_flows_on_images_moves_each_networks_own_encoder():
     assert actions.shape == (2, agent.args.batch_size, 3)
 
 
+def test_each_network_sees_the_shifted_images_through_its_own_encoder(monkeypatch):
+    agent = make_agent(small_args("value_flows"), seeds=(0, 1), obs_dim=SHAPE)
+    assert not torch.equal(agent.encoders["target_critic_flow"].weight, agent.encoders["critic_flow"].weight)
+    batch, noise = image_inputs(agent, 2)
+    noise["crop"] = torch.randint(7, noise["crop"].shape)
+    shifted = {name: pixels.crop(batch[name], noise["crop"]) for name in ("observations", "next_observations")}
+    names = {id(encoder): name for name, encoder in agent.encoders.items()}
+    seen, forward = set(), pixels.Encoder.forward
+
+    def watched(encoder, images):
+        which = [name for name, image in shifted.items() if torch.equal(images, image)]
+        seen.add((names[id(encoder)], *which))
+        return forward(encoder, images)
+
+    monkeypatch.setattr(pixels.Encoder, "forward", watched)
+    batch_shifted = batch | shifted
+    agent.critic_loss(batch_shifted, noise)
+    online, target = "critic_flow", "target_critic_flow"
+    now, later = "observations", "next_observations"
+    critic = {("actor_flow", later), (online, later), (target, later), (target, now), (online, now)}
+    assert seen == critic
+    seen.clear()
+    agent.actor_loss(batch_shifted, noise)
+    actor = {("actor_flow", now), ("actor_onestep_flow", now), (online, now)}
+    assert seen == actor
+    seen.clear()
+    agent.statistics(batch, noise)
+    assert seen == {(online, now)}
+    seen.clear()
+    agent.update(batch, noise)
+    assert seen == critic | actor
+
+
+def test_on_images_the_losses_are_those_of_states_with_the_encoders_outputs():
+    images = make_agent(small_args("value_flows"), seeds=(0, 1), obs_dim=SHAPE)
+    states = make_agent(small_args("value_flows"), seeds=(0, 1), obs_dim=512)
+    states.load_state_dict({name: v for name, v in images.state_dict().items() if not name.startswith("encoders")})
+    first = images.encoders["critic_flow"].state_dict()
+    for encoder in images.encoders.values():
+        encoder.load_state_dict(first)
+    batch, noise = image_inputs(images, 2)
+    with torch.no_grad():
+        encoded = {name: images.encoders["critic_flow"](batch[name]) for name in ("observations", "next_observations")}
+    for loss in ("critic_loss", "actor_loss"):
+        mine, expected = getattr(images, loss)(batch, noise)[1], getattr(states, loss)(batch | encoded, noise)[1]
+        for name, value in mine.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
+
+
 def test_stacked_seeds_on_images_equal_each_seed_alone():
     args = small_args("value_flows")
     stacked = make_agent(args, seeds=(0, 1), obs_dim=SHAPE)

@@ -260,21 +260,6 @@ def test_bad_arguments(words, message):
     assert_refused("value_flows", words, message)
 
 
-def test_published_settings():
-    settings = functools.partial(parse, "value_flows", "--env-id")
-    args = settings("cube-triple-play-singletask-task1-v0")
-    assert (args.gamma, args.bcfm_lambda, args.confidence_weight_temp, args.alpha) == (0.995, 3.0, 0.03, 10.0)
-    args = settings("visual-puzzle-3x3-play-singletask-v0")
-    assert (args.total_timesteps, args.bcfm_lambda, args.confidence_weight_temp, args.ret_agg) == (
-        500_000,
-        0.3,
-        0.3,
-        "min",
-    )
-    args = settings("antmaze-large-navigate-singletask-v0", "--online-timesteps", "5")
-    assert (args.bcfm_lambda, args.confidence_weight_temp, args.alpha, args.q_agg) == (10.0, 0.01, 30.0, "min")
-
-
 # --- A return distribution that is known ---
 
 
