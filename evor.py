@@ -10,7 +10,7 @@ softmax of the ratings. How many candidates and how greedily is chosen at infere
     python evor.py --evaluate runs/RUN_DIR --num-actions 64 --tau-q 0.1     # a trained run, improved more
 
 The authors have released no code; docs/evor.md says what the paper states, what it leaves open, and why each choice here
-was made.
+was made. One differs from the paper: the default label of flow TD is the exact one (`--td-target published`: the paper's).
 
 Notation in the shapes: S seeds, E ensemble members, B batch, C candidate actions, R return samples, N rows, A action
 dimension, H width.
@@ -137,7 +137,7 @@ class Args:
 # The paper's settings where they differ from the defaults: the same in all environments.
 TUNED = {}
 
-# What offline-to-online runs change further: the paper has none.
+# What offline-to-online runs change further: none are known.
 TUNED_ONLINE = {}
 
 # What --evaluate may change.
@@ -320,7 +320,7 @@ class Agent(nn.Module):
             "time": uniform(B, 1),
             "policy_action": normal(B, A),
             "policy_time": uniform(B, 1),
-        }
+        } | ({"label_action": normal(B, A)} if self.args.td_target == "published" else {})
 
     def draw_act_noise(self, generator, num_steps):
         """The random numbers of `num_steps` actions of one seed: (num_steps, C A + C + R), see `act`."""
@@ -402,10 +402,13 @@ class Agent(nn.Module):
             z_1 = target if args.latents == "own" else next_return
             z_t = (1 - t) * z_0 + t * z_1  # (S, B, 1)
 
-        # 3. Its label: the velocity of the straight way, or the paper's Bellman equation of fields.
+        # 3. Its label: the velocity of the straight way, or the paper's Bellman equation of fields, whose mean over a'
+        #    is that of the base policy whatever z_t is: hence another a' than the one that made z_t.
         if args.td_target == "exact":
             label = target - z_0  # (S, B, 1)
         else:
+            next_actions = self.flow_actions(next_observations, noise["label_action"].unsqueeze(2)).squeeze(2)
+            velocity = self.target_critic_flow.field(ensemble(torch.cat([next_observations, next_actions], dim=-1)))
             next_velocity = velocity(ensemble(z_t), ensemble(t)).mean(dim=1)  # (S, B, 1)
             label = rewards + args.gamma * masks * next_velocity  # (S, B, 1)
         return z_t, label, target
@@ -529,7 +532,7 @@ if __name__ == "__main__":
     replay = datasets.make_replay(dataset, args.num_seeds, args.online_timesteps)
     if resumed is not None:
         agent.load_state_dict(resumed["agent"])
-        agent.optimizer.load_state_dict(resumed["optimizer"])
+        checkpoint.restore_optimizer(agent.optimizer, resumed["optimizer"])
         datasets.restore_replay(replay, resumed["replay"])
     if args.compile:
         graphs.compile_losses(agent)

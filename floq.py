@@ -566,7 +566,7 @@ if __name__ == "__main__":
     replay = datasets.make_replay(dataset, args.num_seeds, args.online_timesteps)
     if resumed is not None:
         agent.load_state_dict(resumed["agent"])
-        agent.optimizer.load_state_dict(resumed["optimizer"])
+        checkpoint.restore_optimizer(agent.optimizer, resumed["optimizer"])
         datasets.restore_replay(replay, resumed["replay"])
     if args.compile:
         graphs.compile_losses(agent)

@@ -6,7 +6,7 @@ x then bends the flow: the velocity is regressed on the behaviour's velocity plu
 differentiated through the solver, there is no cloning network and no distillation; the policy that acts is the flow.
 
     python q_flow.py --quick                                            # minutes on two CPU cores, data included
-    python q_flow.py --env-id cube-single-play-singletask-v0            # the published configuration
+    python q_flow.py --env-id cube-single-play-singletask-v0            # the published hyperparameters
     python q_flow.py --env-id antmaze-giant-navigate-singletask-v0 --num-seeds 8 --online-timesteps 1000000  # then online
 
 Notation in the shapes: S seeds, E ensemble members, B batch, N rows, A action dimension, H width.
@@ -103,6 +103,8 @@ class Args:
     """give the intermediate value sines and cosines of the flow time instead of the raw number"""
     time_embed_dim: int = 64
     """their number, even"""
+    actor_time_embed: bool = False
+    """give them to the flow policy too (paper); the released code gives it the raw number"""
     layer_norm: bool = True
     """layer normalisation in the critic and the intermediate value"""
     value_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
@@ -283,11 +285,12 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.action_dim = args, action_dim
         time_dim = args.time_embed_dim if args.use_time_embed else 1
+        policy_time_dim = args.time_embed_dim if args.actor_time_embed else 1
 
         S, E = len(seeds), args.num_ensembles
-        policy_dims = (obs_dim + action_dim + 1, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
-        critic_dims = (obs_dim + action_dim, *args.value_hidden_dims, 1)  # inputs [s, a]
-        value_dims = (obs_dim + action_dim + time_dim, *args.value_hidden_dims, 1)  # inputs [s, x, emb(t)]
+        policy_dims = (obs_dim + action_dim + policy_time_dim, *args.actor_hidden_dims, action_dim)  # [s, x, t]
+        critic_dims = (obs_dim + action_dim, *args.value_hidden_dims, 1)  # [s, a]
+        value_dims = (obs_dim + action_dim + time_dim, *args.value_hidden_dims, 1)  # [s, x, emb(t)]
         self.critic = MLP((S, E), critic_dims, args.layer_norm)
         self.inner_value = MLP((S, E), value_dims, args.layer_norm)
         self.actor_flow = MLP((S,), policy_dims, args.actor_layer_norm)
@@ -330,6 +333,12 @@ class Agent(nn.Module):
         """The random numbers of `num_steps` actions of one seed: (num_steps, A)."""
         return torch.randn(num_steps, self.action_dim, generator=generator, device=generator.device)
 
+    def policy_velocity(self, observations):
+        """u(s, x, t) as a function of x (S, N, A) and t (S, N, 1): (S, N, D) -> (S, N, A)."""
+        velocity = self.actor_flow.field(observations)
+        embed = lambda t: embed_time(t, self.args.time_embed_dim) if self.args.actor_time_embed else t
+        return lambda x, t: velocity(x, embed(t))
+
     def roll_out(self, observations, x, t):
         """Carries latents from their flow time t to the action at 1: K Euler steps of min(1 / K, what is left).
 
@@ -339,7 +348,7 @@ class Agent(nn.Module):
         Returns:
             (S, N, A) in [-1, 1]; clipped at the end only.
         """
-        velocity = self.actor_flow.field(observations)
+        velocity = self.policy_velocity(observations)
         for _ in range(self.args.flow_steps):
             step = (1 - t).clamp(0, 1 / self.args.flow_steps)
             x = x + step * velocity(x, t)
@@ -412,7 +421,7 @@ class Agent(nn.Module):
         x_0, t = noise["policy_action"], noise["policy_time"]  # (S, B, A), (S, B, 1)
         x_t = (1 - t) * x_0 + t * actions
         guidance = self.guidance(observations, x_t, t)  # (S, B, A)
-        velocity = self.actor_flow.field(observations)(x_t, t)  # (S, B, A)
+        velocity = self.policy_velocity(observations)(x_t, t)  # (S, B, A)
         label = actions - x_0 + guidance / (args.alpha + 1e-8)
         actor_loss = (velocity - label).square().mean(dim=(1, 2))  # (S,)
         return actor_loss, {
@@ -472,7 +481,7 @@ if __name__ == "__main__":
     replay = datasets.make_replay(dataset, args.num_seeds, args.online_timesteps)
     if resumed is not None:
         agent.load_state_dict(resumed["agent"])
-        agent.optimizer.load_state_dict(resumed["optimizer"])
+        checkpoint.restore_optimizer(agent.optimizer, resumed["optimizer"])
         datasets.restore_replay(replay, resumed["replay"])
     if args.compile:
         graphs.compile_losses(agent)

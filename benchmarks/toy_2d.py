@@ -207,11 +207,14 @@ def loss_of(method, agent, one_step, batch, noise):
     scale = agent.args.alpha.flatten()
     if method == "q_flow":
         return agent.critic_loss(batch, noise)[0] + agent.actor_loss(batch, noise)[0]
-    loss = critic_regression(agent, batch) + flow_matching(agent, batch, noise)
+    cloning = flow_matching(agent, batch, noise)
     if method == "backprop":
-        return loss - mean_q(agent, batch, solve(agent, batch["observations"], noise["next_action"])) / scale
+        guided = mean_q(agent, batch, solve(agent, batch["observations"], noise["next_action"])) / scale
+        return critic_regression(agent, batch) + cloning - guided
     distilled, actions = distillation(agent, one_step, batch, noise)
-    return loss + distilled - (mean_q(agent, batch, actions) / scale if method == "one_step" else 0)
+    if method == "one_step":
+        return critic_regression(agent, batch) + cloning + distilled - mean_q(agent, batch, actions) / scale
+    return agent.critic_loss(batch, noise)[0] + cloning + distilled  # the critic's regression, and the inner value's
 
 
 def train(method, agent, one_step, points, rewards, updates, learning_rate, seeds, first_chunk, progress):

@@ -72,7 +72,9 @@ def parse_args(Args, tuned, tuned_online, quick, may_be_zero=(), inference=(), a
             fail(f"{flag} {run_dir} is a run of {resumed['algorithm']}.py")
         default = Args(**{name: value for name, value in resumed["args"].items() if name in names})
         args = parse(default)
-        may_change = MAY_CHANGE if evaluate is None else MAY_CHANGE | {"evaluate", "eval_episodes", *inference}
+        may_change = MAY_CHANGE
+        if evaluate is not None:
+            may_change = may_change - {"total_timesteps", "online_timesteps"} | {"evaluate", "eval_episodes", *inference}
         differing = [name for name in sorted(names - may_change) if getattr(args, name) != getattr(default, name)]
         if differing:
             listed = ", ".join(
@@ -80,11 +82,11 @@ def parse_args(Args, tuned, tuned_online, quick, may_be_zero=(), inference=(), a
             )
             fail(f"{flag} {run_dir} cannot go on with other arguments: {listed}")
         if resumed["step"] > default.total_timesteps != args.total_timesteps:
-            fail(f"--total-timesteps {args.total_timesteps}: the run in {args.resume} is in its online phase already")
+            fail(f"--total-timesteps {args.total_timesteps}: the run in {run_dir} is in its online phase already")
         if args.total_timesteps + args.online_timesteps < resumed["step"]:
             fail(
                 f"--total-timesteps {args.total_timesteps} --online-timesteps {args.online_timesteps}: the run in "
-                f"{args.resume} is at step {resumed['step']} already"
+                f"{run_dir} is at step {resumed['step']} already"
             )
     else:
         if args.quick:

@@ -5,11 +5,10 @@ import functools
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from conftest import assert_refused, make_agent, parse, random_inputs, run
+from conftest import assert_refused, make_agent, random_inputs, run
 from conftest import small_args as small_args_of
 from evor import softmax_choice, soft_maximum
 
@@ -100,6 +99,49 @@ def test_one_candidate_is_the_base_policy():
     torch.testing.assert_close(agent.act(observations, noise), expected)
 
 
+def test_choices_among_rated_candidates_follow_the_temperature():
+    """The same candidates and ratings as above (that test takes them apart), chosen at a warm temperature."""
+    for tau_q in (0.5, 50.0):
+        agent = make_agent(small_args(tau_q=tau_q, tau_r=2.0), min_reward=-100.0)
+        with torch.no_grad():
+            agent.target_critic_flow.weights[-1].mul_(30)  # ratings that differ by more than the temperature
+        observations, noise = torch.randn(1, 200, 5), torch.randn(1, 200, 4 * 3 + 4 + 4)
+        candidates = agent.flow_actions(observations, noise[..., :12].unflatten(-1, (4, 3)))
+        rated = candidates.flatten(1, 2)
+        starts = noise[..., 16:].repeat_interleave(4, dim=1)
+        q = soft_maximum(agent.returns(observations.repeat_interleave(4, dim=1), rated, starts), 2.0).view(1, 200, 4)
+        best = softmax_choice(q, tau_q, noise[..., 12:16])
+        assert (best != q.argmax(dim=-1)).any()
+        expected = candidates.gather(2, best[..., None, None].expand(-1, -1, -1, 3)).squeeze(2)
+        torch.testing.assert_close(agent.act(observations, noise), expected)
+
+
+# --- Base policy ---
+
+
+def test_base_policy_is_euler_integration_clipped_at_the_end():
+    agent = make_agent(small_args(), seeds=(0, 1))
+    with torch.no_grad():
+        agent.actor_flow.biases[-1].copy_(torch.tensor([3.0, -0.2, 0.1]).expand_as(agent.actor_flow.biases[-1]))
+    observations, noise = torch.randn(2, 6, 5), torch.randn(2, 6, 4, 3)
+    actions = agent.flow_actions(observations, noise)
+    for c in range(4):
+        x = noise[:, :, c]
+        for k in range(5):
+            x = x + agent.actor_flow(torch.cat([observations, x, torch.full((2, 6, 1), k / 5)], dim=-1)) / 5
+        torch.testing.assert_close(actions[:, :, c], x.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+    assert (actions == 1).any() and actions.min() >= -1
+
+
+def test_cloning_loss_is_flow_matching_towards_the_data():
+    agent = make_agent(small_args(), seeds=(0, 1))
+    batch, noise = random_inputs(agent, seeds=(0, 1))
+    x_0, t, a = noise["policy_action"], noise["policy_time"], batch["actions"]
+    u = agent.actor_flow(torch.cat([batch["observations"], t * a + (1 - t) * x_0, t], dim=-1))
+    expected = (u - (a - x_0)).square().mean(dim=(1, 2))
+    torch.testing.assert_close(agent.actor_loss(batch, noise)[0], expected, rtol=1e-4, atol=1e-5)
+
+
 # --- Flow TD ---
 
 
@@ -127,6 +169,54 @@ def test_points_and_labels_for_a_constant_field(td_target, latents):
     torch.testing.assert_close(label, target - z_0 if td_target == "exact" else r + 0.99 * mask * -2)
 
 
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("td_target, latents", VARIANTS)
+def test_flow_td_and_its_loss_equal_the_formulas_written_out(td_target, latents, clip):
+    """With target fields that differ from each other and depend on z, t, s' and a'."""
+    agent = make_agent(small_args(td_target=td_target, latents=latents, clip_flow_returns=clip), min_reward=-0.5)
+    agent.z_min, agent.z_max = -0.4, 0.3  # a range that cuts some end points off
+    batch, noise = random_inputs(agent)
+    s, s_next, r, mask = (batch[name] for name in ("observations", "next_observations", "rewards", "masks"))
+    r, mask, z_0, t = r.unsqueeze(-1), mask.unsqueeze(-1), noise["return"], noise["time"]
+
+    def field(net, s, a, z, t):  # every member at its own z: (1, E, B, 1)
+        rows = torch.cat([torch.cat([s, a], dim=-1).unsqueeze(1).expand(-1, 2, -1, -1), z, t], dim=-1)
+        return net(rows)
+
+    both = lambda x: x.unsqueeze(1).expand(-1, 2, -1, -1)
+
+    def next_field(a):  # the target fields of s' and the base policy's action from the noise a
+        for k in range(5):
+            a = a + agent.actor_flow(torch.cat([s_next, a, torch.full_like(t, k / 5)], dim=-1)) / 5
+        return functools.partial(field, agent.target_critic_flow, s_next, a.clamp(-1, 1))
+
+    with torch.no_grad():
+        target_field = next_field(noise["next_action"])
+        z, carried = both(z_0), both(z_0)
+        for k in range(5):
+            z = z + target_field(z, torch.full_like(z, k / 5)) / 5
+            carried = carried + both(t) / 5 * target_field(carried, both(t) * k / 5)
+        end = (z.clamp(-0.4, 0.3) if clip else z).mean(dim=1)
+        assert not torch.equal(z, z.clamp(-0.4, 0.3))
+        target = r + 0.99 * mask * end
+        z_t = {"own": t * target + (1 - t) * z_0, "next": t * end + (1 - t) * z_0, "transported": carried.mean(dim=1)}[latents]
+        if td_target == "exact":
+            label = target - z_0
+        else:  # another a' than the one that made z_t
+            label = r + 0.99 * mask * next_field(noise["label_action"])(both(z_t), both(t)).mean(dim=1)
+        v = field(agent.critic_flow, s, batch["actions"], both(z_t), both(t))
+        loss = (v - both(label)).square().mean(dim=(1, 2, 3))
+    for mine, expected in zip(agent.flow_td(batch, noise), (z_t, label, target)):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(agent.critic_loss(batch, noise)[0], loss, rtol=1e-4, atol=1e-5)
+
+
+def test_the_range_of_returns_has_zero_in_it():
+    for rewards, expected in (((-1.0, -1.0), (-100.0, 0.0)), ((-1.0, 2.0), (-100.0, 200.0)), ((0.5, 1.0), (0.0, 100.0))):
+        agent = make_agent(small_args(), min_reward=rewards[0], max_reward=rewards[1])
+        assert (agent.z_min, agent.z_max) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("latents", ["own", "next", "transported"])
 def test_published_and_exact_labels_differ_by_noise_of_zero_mean_only(latents):
     """Where the next field carries z_0 straight to z', exact - published = -(1 - gamma mask) z_0, whatever z_t is."""
@@ -135,7 +225,7 @@ def test_published_and_exact_labels_differ_by_noise_of_zero_mean_only(latents):
         make_agent(small_args(**args)),
         make_agent(small_args(td_target="published", latents=latents, **args)),
     )
-    batch, noise = random_inputs(exact)
+    batch, noise = random_inputs(published)
     for agent in (exact, published):
         constant_target_field(agent, -2.0)
     difference = exact.flow_td(batch, noise)[1] - published.flow_td(batch, noise)[1]
@@ -222,6 +312,8 @@ def test_evaluate_refuses_what_is_not_an_evor_run_or_would_need_training(online_
     assert_refused("evor", ["--evaluate", online_runs["floq"]], "--evaluate", "is a run of floq.py")
     refused = ["--evaluate", online_runs["evor"], "--gamma", "0.9"]
     assert_refused("evor", refused, "cannot go on with other arguments: --gamma 0.9 (the run has 0.99)")
+    refused = ["--evaluate", online_runs["evor"], "--total-timesteps", "9"]
+    assert_refused("evor", refused, "cannot go on with other arguments: --total-timesteps 9")
     assert_refused("evor", ["--evaluate", tmp_path], "--evaluate", "has no usable checkpoint")
     both = ["--evaluate", online_runs["evor"], "--resume", online_runs["evor"]]
     assert_refused("evor", both, "--resume and --evaluate exclude each other")
@@ -241,10 +333,3 @@ def test_evaluate_refuses_what_is_not_an_evor_run_or_would_need_training(online_
 )
 def test_bad_arguments(words, message):
     assert_refused("evor", words, message)
-
-
-def test_settings_are_the_same_everywhere():
-    for name in ("antmaze-giant-navigate", "pointmaze-medium-navigate", "scene-play"):
-        args = parse("evor", "--env-id", f"{name}-singletask-v0")
-        assert (args.num_actions, args.gamma, args.batch_size, args.flow_steps) == (32, 0.99, 256, 10)
-    assert np.isclose(parse("evor").tau, 0.005)

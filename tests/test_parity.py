@@ -1,4 +1,4 @@
-"""Parity with the authors' agents: recorded updates on small random problems (see tests/parity/README.md).
+"""Parity with the authors' agents (Q-Flow: its published rule): recorded updates (see tests/parity/README.md).
 
 Every `<method>*.npz` in the folder PARITY_DIR (default: tests/parity) whose method is built runs, sizes and settings
 read from its `meta`.

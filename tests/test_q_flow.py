@@ -33,12 +33,14 @@ def test_time_embedding_is_sines_and_cosines_of_geometric_frequencies():
     assert embedding.shape == (2, 5, 16)
 
 
-def test_roll_out_from_zero_is_euler_integration():
-    agent = make_agent(small_args(), seeds=(0, 1))
+@pytest.mark.parametrize("actor_time_embed", [False, True])
+def test_roll_out_from_zero_is_euler_integration(actor_time_embed):
+    agent = make_agent(small_args(actor_time_embed=actor_time_embed), seeds=(0, 1))
     observations, x = torch.randn(2, 6, 5), 0.1 * torch.randn(2, 6, 3)
     expected = x
     for k in range(5):
-        inputs = torch.cat([observations, expected, torch.full((2, 6, 1), k / 5)], dim=-1)
+        t = torch.full((2, 6, 1), k / 5)
+        inputs = torch.cat([observations, expected, embed_time(t, 8) if actor_time_embed else t], dim=-1)
         expected = expected + agent.actor_flow(inputs) / 5
     rolled = agent.roll_out(observations, x, torch.zeros(2, 6, 1))
     torch.testing.assert_close(rolled, expected.clamp(-1, 1), rtol=1e-4, atol=1e-5)
@@ -94,13 +96,15 @@ def test_guidance_is_the_gradient_of_the_ensemble_mean_and_a_constant():
             torch.testing.assert_close(guidance[..., d], slope.detach(), rtol=1e-5, atol=1e-8)
 
 
-def test_actor_label_is_the_data_velocity_plus_guidance_over_lambda():
-    agent = make_agent(small_args(alpha=0.7))
+@pytest.mark.parametrize("actor_time_embed", [False, True])
+def test_actor_label_is_the_data_velocity_plus_guidance_over_lambda(actor_time_embed):
+    agent = make_agent(small_args(alpha=0.7, actor_time_embed=actor_time_embed))
     batch, noise = random_inputs(agent)
     x_0, t = noise["policy_action"], noise["policy_time"]
     x_t = (1 - t) * x_0 + t * batch["actions"]
     label = batch["actions"] - x_0 + agent.guidance(batch["observations"], x_t, t) / 0.7
-    velocity = agent.actor_flow(torch.cat([batch["observations"], x_t, t], dim=-1))
+    embedded = embed_time(t, 8) if actor_time_embed else t
+    velocity = agent.actor_flow(torch.cat([batch["observations"], x_t, embedded], dim=-1))
     loss, metrics = agent.actor_loss(batch, noise)
     torch.testing.assert_close(loss, (velocity - label).square().mean(dim=(1, 2)), rtol=1e-4, atol=1e-5)
     loss.sum().backward()

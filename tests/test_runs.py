@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,19 @@ def test_resuming_a_finished_run_changes_nothing(finished):
     before = {path.name: path.read_bytes() for path in finished.glob("*.csv")}
     run("floq", "--resume", finished)
     assert {path.name: path.read_bytes() for path in finished.glob("*.csv")} == before
+
+
+def test_a_checkpoint_of_another_device_goes_on_with_this_devices_adam(finished, tmp_path):
+    """`capturable` is a GPU's: without it a CUDA graph refuses Adam."""
+    run_dir = Path(shutil.copytree(finished, tmp_path / "copy"))
+    saved = checkpoint.load(run_dir)
+    saved["optimizer"]["param_groups"][0]["capturable"] = True
+    checkpoint.save(run_dir, saved)
+    run("floq", "--resume", run_dir)
+    assert_same_results(run_dir, finished)
+    assert checkpoint.load(run_dir)["optimizer"]["param_groups"][0]["capturable"] is False
+    for name in SMALL_FLAGS:  # the others restore it by the same function
+        assert "checkpoint.restore_optimizer(agent.optimizer" in (ROOT / f"{name}.py").read_text()
 
 
 # --- Checkpoints ---
@@ -298,15 +312,6 @@ def test_quick_wins_over_tuned_and_a_flag_over_quick():
     assert all(getattr(args, name) == value for name, value in floq.QUICK.items())
     assert parse("floq", "--quick", "--alpha", "1e6").alpha == 1e6
     assert parse("floq", "--quick", "--exp-name", "mine").exp_name == "mine"
-
-
-def test_tuned_has_the_ten_environments():
-    import floq
-    from common import envs
-
-    assert len(floq.TUNED) == 10
-    for name in floq.TUNED:
-        envs.check_env_id(f"{name}-singletask-v0")
 
 
 # --- Weights & Biases ---

@@ -23,7 +23,7 @@ DEFAULTS = {
     ),
     "q_flow": dict(
         batch_size=256, learning_rate=3e-4, gamma=0.99, tau=0.005, alpha=5.0, flow_steps=10, q_agg="mean",
-        num_ensembles=2, use_time_embed=True, time_embed_dim=64, layer_norm=True, value_hidden_dims=(512,) * 4,
+        num_ensembles=2, use_time_embed=True, time_embed_dim=64, actor_time_embed=False, layer_norm=True, value_hidden_dims=(512,) * 4,
         actor_hidden_dims=(512,) * 4, actor_layer_norm=False,
     ),
     "evor": dict(

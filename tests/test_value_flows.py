@@ -209,6 +209,21 @@ def test_confidence_weights_lie_in_their_range_and_grow_with_the_deviation():
     torch.testing.assert_close(weight, torch.sigmoid(-0.5 / deviation) + 0.5)
 
 
+@pytest.mark.parametrize("q_agg", ["mean", "min"])
+def test_deviations_are_absolute_before_they_are_aggregated(q_agg):
+    """With two long steps of steep fields, where dz_1/dz_0 of many rows is below zero, and of other sign in each field."""
+    agent = make_agent(small_args(batch_size=200, num_flow_steps=2, q_agg=q_agg), min_reward=-100.0, max_reward=100.0)
+    with torch.no_grad():
+        agent.target_critic_flow.weights[-1].mul_(20)
+    batch, noise = random_inputs(agent)
+    condition = to_ensemble(torch.cat([batch["observations"], batch["actions"]], dim=-1))
+    e = to_ensemble(noise["weight"])
+    _, J = agent.return_flow(agent.target_critic_flow.field(condition), e, torch.ones_like(e), num_derivatives=200)
+    assert 0.2 < (J < 0).float().mean() < 0.8 and (J[:, 0] * J[:, 1] < 0).any()
+    expected = J.abs().mean(dim=1) if q_agg == "mean" else J.abs().amin(dim=1)
+    torch.testing.assert_close(agent.critic_loss(batch, noise)[1]["critic/q_std"], expected.squeeze(-1), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("name, key", [("ret_agg", "critic/target_mean"), ("q_agg", "critic/q_std")])
 def test_min_is_below_mean(name, key):
     values = {}
