@@ -539,11 +539,15 @@ class Agent(nn.Module):
 
 
 if __name__ == "__main__":
-    args, resumed = runs.parse_args(Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "noise_coverage", "reward_offset"))
+    args, resumed = runs.parse_args(
+        Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "noise_coverage", "reward_offset")
+    )
     if args.num_bins < 2:
         fail(f"--num-bins {args.num_bins}: a histogram needs at least 2 edges")
     if args.train_at_zero_only and args.critic_flow_steps > 1:
-        warn(f"--train-at-zero-only with --critic-flow-steps {args.critic_flow_steps}: only step 1 has a trained velocity")
+        warn(
+            f"--train-at-zero-only with --critic-flow-steps {args.critic_flow_steps}: only step 1 has a trained velocity"
+        )
     if envs.is_pixels(args.env_id):
         fail(f"--env-id {args.env_id}: floq.py works on state observations, as its paper does")
     device = runs.setup_torch(args)

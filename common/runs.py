@@ -74,7 +74,11 @@ def parse_args(Args, tuned, tuned_online, quick, may_be_zero=(), inference=(), a
         args = parse(default)
         may_change = MAY_CHANGE
         if evaluate is not None:
-            may_change = may_change - {"total_timesteps", "online_timesteps"} | {"evaluate", "eval_episodes", *inference}
+            may_change = may_change - {"total_timesteps", "online_timesteps"} | {
+                "evaluate",
+                "eval_episodes",
+                *inference,
+            }
         differing = [name for name in sorted(names - may_change) if getattr(args, name) != getattr(default, name)]
         if differing:
             listed = ", ".join(

@@ -183,8 +183,14 @@ STACKED = {
         dict(normalize_q_loss=True, train_at_zero_only=True, q_agg="min", use_resnets=True, time_embedding="fourier"),
         dict(use_prob_embed=False, layer_norm=False, actor_layer_norm=True, noise_samples=1, flow_num_ensembles=3),
     ],
-    "value_flows": [{}, dict(normalize_q_loss=True, q_agg="min", ret_agg="min", num_samples=1, clip_flow_returns=False)],
-    "q_flow": [{}, dict(q_agg="min", use_time_embed=False, actor_time_embed=True, num_ensembles=3, actor_layer_norm=True)],
+    "value_flows": [
+        {},
+        dict(normalize_q_loss=True, q_agg="min", ret_agg="min", num_samples=1, clip_flow_returns=False),
+    ],
+    "q_flow": [
+        {},
+        dict(q_agg="min", use_time_embed=False, actor_time_embed=True, num_ensembles=3, actor_layer_norm=True),
+    ],
     "evor": [{}, dict(td_target="published", latents="transported", num_ensembles=1, clip_flow_returns=False)],
 }
 

@@ -199,7 +199,9 @@ def test_flow_td_and_its_loss_equal_the_formulas_written_out(td_target, latents,
         end = (z.clamp(-0.4, 0.3) if clip else z).mean(dim=1)
         assert not torch.equal(z, z.clamp(-0.4, 0.3))
         target = r + 0.99 * mask * end
-        z_t = {"own": t * target + (1 - t) * z_0, "next": t * end + (1 - t) * z_0, "transported": carried.mean(dim=1)}[latents]
+        z_t = {"own": t * target + (1 - t) * z_0, "next": t * end + (1 - t) * z_0, "transported": carried.mean(dim=1)}[
+            latents
+        ]
         if td_target == "exact":
             label = target - z_0
         else:  # another a' than the one that made z_t
@@ -212,7 +214,11 @@ def test_flow_td_and_its_loss_equal_the_formulas_written_out(td_target, latents,
 
 
 def test_the_range_of_returns_has_zero_in_it():
-    for rewards, expected in (((-1.0, -1.0), (-100.0, 0.0)), ((-1.0, 2.0), (-100.0, 200.0)), ((0.5, 1.0), (0.0, 100.0))):
+    for rewards, expected in (
+        ((-1.0, -1.0), (-100.0, 0.0)),
+        ((-1.0, 2.0), (-100.0, 200.0)),
+        ((0.5, 1.0), (0.0, 100.0)),
+    ):
         agent = make_agent(small_args(), min_reward=rewards[0], max_reward=rewards[1])
         assert (agent.z_min, agent.z_max) == pytest.approx(expected)
 

@@ -180,7 +180,9 @@ def test_ranges_steps_and_norms_follow_the_arguments():
     agent = make_agent(args, min_reward=-2.0, max_reward=1.0)
     assert (agent.z_low, agent.z_high) == pytest.approx((-5.0, 2.5))
     assert (agent.floq.edges[0].item(), agent.floq.edges[-1].item()) == pytest.approx((-20.1, 10.1))
-    normed = {name for name, module in agent.named_children() if any("scales" in n for n, _ in module.named_parameters())}
+    normed = {
+        name for name, module in agent.named_children() if any("scales" in n for n, _ in module.named_parameters())
+    }
     assert normed == {"actor_bc_flow", "actor_onestep_flow"}
     batch, noise = random_inputs(agent)
     x, s = noise["distill"], batch["observations"]

@@ -115,7 +115,11 @@ def test_parity(path, num_seeds):
             assert mine.shape == (num_seeds, *value.shape)
             # A loss near zero is a difference of larger terms, hence the small absolute tolerance.
             np.testing.assert_allclose(
-                mine.detach().numpy(), stack(value), rtol=RTOL[meta["method"]], atol=1e-6, err_msg=f"{name}, update {update}"
+                mine.detach().numpy(),
+                stack(value),
+                rtol=RTOL[meta["method"]],
+                atol=1e-6,
+                err_msg=f"{name}, update {update}",
             )
 
     for key in [key for key in data if key.startswith("params_after/")]:

@@ -98,8 +98,16 @@ ONLINE = {
         puzzle-4x4-play               20   0.99   min   64
     """,
 }
-TABLES = {(name, phase): table for phase, tables in (("offline", OFFLINE), ("online", ONLINE)) for name, table in tables.items()}
-ROWS = [(name, phase, *row.split(maxsplit=1)) for (name, phase), table in TABLES.items() for row in table.strip().splitlines()]
+TABLES = {
+    (name, phase): table
+    for phase, tables in (("offline", OFFLINE), ("online", ONLINE))
+    for name, table in tables.items()
+}
+ROWS = [
+    (name, phase, *row.split(maxsplit=1))
+    for (name, phase), table in TABLES.items()
+    for row in table.strip().splitlines()
+]
 
 
 @pytest.mark.parametrize("algorithm, phase, environment, values", ROWS)

@@ -78,7 +78,7 @@ def moved(agent, one_step):
 @pytest.mark.parametrize(
     "method, networks",
     [
-        ("pretrain", {"critic", "actor_flow", "one_step"}),
+        ("pretrain", {"critic", "inner_value", "actor_flow", "one_step"}),
         ("q_flow", {"critic", "inner_value", "actor_flow"}),
         ("backprop", {"critic", "actor_flow"}),
         ("one_step", {"critic", "actor_flow", "one_step"}),

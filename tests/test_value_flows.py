@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from conftest import assert_refused, gradients, make_agent, networks, parse, random_inputs
+from conftest import assert_refused, gradients, make_agent, networks, random_inputs
 from conftest import small_args as small_args_of
 import value_flows
 from value_flows import aggregate, to_ensemble
@@ -221,7 +221,9 @@ def test_deviations_are_absolute_before_they_are_aggregated(q_agg):
     _, J = agent.return_flow(agent.target_critic_flow.field(condition), e, torch.ones_like(e), num_derivatives=200)
     assert 0.2 < (J < 0).float().mean() < 0.8 and (J[:, 0] * J[:, 1] < 0).any()
     expected = J.abs().mean(dim=1) if q_agg == "mean" else J.abs().amin(dim=1)
-    torch.testing.assert_close(agent.critic_loss(batch, noise)[1]["critic/q_std"], expected.squeeze(-1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        agent.critic_loss(batch, noise)[1]["critic/q_std"], expected.squeeze(-1), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("name, key", [("ret_agg", "critic/target_mean"), ("q_agg", "critic/q_std")])
