@@ -56,6 +56,12 @@ class ScalingArgs:
     """csv and PNG get this path's stem (default: inference_scaling in the run directory)"""
 
 
+def success_text(rows):
+    """The mean success of one setting's rows with its interval, which one seed does not have."""
+    mean, half = interval([100 * row["success"] for row in rows])
+    return f"{mean:.1f}%" + (f" +- {half:.1f}" if len(rows) > 1 else "")
+
+
 def draw(path, rows, base):
     """Saves the picture of the rows; `base` are the run's own settings, which the sweeps share."""
     import matplotlib
@@ -116,8 +122,7 @@ if __name__ == "__main__":
         new = [{"sweep": name} | setting | row for row in known[key]]
         rows += new
         runs.append_rows(output.with_suffix(".csv"), new)
-        mean, half = np.nan_to_num(interval([100 * row["success"] for row in new]))
-        tqdm.write(f"{name} {setting[name]:g}: success {mean:.1f}% +- {half:.1f} ({time.perf_counter() - start:.0f} s)")
+        tqdm.write(f"{name} {setting[name]:g}: success {success_text(new)} ({time.perf_counter() - start:.0f} s)")
     rollout.stop_workers(workers)
     draw(output.with_suffix(".png"), rows, base)
     print(f"saved {output.with_suffix('.csv')} and {output.with_suffix('.png')}")

@@ -4,6 +4,7 @@
     python -m benchmarks.speed --algorithms floq --num-seeds 1 --quick  # one setting, at the sizes of --quick
     python -m benchmarks.speed --store                                  # also benchmarks/results/speed_MACHINE.csv and .png
     python -m benchmarks.speed --check                                  # exit code 1 if a stored efficiency is not reached
+    python -m benchmarks.speed --profile --quick                        # where the time of an update goes
     python -m benchmarks.speed --evaluation --num-seeds 3               # time evaluations instead
 
 Every setting is a process of its own. It times A B M A B M ...: an update of the setting, one of the same algorithm without
@@ -42,6 +43,13 @@ VARIANTS = {  # (compile, cudagraphs)
     "graph": (False, True),
     "compile+graph": (True, True),
 }
+GROUPS = {  # what a profile's events are, by their names: operations on the CPU, kernels on a GPU; the first that fits
+    "products": "bmm|::mm$|addmm|gemm|cutlass|xmma|nvjet",
+    "compiled loops": "CompiledFxGraph|triton",
+    "Adam": "adam",
+    "copies": "copy|memcpy|memset|clone|::cat$|::fill_",
+    "the rest": "",
+}
 
 
 @dataclass
@@ -60,6 +68,8 @@ class SpeedArgs:
     """timed updates of each setting"""
     quick: bool = False
     """measure at the sizes of --quick instead"""
+    profile: bool = False
+    """show what the time of an update goes to instead: products, compiled loops, copies, Adam, the rest, the gaps"""
     evaluation: bool = False
     """time an evaluation of 50 cube-single episodes a seed instead (untrained policies: full-length episodes)"""
     store: bool = False
@@ -107,17 +117,14 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, quick=False):
-    """Times updates on random data; returns the row of this setting as a dictionary."""
+def prepare(algorithm, num_seeds, precision, cuda, quick):
+    """The module, arguments, device and random dataset of a setting; sets torch up for it."""
     module = importlib.import_module(algorithm)
     args = replace(module.Args(), **module.QUICK) if quick else module.Args()
     cuda = cuda and torch.cuda.is_available()
     args = replace(args, num_seeds=num_seeds, cuda=cuda, matmul_precision=None if precision == "highest" else precision)
     args = replace(args, matmul_precision="highest") if cuda and precision == "highest" else args
     device = runs.setup_torch(args)
-    plain_precision = "highest" if cuda else torch.get_float32_matmul_precision()  # the CPU's exact one
-    own_precision = torch.get_float32_matmul_precision()
-    synchronize = torch.cuda.synchronize if cuda else lambda: None
     generator = torch.Generator(device).manual_seed(0)
     draw = lambda *shape: torch.rand(*shape, generator=generator, device=device)
     N = 10_000
@@ -128,6 +135,16 @@ def measure(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, qui
         "rewards": -torch.ones(N, device=device),
         "masks": torch.ones(N, device=device),
     }
+    return module, args, device, dataset
+
+
+def measure(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, quick=False):
+    """Times updates on random data; returns the row of this setting as a dictionary."""
+    module, args, device, dataset = prepare(algorithm, num_seeds, precision, cuda, quick)
+    cuda = device.type == "cuda"
+    plain_precision = "highest" if cuda else torch.get_float32_matmul_precision()  # the CPU's exact one
+    own_precision = torch.get_float32_matmul_precision()
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
 
     # The setting itself comes first, alone, so that start-up and memory are its own.
     compiled, captured = VARIANTS[variant]
@@ -143,6 +160,7 @@ def measure(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, qui
     with FlopCounterMode(display=False) as counter:
         plain(0)
     plain(1)
+    draw = lambda *shape: torch.rand(*shape, device=device)
     a, b = (draw(4096, 4096), draw(4096, 4096)) if cuda else (draw(2, 2048, 512), draw(2, 512, 512))
     flop = 2 * a.numel() * b.shape[-1]
     actions = {
@@ -185,6 +203,43 @@ def measure(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, qui
         "peak_memory_gib": digits(peak / 2**30),
         "torch": torch.__version__,
     }
+
+
+def profile(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, quick=False):
+    """What the time of an update goes to, by torch's profiler, after a warm-up.
+
+    Returns:
+        A row as a dictionary: milliseconds an update takes while it is profiled, and for each of GROUPS its share of that
+        time and its number of operations (kernels on a GPU) an update. What is left is `gaps`: Python, and on a GPU
+        whatever keeps it waiting.
+    """
+    module, args, device, dataset = prepare(algorithm, num_seeds, precision, cuda, quick)
+    update = make_update(module, args, device, *VARIANTS[variant], dataset)
+    for i in range(3):
+        update(i)
+    kind = torch.profiler.ProfilerActivity
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    with torch.profiler.profile(activities=[kind.CPU] + [kind.CUDA] * (device.type == "cuda")) as profiler:
+        start = time.perf_counter()
+        for i in range(repeats):
+            update(3 + i)
+        synchronize()
+        seconds = (time.perf_counter() - start) / repeats
+    row = {"algorithm": algorithm, "num_seeds": num_seeds, "precision": precision, "variant": variant}
+    row |= {"size": "quick" if quick else "published", "milliseconds": round(1e3 * seconds, 2)}
+    shares, counts = dict.fromkeys(GROUPS, 0.0), dict.fromkeys(GROUPS, 0)
+    for event in profiler.key_averages():
+        if device.type == "cuda":
+            microseconds = event.self_device_time_total if event.device_type == torch.autograd.DeviceType.CUDA else 0
+        else:
+            microseconds = event.self_cpu_time_total
+        if microseconds:
+            group = next(name for name, pattern in GROUPS.items() if re.search(pattern, event.key, re.IGNORECASE))
+            shares[group] += microseconds / 1e6 / repeats / seconds
+            counts[group] += event.count / repeats
+    row |= {name: round(share, 3) for name, share in shares.items()} | {"gaps": round(1 - sum(shares.values()), 3)}
+    return row | {"operations": {name: round(count, 1) for name, count in counts.items()}}
 
 
 def measure_evaluation(algorithm, num_seeds, cuda):
@@ -287,21 +342,36 @@ def draw(path, rows):
     plt.close(figure)
 
 
-def measure_apart(words):
-    """A setting measured in a process of its own: the row, or None if it failed (its last line is shown)."""
-    command = [sys.executable, "-m", "benchmarks.speed", "--setting", *words]
+def profile_table(rows):
+    """Profiles as a markdown table: shares of an update's time, operations an update in brackets."""
+    lines = ["| size | algorithm | seeds | variant | milliseconds | " + " | ".join(GROUPS) + " | gaps |"]
+    lines.append("|" + "---|" * (6 + len(GROUPS)))
+    for r in rows:
+        cells = [f"{100 * r[name]:.1f}% ({r['operations'][name]:.0f})" for name in GROUPS]
+        lines.append(
+            f"| {r['size']} | {r['algorithm']} | {r['num_seeds']} | {r['variant']}, {r['precision']} | {r['milliseconds']} | "
+            + " | ".join([*cells, f"{100 * r['gaps']:.1f}%"])
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def measure_apart(what, arguments):
+    """`measure` or `profile` of a setting in a process of its own: the row, or None if it failed (its last line is shown)."""
+    command = [sys.executable, "-m", "benchmarks.speed", f"--setting-{what}", json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        warn(f"{' '.join(words)}: {lines[-1]}")
+        warn(f"{json.dumps(arguments)}: {lines[-1]}")
         return None
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--setting"]:  # the process of one setting
-        print(json.dumps(measure(**json.loads(sys.argv[2]))))
-        raise SystemExit
+    for what in (measure, profile):
+        if sys.argv[1:2] == [f"--setting-{what.__name__}"]:  # the process of one setting
+            print(json.dumps(what(**json.loads(sys.argv[2]))))
+            raise SystemExit
 
     options = tyro.cli(SpeedArgs, description=__doc__)
     if options.repeats < 1 or min(options.num_seeds, default=0) < 1:
@@ -312,6 +382,8 @@ if __name__ == "__main__":
             for num_seeds in options.num_seeds:
                 print(json.dumps(measure_evaluation(algorithm, num_seeds, options.cuda)), flush=True)
         raise SystemExit
+    if options.profile and (options.store or options.check or options.output):
+        fail("--profile is printed only: leave out --store, --check and --output")
     if not on_gpu and any("graph" in variant for variant in options.variants):
         fail("--variants: CUDA graphs need a GPU")
     machine = machine_name(torch.device("cuda" if on_gpu else "cpu"))
@@ -338,7 +410,7 @@ if __name__ == "__main__":
     rows = []
     for words in tqdm(settings, unit=" settings"):
         common = dict(cuda=options.cuda, repeats=options.repeats, quick=options.quick)
-        row = measure_apart([json.dumps(words | common)])
+        row = measure_apart("profile" if options.profile else "measure", words | common)
         if row is not None:
             rows.append(row)
             if options.json:
@@ -346,7 +418,9 @@ if __name__ == "__main__":
     if not rows:
         fail("no setting could be measured")
     if not options.json:
-        print(table(rows))
+        print(profile_table(rows) if options.profile else table(rows))
+    if options.profile:
+        raise SystemExit
     if options.output:
         write_rows(Path(options.output).with_suffix(".csv"), rows)
         draw(Path(options.output).with_suffix(".png"), rows)

@@ -81,6 +81,18 @@ def test_figure_of_an_evor_run(online_runs, tmp_path):
 # --- Inference scaling ---
 
 
+def test_one_seed_has_a_mean_and_no_interval(tmp_path):
+    from benchmarks import inference_scaling
+
+    rows = [{"success": 0.25}, {"success": 0.75}]
+    assert inference_scaling.success_text(rows[:1]) == "25.0%"
+    assert inference_scaling.success_text(rows).startswith("50.0% +- ")
+    base = dict(num_actions=16, tau_q=1.0, tau_r=10.0, num_returns=8)
+    rows = [{"sweep": name, "seed": 0, "success": 0.5} | base for name in base]
+    inference_scaling.draw(tmp_path / "scaling.png", rows, base)
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_inference_scaling_of_a_run(online_runs, tmp_path):
     words = ("--run", online_runs["evor"], "--episodes", 1, "--output", tmp_path / "scaling", "--no-cuda")
     sweeps = ("--num-actions", 1, 3, "--tau-q", 0.1, "--tau-r", 10, "--num-returns", 2)

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import speed
 from common import graphs, runs
-from conftest import ALGORITHMS, make_agent, small_args
+from conftest import ALGORITHMS, make_agent, random_inputs, small_args
 
 ROW = dict(
     machine="abacus, 2 cores", size="quick", algorithm="evor", num_seeds=1, precision="highest", variant="compile",
@@ -41,6 +41,19 @@ def test_operations_are_those_counted_by_hand(same_precision):
     assert abs(row["gflop_per_update"] - expected) < 1e-3 * expected, (row["gflop_per_update"], expected)
     assert row["updates_per_second"] > 0 and 0 < row["efficiency"] < 1.5 and 0.1 < row["peak_memory_gib"] < 20
     assert row["quartile_low"] <= row["updates_per_second"] <= row["quartile_high"]
+
+
+def test_a_profile_divides_the_whole_time_of_an_update(same_precision):
+    row = speed.profile("evor", 1, "highest", "eager", repeats=3, quick=True)
+    shares = [row[name] for name in (*speed.GROUPS, "gaps")]
+    assert abs(sum(shares) - 1) < 0.01 and min(shares) >= 0 and row["products"] > 0.1 and row["the rest"] > 0.1
+    assert row["operations"]["Adam"] >= 1 and row["operations"]["compiled loops"] == 0
+    agent = make_agent(small_args("evor", flow_steps=5, value_hidden_dims=(8,) * 3, actor_hidden_dims=(8,) * 3))
+    with torch.profiler.profile() as profiler:  # as many products as an update of as many layers and steps has
+        agent.update(*random_inputs(agent))
+    products = sum(event.count for event in profiler.key_averages() if event.key == "aten::bmm")
+    assert row["operations"]["products"] == products
+    assert speed.profile_table([row]).splitlines()[2].startswith("| quick | evor | 1 | eager, highest | ")
 
 
 def test_check_compares_efficiency_with_the_stored_row_of_the_setting():
