@@ -44,7 +44,7 @@ VARIANTS = {  # (compile, cudagraphs)
     "compile+graph": (True, True),
 }
 GROUPS = {  # what a profile's events are, by their names: operations on the CPU, kernels on a GPU; the first that fits
-    "products": "bmm|::mm$|addmm|gemm|cutlass|xmma|nvjet",
+    "products": "^aten::(bmm|mm|addmm)$|gemm|cutlass|xmma|nvjet",
     "compiled loops": "CompiledFxGraph|triton",
     "Adam": "adam",
     "copies": "copy|memcpy|memset|clone|::cat$|::fill_",
