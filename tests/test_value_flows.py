@@ -1,11 +1,14 @@
 """Value Flows' parts against closed forms and a plain reference, its stop-gradients, and a return distribution it must learn."""
 
+import csv
 import functools
 
+import numpy as np
 import pytest
 import torch
 
-from conftest import assert_refused, gradients, make_agent, networks, random_inputs
+from common import datasets
+from conftest import ENV_ID, SMALL_FLAGS, assert_refused, gradients, make_agent, networks, only_run, random_inputs, run
 from conftest import small_args as small_args_of
 import value_flows
 from value_flows import aggregate, to_ensemble
@@ -275,6 +278,23 @@ def test_the_logged_q_draw_changes_the_statistics_only():
 )
 def test_bad_arguments(words, message):
     assert_refused("value_flows", words, message)
+
+
+def test_a_run_takes_the_range_of_returns_from_its_data(maze_data, tmp_path):
+    """Without a success all rewards are -1: returns are clipped to -100 at both ends, and so is every target."""
+    with np.load(maze_data) as file:
+        arrays = {key: file[key] for key in file.files}
+    rows = len(arrays["terminals"]) // 10  # a trajectory's
+    dataset, _ = datasets.load_dataset(maze_data, ENV_ID, "cpu")
+    failures = [i for i in range(10) if dataset["rewards"][i * (rows - 1) : (i + 1) * (rows - 1)].max() < 0]
+    start = rows * failures[0]
+    path = tmp_path / "failure.npz"
+    np.savez(path, **{key: value[start : start + rows] for key, value in arrays.items()})
+    words = ("--env-id", ENV_ID, "--dataset-path", path, *SMALL_FLAGS["value_flows"], "--runs-dir", tmp_path / "runs")
+    done = run("value_flows", *words, "--total-timesteps", 2, "--log-interval", 1, "--eval-episodes", 1)
+    assert "holds no success" in done.stderr
+    logged = list(csv.DictReader(open(only_run(tmp_path / "runs") / "train.csv")))
+    assert [float(row["critic/target_mean"]) for row in logged] == pytest.approx([-100.0, -100.0])
 
 
 # --- A return distribution that is known ---
