@@ -1,6 +1,6 @@
 """Q-Flow's study in two dimensions: what three ways of improving a flow policy do to the data and its modes.
 
-    python -m benchmarks.toy_2d                                   # four data sets, reduced size: minutes on two CPU cores
+    python -m benchmarks.toy_2d                                   # four data sets, reduced size: 20 minutes on 2 CPU cores
     python -m benchmarks.toy_2d --datasets moons --seeds 1        # one of them
     python -m benchmarks.toy_2d --full                            # the paper's size: for a GPU
 
@@ -12,7 +12,7 @@ method improves a flow policy u on the rewards while it stays near the data, wit
     one_step   FQL's: flow matching, and a one-step policy mu with distillation from the flow - Q(mu) / lambda
 
 lambda 1e6 is cloning. Networks, batches, noise, learning rates and numbers of updates are the same for all; seeds and
-lambdas are trained side by side, as seeds of one agent. At the reduced size all start from one flow, critic and one-step
+lambdas are trained side by side, as seeds of one agent. At the reduced size all start from one flow, critic, V and one-step
 policy trained without improvement (--pretrain-updates), so that what is seen is the improvement; at the full size all
 start from scratch, as in the paper.
 
@@ -54,7 +54,7 @@ class ToyArgs:
     seeds: int = 3
     """seeds of each method and lambda"""
     pretrain_updates: int = 8_000
-    """updates of the flow, the critic and the one-step policy that all methods start from (0: from scratch)"""
+    """updates of the flow, the critic, V and the one-step policy that all methods start from (0: from scratch)"""
     updates: int = 700
     """updates of each method"""
     batch_size: int = 256
