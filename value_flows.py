@@ -129,7 +129,7 @@ class Args:
     cudagraphs: bool = True
     """replay the whole update as one CUDA graph (on a GPU)"""
     matmul_precision: Optional[Literal["highest", "high", "medium"]] = None
-    """float32 products: highest is exact, high TF32, medium bfloat16 (default: high on a GPU that has it, else highest)"""
+    """float32 products: highest is exact, high TF32, medium a CPU's bfloat16 (default: high on a GPU that has it, else highest)"""
 
 
 # The paper's settings where they differ from the defaults.

@@ -100,7 +100,7 @@ if __name__ == "__main__":
     if options.episodes is not None and options.episodes < 1:
         fail(f"--episodes {options.episodes}: must be above zero")
     args = evor.Args(**payload["args"])
-    device = runs.setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available()))
+    device = runs.setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available(), matmul_precision=None))
     seeds = list(range(args.seed, args.seed + args.num_seeds))
     episodes = options.episodes or args.eval_episodes
     agent = evor.Agent(args, seeds=seeds, **payload["agent_inputs"]).to(device)

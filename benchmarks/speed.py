@@ -8,7 +8,8 @@
     python -m benchmarks.speed --evaluation --num-seeds 3               # time evaluations instead
 
 Every setting is a process of its own. It times A B M A B M ...: an update of the setting, one of the same algorithm without
-compile, graph or reduced precision, and a float32-sized matrix product at the setting's precision. Efficiency = operations
+compile, graph or reduced precision, and a float32-sized matrix product at the setting's precision (on a GPU bursts of
+20 updates, since a training run does not wait for each). Efficiency = operations
 (counted by torch) / seconds / the rate of that product, so that a busy machine slows both. Medians after a warm-up, with
 quartiles; speed-up = median of the ratios of neighbours.
 """
@@ -44,7 +45,7 @@ VARIANTS = {  # (compile, cudagraphs)
     "compile+graph": (True, True),
 }
 GROUPS = {  # what a profile's events are, by their names: operations on the CPU, kernels on a GPU; the first that fits
-    "products": "^aten::(bmm|mm|addmm)$|gemm|cutlass|xmma|nvjet",
+    "products": "^aten::(bmm|mm|addmm)$|gemm|gemv|cutlass|xmma|nvjet",
     "compiled loops": "CompiledFxGraph|triton",
     "Adam": "adam",
     "copies": "copy|memcpy|memset|clone|::cat$|::fill_",
@@ -168,16 +169,17 @@ def measure(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, qui
         "plain": lambda i: plain(i),
         "matmul": lambda i: [a @ b for _ in range(4)],
     }
-    seconds = {name: [] for name in actions}
+    seconds, burst = {name: [] for name in actions}, 20 if cuda else 1
     for i in range(-1, repeats):
         for name, action in actions.items():
             torch.set_float32_matmul_precision(plain_precision if name == "plain" else own_precision)
             synchronize()
             start = time.perf_counter()
-            action(i)
+            for k in range(burst):
+                action(burst * i + k)
             synchronize()
             if i >= 0:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / burst)
 
     low, median, high = statistics.quantiles(seconds["update"], n=4) if repeats > 1 else 3 * seconds["update"]
     rate = 4 * flop / statistics.median(seconds["matmul"])
@@ -230,8 +232,9 @@ def profile(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, qui
     row |= {"size": "quick" if quick else "published", "milliseconds": round(1e3 * seconds, 2)}
     shares, counts = dict.fromkeys(GROUPS, 0.0), dict.fromkeys(GROUPS, 0)
     for event in profiler.key_averages():
-        if device.type == "cuda":
-            microseconds = event.self_device_time_total if event.device_type == torch.autograd.DeviceType.CUDA else 0
+        if device.type == "cuda":  # kernels, not the spans of Python's that hold them
+            kernel = event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+            microseconds = event.self_device_time_total if kernel else 0
         else:
             microseconds = event.self_cpu_time_total
         if microseconds:

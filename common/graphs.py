@@ -20,10 +20,11 @@ def compile_losses(agent, announce=True):
             f"--compile: torch.compile fails here ({reason}); updates are slower without it (--no-compile silences this)"
         )
         return
-    print(
-        "compiling the losses in the first update: up to two minutes, less another time (--no-compile: none)",
-        flush=True,
-    )
+    if announce:
+        print(
+            "compiling the losses in the first update: up to two minutes, less another time (--no-compile: none)",
+            flush=True,
+        )
     agent.critic_loss, agent.actor_loss = torch.compile(agent.critic_loss), torch.compile(agent.actor_loss)
 
 
@@ -60,8 +61,7 @@ def capture(update, inputs, state, enabled=True):
         outputs = update(static_inputs)
 
     def replay(inputs):
-        for name, value in inputs.items():
-            static_inputs[name].copy_(value, non_blocking=True)
+        torch._foreach_copy_(list(static_inputs.values()), [inputs[name] for name in static_inputs])
         graph.replay()
         return outputs
 

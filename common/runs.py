@@ -177,6 +177,7 @@ def set_matmul_precision(precision, device):
             name = torch.cuda.get_device_name(device)
             fail(f"--matmul-precision {precision}: {name} has no units for it (compute capability 8.0 on); use highest")
         torch.set_float32_matmul_precision(precision or ("high" if has_tf32 else "highest"))
+        torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"  # convolutions
         return
     if precision == "high":
         fail("--matmul-precision high: the CPU has no TF32; use highest, or medium where it multiplies bfloat16")
