@@ -5,6 +5,7 @@
     python -m benchmarks.speed --store                                  # also benchmarks/results/speed_MACHINE.csv and .png
     python -m benchmarks.speed --check                                  # exit code 1 if a stored efficiency is not reached
     python -m benchmarks.speed --profile --quick                        # where the time of an update goes
+    python -m benchmarks.speed --against-one-seed --quick --num-seeds 8 # stacked seeds and one seed, in turn
     python -m benchmarks.speed --evaluation --num-seeds 3               # time evaluations instead
 
 Every setting is a process of its own. It times A B M A B M ...: an update of the setting, one of the same algorithm without
@@ -71,6 +72,8 @@ class SpeedArgs:
     """measure at the sizes of --quick instead"""
     profile: bool = False
     """show what the time of an update goes to instead: products, compiled loops, copies, Adam, the rest, the gaps"""
+    against_one_seed: bool = False
+    """time an update of the stacked seeds and updates of one seed in turn instead, and show how many times as long it takes"""
     evaluation: bool = False
     """time an evaluation of 50 cube-single episodes a seed instead (untrained policies: full-length episodes)"""
     store: bool = False
@@ -245,6 +248,37 @@ def profile(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, qui
     return row | {"operations": {name: round(count, 1) for name, count in counts.items()}}
 
 
+def against_one_seed(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, quick=False):
+    """Times an update of stacked seeds and `num_seeds` updates of one seed in turn, after a warm-up.
+
+    Returns:
+        A row as a dictionary: median milliseconds of both, and median and quartiles of how many times as long the stacked
+        update takes as its neighbours of one seed.
+    """
+    updates = {}
+    for number in (1, num_seeds):
+        module, args, device, dataset = prepare(algorithm, number, precision, cuda, quick)
+        updates[number] = make_update(module, args, device, *VARIANTS[variant], dataset)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = {number: [] for number in updates}
+    for i in range(-3, repeats):
+        for number, update in updates.items():
+            synchronize()
+            start = time.perf_counter()
+            for k in range(num_seeds // number):
+                update(num_seeds * (i + 3) + k)
+            synchronize()
+            if i >= 0:
+                seconds[number].append((time.perf_counter() - start) / (num_seeds // number))
+    ratios = [many / one for one, many in zip(seconds[1], seconds[num_seeds])]
+    low, median, high = statistics.quantiles(ratios, n=4) if repeats > 1 else 3 * ratios
+    row = {"algorithm": algorithm, "num_seeds": num_seeds, "precision": precision, "variant": variant}
+    row |= {"size": "quick" if quick else "published", "milliseconds": 1e3 * statistics.median(seconds[num_seeds])}
+    row |= {"milliseconds_one_seed": 1e3 * statistics.median(seconds[1])}
+    row |= {"times_one_seed": median, "quartile_low": low, "quartile_high": high}
+    return {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
+
+
 def measure_evaluation(algorithm, num_seeds, cuda):
     """Seconds to start the evaluation workers, and of each of three evaluations."""
     module = importlib.import_module(algorithm)
@@ -359,8 +393,24 @@ def profile_table(rows):
     return "\n".join(lines)
 
 
+def against_table(rows):
+    """Rows of `against_one_seed` as a markdown table."""
+    lines = [
+        "| size | algorithm | variant | seeds | milliseconds | one seed | times one seed (quartiles) |",
+        "|" + "---|" * 7,
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['size']} | {r['algorithm']} | {r['variant']}, {r['precision']} | {r['num_seeds']} | {r['milliseconds']:.1f} "
+            f"| {r['milliseconds_one_seed']:.1f} | {r['times_one_seed']:.2f} ({r['quartile_low']:.2f} to {r['quartile_high']:.2f}) |"
+        )
+    return "\n".join(lines)
+
+
 def measure_apart(what, arguments):
-    """`measure` or `profile` of a setting in a process of its own: the row, or None if it failed (its last line is shown)."""
+    """`measure`, `profile` or `against_one_seed` of a setting in a process of its own: the row, or None if it failed (its
+    last line is shown).
+    """
     command = [sys.executable, "-m", "benchmarks.speed", f"--setting-{what}", json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -371,7 +421,7 @@ def measure_apart(what, arguments):
 
 
 if __name__ == "__main__":
-    for what in (measure, profile):
+    for what in (measure, profile, against_one_seed):
         if sys.argv[1:2] == [f"--setting-{what.__name__}"]:  # the process of one setting
             print(json.dumps(what(**json.loads(sys.argv[2]))))
             raise SystemExit
@@ -385,8 +435,15 @@ if __name__ == "__main__":
             for num_seeds in options.num_seeds:
                 print(json.dumps(measure_evaluation(algorithm, num_seeds, options.cuda)), flush=True)
         raise SystemExit
-    if options.profile and (options.store or options.check or options.output):
-        fail("--profile is printed only: leave out --store, --check and --output")
+    printed_only = options.profile or options.against_one_seed
+    if printed_only and (options.store or options.check or options.output):
+        fail("--profile and --against-one-seed are printed only: leave out --store, --check and --output")
+    if options.profile and options.against_one_seed:
+        fail("--profile and --against-one-seed exclude each other")
+    if options.against_one_seed:
+        options = replace(
+            options, num_seeds=tuple(n for n in options.num_seeds if n > 1) or fail("--num-seeds: above 1")
+        )
     if not on_gpu and any("graph" in variant for variant in options.variants):
         fail("--variants: CUDA graphs need a GPU")
     machine = machine_name(torch.device("cuda" if on_gpu else "cpu"))
@@ -413,7 +470,8 @@ if __name__ == "__main__":
     rows = []
     for words in tqdm(settings, unit=" settings"):
         common = dict(cuda=options.cuda, repeats=options.repeats, quick=options.quick)
-        row = measure_apart("profile" if options.profile else "measure", words | common)
+        what = "profile" if options.profile else "against_one_seed" if options.against_one_seed else "measure"
+        row = measure_apart(what, words | common)
         if row is not None:
             rows.append(row)
             if options.json:
@@ -421,8 +479,10 @@ if __name__ == "__main__":
     if not rows:
         fail("no setting could be measured")
     if not options.json:
-        print(profile_table(rows) if options.profile else table(rows))
-    if options.profile:
+        print(
+            profile_table(rows) if options.profile else against_table(rows) if options.against_one_seed else table(rows)
+        )
+    if printed_only:
         raise SystemExit
     if options.output:
         write_rows(Path(options.output).with_suffix(".csv"), rows)

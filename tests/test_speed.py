@@ -56,6 +56,14 @@ def test_a_profile_divides_the_whole_time_of_an_update(same_precision):
     assert speed.profile_table([row]).splitlines()[2].startswith("| quick | evor | 1 | eager, highest | ")
 
 
+def test_stacked_seeds_against_one_seed(same_precision):
+    row = speed.against_one_seed("evor", 3, "highest", "eager", repeats=3, quick=True)
+    assert row["num_seeds"] == 3 and 0.5 < row["times_one_seed"] < 6
+    assert row["quartile_low"] <= row["times_one_seed"] <= row["quartile_high"]
+    assert row["milliseconds"] / row["milliseconds_one_seed"] == pytest.approx(row["times_one_seed"], rel=0.5)
+    assert "| quick | evor | eager, highest | 3 | " in speed.against_table([row])
+
+
 def test_check_compares_efficiency_with_the_stored_row_of_the_setting():
     stored = [ROW, ROW | {"num_seeds": 8, "efficiency": 0.6}]
     fine = [ROW | {"efficiency": 0.35, "updates_per_second": 1.0}, ROW | {"num_seeds": 8, "efficiency": 0.9}]
