@@ -388,9 +388,13 @@ class Agent(nn.Module):
         z_0, t = noise["return"], noise["time"]  # (S, B, 1)
         ensemble = lambda x: to_ensemble(x, args.num_ensembles)
 
+        def next_field(action_noise):
+            """The target fields of s' and an action a' of the base policy: noise (S, B, A) -> velocity of `MLP.field`."""
+            actions = self.flow_actions(next_observations, action_noise.unsqueeze(2)).squeeze(2)  # (S, B, A)
+            return self.target_critic_flow.field(ensemble(torch.cat([next_observations, actions], dim=-1)))
+
         # 1. The base policy's next action, and a return from there: z' = Phi(z_0; s', a', 1) of the target fields.
-        next_actions = self.flow_actions(next_observations, noise["next_action"].unsqueeze(2)).squeeze(2)  # (S, B, A)
-        velocity = self.target_critic_flow.field(ensemble(torch.cat([next_observations, next_actions], dim=-1)))
+        velocity = next_field(noise["next_action"])
         next_return = self.return_flow(velocity, ensemble(z_0), ensemble(torch.ones_like(t)))  # (S, E, B, 1)
         next_return = self.clip_return(next_return).mean(dim=1)  # (S, B, 1)
         target = rewards + args.gamma * masks * next_return  # (S, B, 1)
@@ -407,9 +411,7 @@ class Agent(nn.Module):
         if args.td_target == "exact":
             label = target - z_0  # (S, B, 1)
         else:
-            next_actions = self.flow_actions(next_observations, noise["label_action"].unsqueeze(2)).squeeze(2)
-            velocity = self.target_critic_flow.field(ensemble(torch.cat([next_observations, next_actions], dim=-1)))
-            next_velocity = velocity(ensemble(z_t), ensemble(t)).mean(dim=1)  # (S, B, 1)
+            next_velocity = next_field(noise["label_action"])(ensemble(z_t), ensemble(t)).mean(dim=1)  # (S, B, 1)
             label = rewards + args.gamma * masks * next_velocity  # (S, B, 1)
         return z_t, label, target
 

@@ -26,7 +26,6 @@ from common import collect, envs, fail, runs
 NAMES = {"exp_name", "seed", "num_seeds", "env_id", "quick", "log_interval", "evaluate", "torch_deterministic"}
 # Compared by the data themselves.
 DATA = {"dataset_source", "generated_episodes"}
-LENGTHS = {"total_timesteps", "online_timesteps"}
 ONLINE_STEPS = 1_000_000  # of the published online phases
 
 
@@ -42,7 +41,7 @@ class CollectResultsArgs:
 
 def settings(args):
     """{name: value} of the arguments that change a run's numbers, besides its seeds and data."""
-    ignored = (runs.MAY_CHANGE - LENGTHS) | NAMES | DATA
+    ignored = (runs.MAY_CHANGE - runs.LENGTHS) | NAMES | DATA
     return {name: value for name, value in sorted(args.items()) if name not in ignored}
 
 

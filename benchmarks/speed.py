@@ -17,6 +17,7 @@ quartiles; speed-up = median of the ratios of neighbours.
 
 import csv
 import importlib
+import itertools
 import json
 import re
 import resource
@@ -100,20 +101,6 @@ def machine_name(device):
     return f"{name}, {num_cores()} cores"
 
 
-def make_update(algorithm, args, device, compiled, captured, dataset):
-    """An agent's update as a function of the number of the update, on random rows of the dataset."""
-    seeds = list(range(args.num_seeds))
-    agent = algorithm.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0).to(device)
-    agent.make_optimizer()
-    chunk = runs.draw_chunk(agent, args, seeds, len(dataset["rewards"]), 0, device)
-    inputs = lambda i: {name: value[i % runs.CHUNK] for name, value in chunk.items()}
-    if compiled:
-        graphs.compile_losses(agent, announce=False)
-    update = lambda inputs: agent.update(datasets.gather(dataset, None, inputs), inputs)
-    update = graphs.capture(update, inputs(0), agent.state_tensors(), captured)
-    return lambda i: update(inputs(i))
-
-
 def peak_memory(device):
     """Largest memory so far in bytes: the GPU's, or this process's."""
     if device.type == "cuda":
@@ -122,7 +109,12 @@ def peak_memory(device):
 
 
 def prepare(algorithm, num_seeds, precision, cuda, quick):
-    """The module, arguments, device and random dataset of a setting; sets torch up for it."""
+    """Sets torch up for a setting.
+
+    Returns:
+        device; a function that waits for it; and make_update(variant), the agent's update as a function without arguments,
+        each call on other random rows of a random dataset.
+    """
     module = importlib.import_module(algorithm)
     args = replace(module.Args(), **module.QUICK) if quick else module.Args()
     cuda = cuda and torch.cuda.is_available()
@@ -131,7 +123,7 @@ def prepare(algorithm, num_seeds, precision, cuda, quick):
     device = runs.setup_torch(args)
     generator = torch.Generator(device).manual_seed(0)
     draw = lambda *shape: torch.rand(*shape, generator=generator, device=device)
-    N = 10_000
+    N, seeds = 10_000, list(range(num_seeds))
     dataset = {
         "observations": draw(N, OBS_DIM),
         "next_observations": draw(N, OBS_DIM),
@@ -139,50 +131,72 @@ def prepare(algorithm, num_seeds, precision, cuda, quick):
         "rewards": -torch.ones(N, device=device),
         "masks": torch.ones(N, device=device),
     }
-    return module, args, device, dataset
+
+    def make_update(variant):
+        compiled, captured = VARIANTS[variant]
+        agent = module.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0).to(device)
+        agent.make_optimizer()
+        chunk = runs.draw_chunk(agent, args, seeds, N, 0, device)
+        inputs, numbers = lambda i: {name: value[i % runs.CHUNK] for name, value in chunk.items()}, itertools.count()
+        if compiled:
+            graphs.compile_losses(agent, announce=False)
+        update = lambda inputs: agent.update(datasets.gather(dataset, None, inputs), inputs)
+        update = graphs.capture(update, inputs(0), agent.state_tensors(), captured)
+        return lambda: update(inputs(next(numbers)))
+
+    return device, torch.cuda.synchronize if cuda else lambda: None, make_update
+
+
+def timed(action, count, synchronize):
+    """Seconds of one of `count` calls of `action` in a row."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        action()
+    synchronize()
+    return (time.perf_counter() - start) / count
+
+
+def burst(device):
+    """Updates that are timed together: on a GPU several, since a training run does not wait for each."""
+    return 20 if device.type == "cuda" else 1
+
+
+def named(algorithm, num_seeds, precision, variant, quick):
+    """The columns that name a setting on a machine."""
+    size = "quick" if quick else "published"
+    return dict(size=size, algorithm=algorithm, num_seeds=num_seeds, precision=precision, variant=variant)
 
 
 def measure(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, quick=False):
     """Times updates on random data; returns the row of this setting as a dictionary."""
-    module, args, device, dataset = prepare(algorithm, num_seeds, precision, cuda, quick)
+    device, synchronize, make_update = prepare(algorithm, num_seeds, precision, cuda, quick)
     cuda = device.type == "cuda"
     plain_precision = "highest" if cuda else torch.get_float32_matmul_precision()  # the CPU's exact one
     own_precision = torch.get_float32_matmul_precision()
-    synchronize = torch.cuda.synchronize if cuda else lambda: None
 
     # The setting itself comes first, alone, so that start-up and memory are its own.
-    compiled, captured = VARIANTS[variant]
     start = time.perf_counter()
-    update = make_update(module, args, device, compiled, captured, dataset)
-    for i in range(3):
-        update(i)
-    synchronize()
+    update = make_update(variant)
+    timed(update, 3, synchronize)
     warm_up, peak = time.perf_counter() - start, peak_memory(device)
 
-    plain = make_update(module, args, device, False, False, dataset)
+    plain = make_update("eager")
     torch.set_float32_matmul_precision(plain_precision)
     with FlopCounterMode(display=False) as counter:
-        plain(0)
-    plain(1)
+        plain()
+    plain()
     draw = lambda *shape: torch.rand(*shape, device=device)
     a, b = (draw(4096, 4096), draw(4096, 4096)) if cuda else (draw(2, 2048, 512), draw(2, 512, 512))
     flop = 2 * a.numel() * b.shape[-1]
-    actions = {
-        "update": lambda i: update(i),
-        "plain": lambda i: plain(i),
-        "matmul": lambda i: [a @ b for _ in range(4)],
-    }
-    seconds, burst = {name: [] for name in actions}, 20 if cuda else 1
+    actions = {"update": update, "plain": plain, "matmul": lambda: [a @ b for _ in range(4)]}
+    seconds = {name: [] for name in actions}
     for i in range(-1, repeats):
         for name, action in actions.items():
             torch.set_float32_matmul_precision(plain_precision if name == "plain" else own_precision)
-            synchronize()
-            start = time.perf_counter()
-            for k in range(burst):
-                action(burst * i + k)
-            synchronize()
+            each = timed(action, burst(device), synchronize)
             if i >= 0:  # the first round warms up
-                seconds[name].append((time.perf_counter() - start) / burst)
+                seconds[name].append(each)
 
     low, median, high = statistics.quantiles(seconds["update"], n=4) if repeats > 1 else 3 * seconds["update"]
     rate = 4 * flop / statistics.median(seconds["matmul"])
@@ -190,11 +204,7 @@ def measure(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, qui
     digits = lambda value: float(f"{value:.4g}")
     return {
         "machine": machine_name(device),
-        "size": "quick" if quick else "published",
-        "algorithm": algorithm,
-        "num_seeds": num_seeds,
-        "precision": precision,
-        "variant": variant,
+        **named(algorithm, num_seeds, precision, variant, quick),
         "updates_per_second": digits(1 / median),
         "quartile_low": digits(1 / high),
         "quartile_high": digits(1 / low),
@@ -218,21 +228,13 @@ def profile(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, qui
         time and its number of operations (kernels on a GPU) an update. What is left is `gaps`: Python, and on a GPU
         whatever keeps it waiting.
     """
-    module, args, device, dataset = prepare(algorithm, num_seeds, precision, cuda, quick)
-    update = make_update(module, args, device, *VARIANTS[variant], dataset)
-    for i in range(3):
-        update(i)
+    device, synchronize, make_update = prepare(algorithm, num_seeds, precision, cuda, quick)
+    update = make_update(variant)
+    timed(update, 3, synchronize)
     kind = torch.profiler.ProfilerActivity
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
     with torch.profiler.profile(activities=[kind.CPU] + [kind.CUDA] * (device.type == "cuda")) as profiler:
-        start = time.perf_counter()
-        for i in range(repeats):
-            update(3 + i)
-        synchronize()
-        seconds = (time.perf_counter() - start) / repeats
-    row = {"algorithm": algorithm, "num_seeds": num_seeds, "precision": precision, "variant": variant}
-    row |= {"size": "quick" if quick else "published", "milliseconds": round(1e3 * seconds, 2)}
+        seconds = timed(update, repeats, synchronize)
+    row = named(algorithm, num_seeds, precision, variant, quick) | {"milliseconds": round(1e3 * seconds, 2)}
     shares, counts = dict.fromkeys(GROUPS, 0.0), dict.fromkeys(GROUPS, 0)
     for event in profiler.key_averages():
         if device.type == "cuda":  # kernels, not the spans of Python's that hold them
@@ -257,23 +259,18 @@ def against_one_seed(algorithm, num_seeds, precision, variant, cuda=True, repeat
     """
     updates = {}
     for number in (1, num_seeds):
-        module, args, device, dataset = prepare(algorithm, number, precision, cuda, quick)
-        updates[number] = make_update(module, args, device, *VARIANTS[variant], dataset)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        device, synchronize, make_update = prepare(algorithm, number, precision, cuda, quick)
+        updates[number] = make_update(variant)
     seconds = {number: [] for number in updates}
     for i in range(-3, repeats):
         for number, update in updates.items():
-            synchronize()
-            start = time.perf_counter()
-            for k in range(num_seeds // number):
-                update(num_seeds * (i + 3) + k)
-            synchronize()
-            if i >= 0:
-                seconds[number].append((time.perf_counter() - start) / (num_seeds // number))
+            each = timed(update, burst(device) * num_seeds // number, synchronize)
+            if i >= 0:  # the first rounds warm up
+                seconds[number].append(each)
     ratios = [many / one for one, many in zip(seconds[1], seconds[num_seeds])]
     low, median, high = statistics.quantiles(ratios, n=4) if repeats > 1 else 3 * ratios
-    row = {"algorithm": algorithm, "num_seeds": num_seeds, "precision": precision, "variant": variant}
-    row |= {"size": "quick" if quick else "published", "milliseconds": 1e3 * statistics.median(seconds[num_seeds])}
+    row = named(algorithm, num_seeds, precision, variant, quick)
+    row |= {"milliseconds": 1e3 * statistics.median(seconds[num_seeds])}
     row |= {"milliseconds_one_seed": 1e3 * statistics.median(seconds[1])}
     row |= {"times_one_seed": median, "quartile_low": low, "quartile_high": high}
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
@@ -407,11 +404,16 @@ def against_table(rows):
     return "\n".join(lines)
 
 
-def measure_apart(what, arguments):
-    """`measure`, `profile` or `against_one_seed` of a setting in a process of its own: the row, or None if it failed (its
-    last line is shown).
-    """
-    command = [sys.executable, "-m", "benchmarks.speed", f"--setting-{what}", json.dumps(arguments)]
+KINDS = {  # what can be asked of a setting: a function of it, and a table of its rows
+    "measure": (measure, table),
+    "profile": (profile, profile_table),
+    "against_one_seed": (against_one_seed, against_table),
+}
+
+
+def measure_apart(kind, arguments):
+    """One of KINDS of a setting in a process of its own: the row, or None if it failed (its last line is shown)."""
+    command = [sys.executable, "-m", "benchmarks.speed", "--setting", kind, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -421,10 +423,9 @@ def measure_apart(what, arguments):
 
 
 if __name__ == "__main__":
-    for what in (measure, profile, against_one_seed):
-        if sys.argv[1:2] == [f"--setting-{what.__name__}"]:  # the process of one setting
-            print(json.dumps(what(**json.loads(sys.argv[2]))))
-            raise SystemExit
+    if sys.argv[1:2] == ["--setting"]:  # the process of one setting
+        print(json.dumps(KINDS[sys.argv[2]][0](**json.loads(sys.argv[3]))))
+        raise SystemExit
 
     options = tyro.cli(SpeedArgs, description=__doc__)
     if options.repeats < 1 or min(options.num_seeds, default=0) < 1:
@@ -435,15 +436,15 @@ if __name__ == "__main__":
             for num_seeds in options.num_seeds:
                 print(json.dumps(measure_evaluation(algorithm, num_seeds, options.cuda)), flush=True)
         raise SystemExit
-    printed_only = options.profile or options.against_one_seed
-    if printed_only and (options.store or options.check or options.output):
-        fail("--profile and --against-one-seed are printed only: leave out --store, --check and --output")
     if options.profile and options.against_one_seed:
         fail("--profile and --against-one-seed exclude each other")
+    kind = "profile" if options.profile else "against_one_seed" if options.against_one_seed else "measure"
+    if kind != "measure" and (options.store or options.check or options.output):
+        fail("--profile and --against-one-seed are printed only: leave out --store, --check and --output")
     if options.against_one_seed:
-        options = replace(
-            options, num_seeds=tuple(n for n in options.num_seeds if n > 1) or fail("--num-seeds: above 1")
-        )
+        options = replace(options, num_seeds=tuple(n for n in options.num_seeds if n > 1))
+        if not options.num_seeds:
+            fail("--against-one-seed: --num-seeds must have a number above 1")
     if not on_gpu and any("graph" in variant for variant in options.variants):
         fail("--variants: CUDA graphs need a GPU")
     machine = machine_name(torch.device("cuda" if on_gpu else "cpu"))
@@ -470,8 +471,7 @@ if __name__ == "__main__":
     rows = []
     for words in tqdm(settings, unit=" settings"):
         common = dict(cuda=options.cuda, repeats=options.repeats, quick=options.quick)
-        what = "profile" if options.profile else "against_one_seed" if options.against_one_seed else "measure"
-        row = measure_apart(what, words | common)
+        row = measure_apart(kind, words | common)
         if row is not None:
             rows.append(row)
             if options.json:
@@ -479,11 +479,7 @@ if __name__ == "__main__":
     if not rows:
         fail("no setting could be measured")
     if not options.json:
-        print(
-            profile_table(rows) if options.profile else against_table(rows) if options.against_one_seed else table(rows)
-        )
-    if printed_only:
-        raise SystemExit
+        print(KINDS[kind][1](rows))
     if options.output:
         write_rows(Path(options.output).with_suffix(".csv"), rows)
         draw(Path(options.output).with_suffix(".png"), rows)

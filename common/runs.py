@@ -25,10 +25,10 @@ from common import checkpoint, envs, fail, warn
 CHUNK = 50
 
 # What may differ between a run and its continuation; everything else would change its numbers.
-MAY_CHANGE = {
+LENGTHS = {"total_timesteps", "online_timesteps"}
+MAY_CHANGE = LENGTHS | {
     "resume", "runs_dir", "cuda", "track", "wandb_project_name", "wandb_entity", "capture_video", "dataset_dir",
-    "dataset_path", "eval_workers", "save_interval", "total_timesteps", "online_timesteps", "compile", "cudagraphs",
-    "matmul_precision",
+    "dataset_path", "eval_workers", "save_interval", "compile", "cudagraphs", "matmul_precision",
 }  # fmt: skip
 
 
@@ -72,13 +72,9 @@ def parse_args(Args, tuned, tuned_online, quick, may_be_zero=(), inference=(), a
             fail(f"{flag} {run_dir} is a run of {resumed['algorithm']}.py")
         default = Args(**{name: value for name, value in resumed["args"].items() if name in names})
         args = parse(default)
-        may_change = MAY_CHANGE
-        if evaluate is not None:
-            may_change = may_change - {"total_timesteps", "online_timesteps"} | {
-                "evaluate",
-                "eval_episodes",
-                *inference,
-            }
+        may_change = (
+            MAY_CHANGE if evaluate is None else MAY_CHANGE - LENGTHS | {"evaluate", "eval_episodes", *inference}
+        )
         differing = [name for name in sorted(names - may_change) if getattr(args, name) != getattr(default, name)]
         if differing:
             listed = ", ".join(
