@@ -102,9 +102,9 @@ class Args:
     use_time_embed: bool = True
     """give the intermediate value sines and cosines of the flow time instead of the raw number"""
     time_embed_dim: int = 64
-    """their number, even"""
+    """number of these sines and cosines, even"""
     actor_time_embed: bool = False
-    """give them to the flow policy too (paper); the released code gives it the raw number"""
+    """give the flow policy these sines and cosines too (paper) instead of the raw number (released code)"""
     layer_norm: bool = True
     """layer normalisation in the critic and the intermediate value"""
     value_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
@@ -288,9 +288,9 @@ class Agent(nn.Module):
         policy_time_dim = args.time_embed_dim if args.actor_time_embed else 1
 
         S, E = len(seeds), args.num_ensembles
-        policy_dims = (obs_dim + action_dim + policy_time_dim, *args.actor_hidden_dims, action_dim)  # [s, x, t]
-        critic_dims = (obs_dim + action_dim, *args.value_hidden_dims, 1)  # [s, a]
-        value_dims = (obs_dim + action_dim + time_dim, *args.value_hidden_dims, 1)  # [s, x, emb(t)]
+        policy_dims = (obs_dim + action_dim + policy_time_dim, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
+        critic_dims = (obs_dim + action_dim, *args.value_hidden_dims, 1)  # inputs [s, a]
+        value_dims = (obs_dim + action_dim + time_dim, *args.value_hidden_dims, 1)  # inputs [s, x, emb(t)]
         self.critic = MLP((S, E), critic_dims, args.layer_norm)
         self.inner_value = MLP((S, E), value_dims, args.layer_norm)
         self.actor_flow = MLP((S,), policy_dims, args.actor_layer_norm)
