@@ -108,11 +108,9 @@ def read_reported(path=ROOT / "reported.csv"):
         if not 0 <= mean <= 100 and not row["protocol"].startswith("d4rl"):
             fail(f"{path}:{line}: mean is {mean}, outside 0 to 100")
         key = row["method"], canonical(row["env_id"]), row["protocol"]
-        if (*key, row["source"]) in lines:
-            fail(
-                f"{path}:{line}: a second score of {' '.join(key)} from one source: see line {lines[*key, row['source']]}"
-            )
-        lines[*key, row["source"]] = line
+        if (entry := (*key, row["source"])) in lines:
+            fail(f"{path}:{line}: a second score of {' '.join(key)} from one source: see line {lines[entry]}")
+        lines[entry] = line
         if key in reported and (reported[key]["kind"] == "primary" or row["kind"] == "secondary"):
             continue
         reported[key] = {

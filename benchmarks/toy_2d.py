@@ -26,7 +26,6 @@ Notation in the shapes: S lambdas x seeds, B batch, N rows, K Euler steps.
 import csv
 import math
 import multiprocessing
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +35,7 @@ import torch
 import tyro
 
 import q_flow
-from common import fail, runs
+from common import fail, num_cores, runs
 
 METHODS = ("q_flow", "backprop", "one_step")
 CLONING = 1e6
@@ -422,7 +421,7 @@ if __name__ == "__main__":
             for name in options.datasets:
                 write(study(name, options, device, bar.update))
         else:
-            cores = len(os.sched_getaffinity(0))
+            cores = num_cores()
             workers = min(cores, len(options.datasets))
             context = multiprocessing.get_context("spawn")
             with context.Manager() as manager, context.Pool(workers) as pool:
