@@ -263,9 +263,15 @@ def init_weights(module, seeds):
                 parameter.data[s] = (2 * draw - 1) * bound
 
 
-def embed_time(t, dim):
-    """[sin(f_i t), cos(f_i t)], f_i = 256^(i / (dim / 2 - 1)) for i = 0..dim / 2 - 1: (..., 1) -> (..., dim)."""
-    frequencies = torch.linspace(0, math.log(256), dim // 2, device=t.device).exp()
+def time_frequencies(dim):
+    """f_i = 256^(i / (dim / 2 - 1)) for i = 0..dim / 2 - 1, (dim / 2,); in float64, rounded once, so that they are the same
+    on every processor.
+    """
+    return torch.linspace(0, math.log(256), dim // 2, dtype=torch.float64).exp().float()
+
+
+def embed_time(t, frequencies):
+    """[sin(f_i t), cos(f_i t)]: (..., 1), (dim / 2,) -> (..., dim)."""
     return torch.cat([torch.sin(t * frequencies), torch.cos(t * frequencies)], dim=-1)
 
 
@@ -287,6 +293,7 @@ class Agent(nn.Module):
         self.args, self.action_dim = args, action_dim
         time_dim = args.time_embed_dim if args.use_time_embed else 1
         policy_time_dim = args.time_embed_dim if args.actor_time_embed else 1
+        self.register_buffer("frequencies", time_frequencies(args.time_embed_dim), persistent=False)
 
         S, E = len(seeds), args.num_ensembles
         policy_dims = (obs_dim + action_dim + policy_time_dim, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
@@ -337,7 +344,7 @@ class Agent(nn.Module):
     def policy_velocity(self, observations):
         """u(s, x, t) as a function of x (S, N, A) and t (S, N, 1): (S, N, D) -> (S, N, A)."""
         velocity = self.actor_flow.field(observations)
-        embed = lambda t: embed_time(t, self.args.time_embed_dim) if self.args.actor_time_embed else t
+        embed = lambda t: embed_time(t, self.frequencies) if self.args.actor_time_embed else t
         return lambda x, t: velocity(x, embed(t))
 
     def roll_out(self, observations, x, t):
@@ -363,7 +370,7 @@ class Agent(nn.Module):
 
     def inner_values(self, observations, x, t, detach=False):
         """V_e(s, x, tau): (S, N, D), (S, N, A), (S, N, 1) -> (S, E, N)."""
-        t = embed_time(t, self.args.time_embed_dim) if self.args.use_time_embed else t
+        t = embed_time(t, self.frequencies) if self.args.use_time_embed else t
         inputs = to_ensemble(torch.cat([observations, x, t], dim=-1), self.args.num_ensembles)
         return self.inner_value(inputs, detach).squeeze(-1)
 
