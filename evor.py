@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -102,16 +103,18 @@ class Args:
     """Euler steps K of every flow: returns and actions"""
     num_actions: int = 32
     """N_pi, candidate actions of the base policy (1: pure behaviour cloning)"""
-    num_returns: int = 16
+    num_returns: int = 50
     """N, return samples that rate a candidate"""
     tau_q: float = 1.0
     """temperature of the choice among the candidates, in units of return (small: the best one, large: any)"""
     tau_r: float = 10.0
     """temperature of the soft maximum over return samples, in units of return (large: their mean, small: their maximum)"""
     td_target: Literal["exact", "published"] = "exact"
-    """label of flow TD: the end-point's velocity r + gamma z' - z_0, or the paper's r + gamma sbar(z_t, t | s', a')"""
-    latents: Literal["own", "next", "transported"] = "own"
-    """where z_t lies: on the way to r + gamma z', on the way to z', or where the target flow of (s',a') takes z_0"""
+    """label of flow TD: the straight way's velocity r + gamma z' - z_0, or the paper's r + gamma sbar(z_t, t | s', a')"""
+    latents: Literal["data", "target"] = "data"
+    """the published label's z_1, a reward-to-go of (s,a): the trajectory's own, or a sample of the target fields"""
+    bc_timesteps: int = 0
+    """first updates that train the policy alone, which is then frozen while the return fields train (0: both together)"""
     num_ensembles: int = 2
     """return fields E"""
     clip_flow_returns: bool = True
@@ -276,6 +279,8 @@ class Agent(nn.Module):
         min_reward, max_reward: the dataset's extreme rewards, which fix the range of returns.
     """
 
+    METRICS = ("critic/critic_loss", "critic/target_mean", "actor/bc_flow_loss")  # a phase's updates give a part of them
+
     def __init__(self, args, obs_dim, action_dim, seeds, min_reward, max_reward):
         super().__init__()
         self.args, self.action_dim = args, action_dim
@@ -320,7 +325,7 @@ class Agent(nn.Module):
             "time": uniform(B, 1),
             "policy_action": normal(B, A),
             "policy_time": uniform(B, 1),
-        } | ({"label_action": normal(B, A)} if self.args.td_target == "published" else {})
+        } | ({"latent": normal(B, 1)} if self.samples_latents() else {})
 
     def draw_act_noise(self, generator, num_steps):
         """The random numbers of `num_steps` actions of one seed: (num_steps, C A + C + R), see `act`."""
@@ -372,59 +377,63 @@ class Agent(nn.Module):
         z = self.return_flow(self.target_critic_flow.field(condition, repeats=R), z, torch.ones_like(z))
         return self.clip_return(z).mean(dim=1).view(noise.shape)
 
+    def samples_latents(self):
+        """Whether z_1 is a sample of the target fields, which needs noise of its own."""
+        return self.args.td_target == "published" and self.args.latents == "target"
+
     @torch.no_grad()  # labels are the regression's constants, and the policy is not trained by returns
     def flow_td(self, batch, noise):
         """Flow TD: the points z_t of the return field of (s,a), and their labels.
 
         Args:
-            batch: observations, next_observations (S, B, D), actions (S, B, A), rewards, masks (S, B).
+            batch: observations, next_observations (S, B, D), actions (S, B, A), rewards, masks (S, B); for the published
+                label with latents of the data also returns (S, B), see reward_to_go.
             noise: see draw_noise, without the first axis and with a seed axis: (S, B, dim).
 
         Returns:
-            z_t, label and the sampled return r + gamma mask z', (S, B, 1) each.
+            z_t and label, (S, B, 1) each.
         """
-        args, next_observations = self.args, batch["next_observations"]
+        args = self.args
         rewards, masks = batch["rewards"].unsqueeze(-1), batch["masks"].unsqueeze(-1)  # (S, B, 1)
         z_0, t = noise["return"], noise["time"]  # (S, B, 1)
         ensemble = lambda x: to_ensemble(x, args.num_ensembles)
+        target_field = lambda s, a: self.target_critic_flow.field(ensemble(torch.cat([s, a], dim=-1)))
+        end_time = ensemble(torch.ones_like(t))  # (S, E, B, 1)
 
-        def next_field(action_noise):
-            """The target fields of s' and an action a' of the base policy: noise (S, B, A) -> velocity of `MLP.field`."""
-            actions = self.flow_actions(next_observations, action_noise.unsqueeze(2)).squeeze(2)  # (S, B, A)
-            return self.target_critic_flow.field(ensemble(torch.cat([next_observations, actions], dim=-1)))
+        # 1. The base policy's next action a', and the target fields of (s', a').
+        next_observations = batch["next_observations"]
+        next_actions = self.flow_actions(next_observations, noise["next_action"].unsqueeze(2)).squeeze(2)  # (S, B, A)
+        next_field = target_field(next_observations, next_actions)
 
-        # 1. The base policy's next action, and a return from there: z' = Phi(z_0; s', a', 1) of the target fields.
-        velocity = next_field(noise["next_action"])
-        next_return = self.return_flow(velocity, ensemble(z_0), ensemble(torch.ones_like(t)))  # (S, E, B, 1)
-        next_return = self.clip_return(next_return).mean(dim=1)  # (S, B, 1)
-        target = rewards + args.gamma * masks * next_return  # (S, B, 1)
-
-        # 2. The point z_t: on the straight way from z_0 to this return, or to the next one, or carried by the next flow.
-        if args.latents == "transported":
-            z_t = self.return_flow(velocity, ensemble(z_0), ensemble(t)).mean(dim=1)  # (S, B, 1)
-        else:
-            z_1 = target if args.latents == "own" else next_return
-            z_t = (1 - t) * z_0 + t * z_1  # (S, B, 1)
-
-        # 3. Its label: the velocity of the straight way, or the paper's Bellman equation of fields, whose mean over a'
-        #    is that of the base policy whatever z_t is: hence another a' than the one that made z_t.
         if args.td_target == "exact":
-            label = target - z_0  # (S, B, 1)
+            # 2. A return z' = Phi(z_0; s', a', 1). The label is the velocity of the straight way from z_0 to r + gamma z'.
+            next_return = self.clip_return(self.return_flow(next_field, ensemble(z_0), end_time)).mean(dim=1)  # (S, B, 1)
+            z_1 = rewards + args.gamma * masks * next_return  # (S, B, 1)
+            z_t = (1 - t) * z_0 + t * z_1  # (S, B, 1)
+            label = z_1 - z_0  # (S, B, 1)
         else:
-            next_velocity = next_field(noise["label_action"])(ensemble(z_t), ensemble(t)).mean(dim=1)  # (S, B, 1)
+            # 2. A reward-to-go z_1 of (s,a), independent of z_0. The label is the paper's Bellman equation of fields: the
+            #    next field at the same z_t and t.
+            if args.latents == "data":
+                z_1 = batch["returns"].unsqueeze(-1)  # (S, B, 1)
+            else:
+                field = target_field(batch["observations"], batch["actions"])
+                z_1 = self.clip_return(self.return_flow(field, ensemble(noise["latent"]), end_time)).mean(dim=1)
+            z_t = (1 - t) * z_0 + t * z_1  # (S, B, 1)
+            next_velocity = next_field(ensemble(z_t), ensemble(t)).mean(dim=1)  # (S, B, 1)
             label = rewards + args.gamma * masks * next_velocity  # (S, B, 1)
-        return z_t, label, target
+        return z_t, label
 
     def critic_loss(self, batch, noise):
         """L_critic of every seed (S,), and its parts for the log (S,); arguments as for flow_td."""
         ensemble = lambda x: to_ensemble(x, self.args.num_ensembles)
-        z_t, label, target = self.flow_td(batch, noise)
+        z_t, label = self.flow_td(batch, noise)
 
-        # Regression of every field: s(z_t, t | s, a) -> label.
+        # Regression of every field: s(z_t, t | s, a) -> label. The mean label is the mean return, since z_0 has mean zero.
         velocity = self.critic_flow.field(ensemble(torch.cat([batch["observations"], batch["actions"]], dim=-1)))
         v = velocity(ensemble(z_t), ensemble(noise["time"]))  # (S, E, B, 1)
         critic_loss = (v - label.unsqueeze(1)).square().mean(dim=(1, 2, 3))  # (S,)
-        return critic_loss, {"critic/critic_loss": critic_loss, "critic/target_mean": target.mean(dim=(1, 2))}
+        return critic_loss, {"critic/critic_loss": critic_loss, "critic/target_mean": label.mean(dim=(1, 2))}
 
     def actor_loss(self, batch, noise):
         """L_BC of every seed (S,), and parts for the log; arguments as for flow_td."""
@@ -437,20 +446,28 @@ class Agent(nn.Module):
         bc_flow_loss = (velocity - (actions - x_0)).square().mean(dim=(1, 2))  # (S,)
         return bc_flow_loss, {"actor/bc_flow_loss": bc_flow_loss}
 
-    def update(self, batch, noise):
-        """One update of every seed; returns the losses at the weights before it, {name: (S,)}."""
-        self.optimizer.zero_grad()
-        critic_loss, critic_metrics = self.critic_loss(batch, noise)
-        critic_loss.sum().backward()
-        actor_loss, actor_metrics = self.actor_loss(batch, noise)
-        actor_loss.sum().backward()
+    def update(self, batch, noise, trains=("returns", "policy")):
+        """One update of every seed; returns the losses at the weights before it, {name: (S,)}.
 
-        # The EMA comes before Adam's step, so that the targets lag by one update as in the siblings.
+        What is not named in `trains` stays bit-equal: Adam passes over weights that have no gradient.
+        """
+        self.optimizer.zero_grad()
+        metrics = {}
+        if "returns" in trains:
+            critic_loss, critic_metrics = self.critic_loss(batch, noise)
+            critic_loss.sum().backward()
+            metrics |= critic_metrics
+        if "policy" in trains:
+            actor_loss, actor_metrics = self.actor_loss(batch, noise)
+            actor_loss.sum().backward()
+            metrics |= actor_metrics
+
+        # The EMA comes before Adam's step, so that the targets lag by one update. Untrained fields equal their targets.
         with torch.no_grad():
             targets, online = list(self.target_critic_flow.parameters()), list(self.critic_flow.parameters())
             torch._foreach_lerp_(targets, online, self.args.tau)
         self.optimizer.step()
-        return {name: value.detach() for name, value in (critic_metrics | actor_metrics).items()}
+        return {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
     def act(self, observations, noise):
@@ -467,6 +484,35 @@ class Agent(nn.Module):
         best = softmax_choice(q, args.tau_q, choice_noise)  # (S, N)
         index = best[..., None, None].expand(-1, -1, -1, A)  # (S, N, 1, A)
         return actions.gather(2, index).squeeze(2)
+
+
+def trajectory_ends(data):
+    """(N,) bool: True in a trajectory's last transition, which does not lead to the next row's observation."""
+    leads_on = (data["next_observations"][:-1] == data["observations"][1:]).all(dim=-1).cpu().numpy()
+    return np.append(~leads_on, True)
+
+
+def reward_to_go(data, gamma):
+    """Discounted returns along the data's trajectories, G_t = r_t + gamma mask_t G_{t+1}, cut off at each one's end.
+
+    Args:
+        data: transitions {observations, next_observations (N, D), rewards, masks (N,)} in order of time.
+        gamma: discount factor.
+
+    Returns:
+        returns, and the discount of what is cut off (0 where a success follows): (N,) arrays of float64.
+    """
+    rewards, masks = (data[key].double().cpu().numpy() for key in ("rewards", "masks"))
+    ends = trajectory_ends(data)
+    returns, cut_off = np.zeros_like(rewards), np.zeros_like(rewards)
+    value, discount = 0.0, 1.0
+    for i in reversed(range(len(rewards))):
+        if ends[i]:
+            value, discount = 0.0, 1.0
+        value = rewards[i] + gamma * masks[i] * value
+        discount *= gamma * masks[i]
+        returns[i], cut_off[i] = value, discount
+    return returns, cut_off
 
 
 def soft_maximum(returns, tau_r):
@@ -488,11 +534,16 @@ def softmax_choice(q, tau_q, noise):
 
 
 if __name__ == "__main__":
-    args, resumed = runs.parse_args(Args, TUNED, TUNED_ONLINE, QUICK, inference=INFERENCE)
+    args, resumed = runs.parse_args(
+        Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("bc_timesteps",), inference=INFERENCE
+    )
     if envs.is_pixels(args.env_id):
         fail(f"--env-id {args.env_id}: evor.py works on state observations")
-    if args.td_target == "exact" and args.latents != "own":
-        fail(f"--latents {args.latents} needs --td-target published: the exact target is the velocity on its own way")
+    data_latents = args.td_target == "published" and args.latents == "data"
+    if data_latents and args.online_timesteps:
+        fail("--latents data: the reward-to-go of an online transition is not known yet; use --latents target")
+    if args.bc_timesteps > args.total_timesteps:
+        fail(f"--bc-timesteps {args.bc_timesteps} is above --total-timesteps {args.total_timesteps}, of which it is a part")
     device = runs.setup_torch(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
 
@@ -520,6 +571,9 @@ if __name__ == "__main__":
         args.env_id, args.dataset_dir, args.dataset_path, args.dataset_source, args.generated_episodes
     )
     dataset, identity = datasets.load_dataset(path, args.env_id, device)
+    if data_latents:
+        returns, _ = reward_to_go(dataset, args.gamma)
+        dataset["returns"] = torch.as_tensor(returns, dtype=torch.float32, device=device)
     run_dir = runs.start_run(args, resumed, device, identity)
     print(runs.describe(args, run_dir, identity, device), flush=True)
     wandb_runs = runs.start_wandb(args, run_dir)
@@ -541,7 +595,11 @@ if __name__ == "__main__":
 
     def update(inputs):
         """One update on the batch and noise of `inputs`, a row of runs.draw_chunk."""
-        return agent.update(datasets.gather(dataset, replay, inputs), inputs)
+        if not args.bc_timesteps:
+            trains = ("returns", "policy")
+        else:  # the base policy first, then its returns
+            trains = ("policy",) if step < args.bc_timesteps else ("returns",)
+        return agent.update(datasets.gather(dataset, replay, inputs), inputs, trains)
 
     # --- Training: offline, then online ---
     stop = runs.StopRequest()
@@ -593,10 +651,14 @@ if __name__ == "__main__":
             explorers = rollout.start_explorers(args.env_id, seeds, step, args.eval_workers, args.success_timing)
             clock.warming_up = True  # another update to capture
 
+        if step and step == args.bc_timesteps:
+            clock.warming_up = True  # the return fields' updates begin: another update to capture
+
         # Update until something is due.
         intervals = (runs.CHUNK, args.eval_interval, args.log_interval, args.save_interval)
         block_end = min((step // interval + 1) * interval for interval in intervals)
         block_end = min(block_end, last_step if online else args.total_timesteps)
+        block_end = min(block_end, args.bc_timesteps) if step < args.bc_timesteps else block_end
         block_end = block_end if step else 1  # the first update is a block of its own
         history, first_step = [], step + 1
         while step < block_end and not stop:
@@ -625,7 +687,7 @@ if __name__ == "__main__":
 
         # Log.
         if len(history) and step % args.log_interval == 0:
-            runs.log_training(run_dir, step, seeds, list(metrics), history[-1], clock, wandb_runs)
+            runs.log_training(run_dir, step, seeds, list(metrics), history[-1], clock, wandb_runs, agent.METRICS)
 
     bar.close()
     for started in (workers, explorers and explorers.workers):

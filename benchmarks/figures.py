@@ -46,36 +46,6 @@ class FiguresArgs:
     """noise samples of each learned distribution"""
 
 
-def trajectory_ends(data):
-    """(N,) bool: True in a trajectory's last transition, which does not lead to the next row's observation."""
-    leads_on = (data["next_observations"][:-1] == data["observations"][1:]).all(dim=-1).numpy()
-    return np.append(~leads_on, True)
-
-
-def monte_carlo_returns(data, gamma):
-    """Discounted returns along the data's trajectories.
-
-    Args:
-        data: transitions {observations, next_observations (N, D), rewards, masks (N,)} in order of time.
-        gamma: discount factor.
-
-    Returns:
-        returns (N,): G_t = r_t + gamma mask_t G_{t+1}, cut off at a trajectory's last transition.
-        known (N,) bool: True where a terminal transition follows, or what is cut off is discounted below TAIL.
-    """
-    rewards, masks = data["rewards"].double().numpy(), data["masks"].double().numpy()
-    ends = trajectory_ends(data)
-    returns, cut_off = np.zeros_like(rewards), np.zeros_like(rewards)
-    value, discount = 0.0, 1.0
-    for i in reversed(range(len(rewards))):
-        if ends[i]:
-            value, discount = 0.0, 1.0
-        value = rewards[i] + gamma * masks[i] * value
-        discount *= gamma * masks[i]
-        returns[i], cut_off[i] = value, discount
-    return returns, cut_off < TAIL
-
-
 def nearest(data, index, candidates, num):
     """The `num` of `candidates` (row numbers) whose observation and action are nearest to row `index`, standardised."""
     pairs = torch.cat([data["observations"], data["actions"]], dim=-1)
@@ -136,7 +106,7 @@ def agreement(learned, returns):
 
 def longest_way_to_success(data):
     """Row numbers of the validation trajectory's part that ends with the first success after the longest way."""
-    ends = trajectory_ends(data)
+    ends = evor.trajectory_ends(data)
     start, best = 0, range(0)
     for i, mask in enumerate(data["masks"].tolist()):
         if mask == 0:
@@ -153,7 +123,8 @@ def draw(agent, s, data, num_samples, title, output):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    returns, known = monte_carlo_returns(data, agent.args.gamma)
+    returns, cut_off = evor.reward_to_go(data, agent.args.gamma)
+    known = cut_off < TAIL
     candidates = np.flatnonzero(known)
     if len(candidates) < NEIGHBOURS:
         fail(f"only {len(candidates)} validation transitions have a known return; {NEIGHBOURS} are needed")

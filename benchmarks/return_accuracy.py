@@ -32,9 +32,8 @@ from common import fail, graphs, runs
 
 VARIANTS = (
     "evor",
-    "evor:td_target=published,latents=own",
-    "evor:td_target=published,latents=next",
-    "evor:td_target=published,latents=transported",
+    "evor:td_target=published,latents=data",
+    "evor:td_target=published,latents=target",
     "value_flows",
 )
 
@@ -99,6 +98,15 @@ def true_returns(mdp, state, gamma, n=2_000, episodes=200_000):
     return np.quantile(returns, (np.arange(n) + 0.5) / n)
 
 
+def rewards_to_go(mdp, gamma):
+    """A return of each row of an MDP's table, (N,): its reward, then a simulated return from its next state."""
+    rng = np.random.default_rng(1)
+    truths = [true_returns(mdp, state, gamma) for state in range(mdp["observations"].shape[1])]
+    following = mdp["next_observations"].argmax(dim=1).tolist()
+    later = torch.tensor([rng.choice(truths[state]) for state in following], dtype=torch.float32)
+    return mdp["rewards"] + gamma * mdp["masks"] * later
+
+
 # --- Training and measures ---
 
 
@@ -134,6 +142,7 @@ def train(module, args, mdp, updates, seeds, compiled=False):
     lowest, highest = min(rewards.min().item(), 0.0), max(rewards.max().item(), 0.0)  # after the end rewards are zero
     agent = module.Agent(args, mdp["observations"].shape[1], 1, seeds, lowest, highest)
     agent.make_optimizer()
+    mdp = mdp | {"returns": rewards_to_go(mdp, args.gamma)}  # for EVOR's latents of the data
     if compiled:
         torch.compiler.reset()  # a function is compiled for eight agents at most
         graphs.compile_losses(agent, announce=False)

@@ -390,10 +390,17 @@ def describe(args, run_dir, identity, device):
     return "\n".join([*lines, f"dataset: {data}", f"device: {device}", f"run: {run_dir}"])
 
 
-def log_training(run_dir, step, seeds, names, losses, clock, wandb_runs):
-    """One row a seed in train.csv and one in timing.csv; losses (number of names, S)."""
-    rows = [{"step": step, "seed": seed} | dict(zip(names, losses[:, s].tolist())) for s, seed in enumerate(seeds)]
-    append_rows(run_dir / "train.csv", rows)
+def log_training(run_dir, step, seeds, names, losses, clock, wandb_runs, columns=None):
+    """One row per seed in train.csv and one row in timing.csv.
+
+    Args:
+        names, losses: of this update's losses, and their values (number of names, S).
+        columns: names of all losses, where not every update computes all of them; the others' cells are empty.
+    """
+    values = [dict(zip(names, losses[:, s].tolist())) for s in range(len(seeds))]
+    rows = [{"step": step, "seed": seed} | row for seed, row in zip(seeds, values)]
+    empty = {"step": step, "seed": None} | dict.fromkeys(columns or names)
+    append_rows(run_dir / "train.csv", [empty | row for row in rows])
     rate, seconds = clock.updates_per_second(), clock.seconds
     timing = {"step": step, "updates_per_second": f"{rate:.4g}"}
     timing |= {f"seconds_{kind}": f"{seconds[kind]:.1f}" for kind in ("training", "evaluating")}

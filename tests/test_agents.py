@@ -191,7 +191,7 @@ STACKED = {
         {},
         dict(q_agg="min", use_time_embed=False, actor_time_embed=True, num_ensembles=3, actor_layer_norm=True),
     ],
-    "evor": [{}, dict(td_target="published", latents="transported", num_ensembles=1, clip_flow_returns=False)],
+    "evor": [{}, dict(td_target="published", latents="target", num_ensembles=1, clip_flow_returns=False)],
 }
 
 

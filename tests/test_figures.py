@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import torch
 
+import evor
 from benchmarks import figures
 from conftest import ROOT
 
@@ -22,15 +23,15 @@ def chain(rewards, masks, starts):
     return data | {"rewards": torch.tensor(rewards), "masks": torch.tensor(masks)}
 
 
-def test_monte_carlo_returns_by_hand():
+def test_reward_to_go_by_hand():
     data = chain([-1.0, -1.0, 0.0, -1.0, -1.0, -1.0], [1.0, 1.0, 0.0, 1.0, 1.0, 1.0], starts=[0, 4])
-    returns, known = figures.monte_carlo_returns(data, 0.5)
+    returns, cut_off = evor.reward_to_go(data, 0.5)
     np.testing.assert_allclose(returns, [-1.5, -1.0, 0.0, -1.0, -1.5, -1.0])  # row 3 ends the first trajectory
-    assert known.tolist() == [True, True, True, False, False, False]
+    np.testing.assert_allclose(cut_off, [0, 0, 0, 0.5, 0.25, 0.5])
     data = chain([-1.0] * 10, [1.0] * 10, starts=[0])
-    returns, known = figures.monte_carlo_returns(data, 0.5)
+    returns, cut_off = evor.reward_to_go(data, 0.5)
     np.testing.assert_allclose(returns, [-2 * (1 - 0.5 ** (10 - i)) for i in range(10)])
-    assert known.tolist() == [True] * 6 + [False] * 4  # 0.5^5 = 0.03 is below the tail, 0.5^4 above
+    np.testing.assert_allclose(cut_off, [0.5 ** (10 - i) for i in range(10)])
 
 
 def test_longest_way_to_success_stays_within_a_trajectory():

@@ -60,9 +60,9 @@ def test_measures_of_samples_that_are_the_truth_or_far_from_it(monkeypatch):
 
 
 def test_variants_are_changes_to_an_algorithms_arguments(capsys):
-    module, changes = return_accuracy.parse_variant("evor:td_target=published,latents=next,num_ensembles=1")
+    module, changes = return_accuracy.parse_variant("evor:td_target=published,latents=target,num_ensembles=1")
     assert module.__name__ == "evor"
-    assert changes == {"td_target": "published", "latents": "next", "num_ensembles": 1}
+    assert changes == {"td_target": "published", "latents": "target", "num_ensembles": 1}
     for variant, message in (("floq", "learns no return distribution"), ("evor:bcfm=1", "has no argument bcfm")):
         with pytest.raises(SystemExit) as stop:
             return_accuracy.parse_variant(variant)
