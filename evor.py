@@ -35,7 +35,7 @@ from common import checkpoint, datasets, envs, fail, graphs, rollout, runs
 @dataclass
 class Args:
     # General
-    exp_name: str = "evor"
+    exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run directory's name"""
     seed: int = 0
     """first seed"""
@@ -148,7 +148,7 @@ INFERENCE = ("num_actions", "num_returns", "tau_q", "tau_r")
 
 # What --quick changes.
 QUICK = dict(
-    exp_name="evor-quick",
+    exp_name=f"{Path(__file__).stem}-quick",
     cuda=False,
     env_id="cube-single-noisy-singletask-v0",
     dataset_source="generated",
@@ -279,7 +279,11 @@ class Agent(nn.Module):
         min_reward, max_reward: the dataset's extreme rewards, which fix the range of returns.
     """
 
-    METRICS = ("critic/critic_loss", "critic/target_mean", "actor/bc_flow_loss")  # a phase's updates give a part of them
+    METRICS = (
+        "critic/critic_loss",
+        "critic/target_mean",
+        "actor/bc_flow_loss",
+    )  # a phase's updates give a part of them
 
     def __init__(self, args, obs_dim, action_dim, seeds, min_reward, max_reward):
         super().__init__()
@@ -407,7 +411,9 @@ class Agent(nn.Module):
 
         if args.td_target == "exact":
             # 2. A return z' = Phi(z_0; s', a', 1). The label is the velocity of the straight way from z_0 to r + gamma z'.
-            next_return = self.clip_return(self.return_flow(next_field, ensemble(z_0), end_time)).mean(dim=1)  # (S, B, 1)
+            next_return = self.clip_return(self.return_flow(next_field, ensemble(z_0), end_time)).mean(
+                dim=1
+            )  # (S, B, 1)
             z_1 = rewards + args.gamma * masks * next_return  # (S, B, 1)
             z_t = (1 - t) * z_0 + t * z_1  # (S, B, 1)
             label = z_1 - z_0  # (S, B, 1)
@@ -543,7 +549,9 @@ if __name__ == "__main__":
     if data_latents and args.online_timesteps:
         fail("--latents data: the reward-to-go of an online transition is not known yet; use --latents target")
     if args.bc_timesteps > args.total_timesteps:
-        fail(f"--bc-timesteps {args.bc_timesteps} is above --total-timesteps {args.total_timesteps}, of which it is a part")
+        fail(
+            f"--bc-timesteps {args.bc_timesteps} is above --total-timesteps {args.total_timesteps}, of which it is a part"
+        )
     device = runs.setup_torch(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
 
@@ -604,6 +612,7 @@ if __name__ == "__main__":
     # --- Training: offline, then online ---
     stop = runs.StopRequest()
     step, evaluated = (resumed["step"], resumed["evaluated"]) if resumed is not None else (0, 0)
+    saved = step
     last_step = args.total_timesteps + args.online_timesteps
     chunk_key, workers, explorers = None, None, None
     clock = runs.Clock()
@@ -615,13 +624,16 @@ if __name__ == "__main__":
         state["replay"] = {key: rows[:, : max(0, step - args.total_timesteps)].clone() for key, rows in replay.items()}
         progress = {"step": step, "evaluated": evaluated, "csv_sizes": runs.csv_sizes(run_dir)}
         state["agent_inputs"] = agent_inputs  # what --evaluate needs instead of the data
-        checkpoint.save(run_dir, {"algorithm": "evor", "args": asdict(args), "dataset": identity} | progress | state)
+        checkpoint.save(
+            run_dir, {"algorithm": runs.algorithm(args), "args": asdict(args), "dataset": identity} | progress | state
+        )
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.
         due = step in (1, args.total_timesteps, last_step) or step % args.eval_interval == 0
         if step > evaluated and due:
             save()  # an evaluation that fails loses no update
+            saved = step
             if workers is None:
                 workers = rollout.start_workers(
                     args.env_id, args.num_seeds, args.eval_episodes, args.eval_workers, args.success_timing,
@@ -637,9 +649,10 @@ if __name__ == "__main__":
                 evaluated = step
                 runs.log_evaluation(run_dir, rows, phase, wandb_runs, bar)
 
-        # Save.
-        if step and (stop or step % args.save_interval == 0 or step == last_step):
+        # Save every save_interval, at the end and when stopped.
+        if step > saved and (stop or step % args.save_interval == 0 or step == last_step):
             save()
+            saved = step
         if stop:
             stop.leave(run_dir, step)
         if step == last_step:
@@ -682,8 +695,7 @@ if __name__ == "__main__":
         if len(history):
             history = torch.stack(history).cpu()  # (updates, losses, S); waits for the device
             runs.check_finite(history, list(metrics), first_step, seeds, run_dir)
-            clock.add("training", len(history))
-            bar.update(len(history))
+            runs.advance(bar, len(history), counts=clock.add("training", len(history)))
 
         # Log.
         if len(history) and step % args.log_interval == 0:

@@ -15,6 +15,7 @@ Notation in the shapes: S seeds, E ensemble members, B batch, m noise samples, N
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal, Optional
 
 import torch
@@ -30,7 +31,7 @@ from common import checkpoint, datasets, envs, fail, graphs, rollout, runs, warn
 @dataclass
 class Args:
     # General
-    exp_name: str = "floq"
+    exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run directory's name"""
     seed: int = 0
     """first seed"""
@@ -170,7 +171,7 @@ TUNED_ONLINE = {
 
 # What --quick changes.
 QUICK = dict(
-    exp_name="floq-quick",
+    exp_name=f"{Path(__file__).stem}-quick",
     cuda=False,
     env_id="cube-single-noisy-singletask-v0",
     dataset_source="generated",
@@ -582,6 +583,7 @@ if __name__ == "__main__":
     # --- Training: offline, then online ---
     stop = runs.StopRequest()
     step, evaluated = (resumed["step"], resumed["evaluated"]) if resumed is not None else (0, 0)
+    saved = step
     last_step = args.total_timesteps + args.online_timesteps
     chunk_key, workers, explorers = None, None, None
     clock = runs.Clock()
@@ -592,13 +594,16 @@ if __name__ == "__main__":
         state = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
         state["replay"] = {key: rows[:, : max(0, step - args.total_timesteps)].clone() for key, rows in replay.items()}
         progress = {"step": step, "evaluated": evaluated, "csv_sizes": runs.csv_sizes(run_dir)}
-        checkpoint.save(run_dir, {"algorithm": "floq", "args": asdict(args), "dataset": identity} | progress | state)
+        checkpoint.save(
+            run_dir, {"algorithm": runs.algorithm(args), "args": asdict(args), "dataset": identity} | progress | state
+        )
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.
         due = step in (1, args.total_timesteps, last_step) or step % args.eval_interval == 0
         if step > evaluated and due:
             save()  # an evaluation that fails loses no update
+            saved = step
             if workers is None:
                 workers = rollout.start_workers(
                     args.env_id, args.num_seeds, args.eval_episodes, args.eval_workers, args.success_timing,
@@ -614,9 +619,10 @@ if __name__ == "__main__":
                 evaluated = step
                 runs.log_evaluation(run_dir, rows, phase, wandb_runs, bar)
 
-        # Save.
-        if step and (stop or step % args.save_interval == 0 or step == last_step):
+        # Save every save_interval, at the end and when stopped.
+        if step > saved and (stop or step % args.save_interval == 0 or step == last_step):
             save()
+            saved = step
         if stop:
             stop.leave(run_dir, step)
         if step == last_step:
@@ -655,8 +661,7 @@ if __name__ == "__main__":
         if len(history):
             history = torch.stack(history).cpu()  # (updates, losses, S); waits for the device
             runs.check_finite(history, list(metrics), first_step, seeds, run_dir)
-            clock.add("training", len(history))
-            bar.update(len(history))
+            runs.advance(bar, len(history), counts=clock.add("training", len(history)))
 
         # Log.
         if len(history) and step % args.log_interval == 0:

@@ -32,6 +32,11 @@ MAY_CHANGE = LENGTHS | {
 }  # fmt: skip
 
 
+NOT_A_NAME = (
+    "the file's name must be letters, digits and underscores (my_floq.py), since other programs import the file"
+)
+
+
 # --- Arguments ---
 
 
@@ -59,6 +64,8 @@ def parse_args(Args, tuned, tuned_online, quick, may_be_zero=(), inference=(), a
     """
     import tyro
 
+    if not Path(sys.modules[Args.__module__].__file__).stem.isidentifier():
+        fail(f"{sys.modules[Args.__module__].__file__}: {NOT_A_NAME}")
     parse = lambda default: tyro.cli(Args, args=argv, default=default, description=sys.modules[Args.__module__].__doc__)
     args, resumed = parse(Args()), None
     evaluate = getattr(args, "evaluate", None)
@@ -68,7 +75,7 @@ def parse_args(Args, tuned, tuned_online, quick, may_be_zero=(), inference=(), a
         flag, run_dir = ("--resume", args.resume) if evaluate is None else ("--evaluate", evaluate)
         resumed = checkpoint.load(run_dir, flag)
         names = {field.name for field in dataclasses.fields(Args)}
-        if resumed["algorithm"] != Path(sys.modules[Args.__module__].__file__).stem:
+        if resumed["algorithm"] != algorithm(args):
             fail(f"{flag} {run_dir} is a run of {resumed['algorithm']}.py")
         default = Args(**{name: value for name, value in resumed["args"].items() if name in names})
         args = parse(default)
@@ -112,6 +119,11 @@ def parse_args(Args, tuned, tuned_online, quick, may_be_zero=(), inference=(), a
     if "--cudagraphs" in (sys.argv if argv is None else argv) and not (args.cuda and torch.cuda.is_available()):
         print("note: --cudagraphs is ignored: there are no CUDA graphs on the CPU")
     return args, resumed
+
+
+def algorithm(args):
+    """Name of the algorithm, its file's without `.py`: a copy of a file is an algorithm of its own."""
+    return Path(sys.modules[type(args).__module__].__file__).stem
 
 
 def setup_torch(args):
@@ -248,6 +260,9 @@ def draw_chunk(agent, args, seeds, num_transitions, chunk, device, online=False)
 def start_run(args, resumed, device, identity):
     """Makes the run directory and its args.json, or takes a resumed run's csv files back to its checkpoint.
 
+    An evaluation comes after the checkpoint of its step: where all its rows are there, they stay, and
+    resumed["evaluated"] becomes that step.
+
     Raises:
         SystemExit: (code 2) for an unwritable directory, another dataset than the checkpoint's, or csv files that
             have lost rows since.
@@ -272,14 +287,16 @@ def start_run(args, resumed, device, identity):
             if size and (not path.exists() or path.stat().st_size < size):
                 fail(f"--resume {run_dir}: {name} has lost rows that were written before the checkpoint")
             if path.exists():
-                os.truncate(path, size)  # rows after the checkpoint will be written again, to the same numbers
+                if name == "eval.csv" and (rows := evaluation_after(path, size, resumed["step"], args.num_seeds)):
+                    size, resumed["evaluated"] = size + rows, resumed["step"]
+                os.truncate(path, size)  # later rows will be written again, to the same numbers
 
     packages = ("torch", "ogbench", "mujoco", "gymnasium", "numpy")
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
     info = {
-        "algorithm": Path(sys.argv[0]).stem,
+        "algorithm": algorithm(args),
         "args": dataclasses.asdict(args),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
         "git_commit": git.stdout.strip() or None,
@@ -288,6 +305,15 @@ def start_run(args, resumed, device, identity):
     }
     write_text(run_dir / "args.json", json.dumps(info, indent=2))
     return run_dir
+
+
+def evaluation_after(path, size, step, num_seeds):
+    """Bytes of the evaluation of `step` that follows the first `size` bytes of an eval.csv; 0 unless its rows are whole."""
+    lines = path.read_bytes()[size:].splitlines(keepends=True)
+    header, rows = (lines[:1], lines[1:]) if size == 0 else ([], lines)
+    rows = rows[:num_seeds]
+    whole = len(rows) == num_seeds and all(row.startswith(b"%d," % step) and row.endswith(b"\n") for row in rows)
+    return sum(map(len, header + rows)) if whole else 0
 
 
 def write_text(path, text):
@@ -361,13 +387,15 @@ class Clock:
         self.last = time.perf_counter()
 
     def add(self, kind, updates=0):
-        """Books the time since the last call under `kind`."""
+        """Books the time since the last call under `kind`; returns whether it counts."""
         now = time.perf_counter()
-        if kind == "evaluating" or not self.warming_up:
+        counts = kind == "evaluating" or not self.warming_up
+        if counts:
             self.seconds[kind] += now - self.last
             self.updates += updates
         self.warming_up &= kind == "evaluating"
         self.last = now
+        return counts
 
     def updates_per_second(self):
         """Rate since the last call (0.0 where nothing was timed yet)."""
@@ -380,7 +408,24 @@ def progress_bar(total, done, text):
     """A tqdm bar over the updates."""
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=done, desc=text, unit=" updates", smoothing=0.05, dynamic_ncols=True)
+    # No smoothing: the estimate is of the mean pace, evaluations included.
+    return tqdm(total=total, initial=done, desc=text, unit=" updates", smoothing=0, dynamic_ncols=True)
+
+
+def advance(bar, updates, counts):
+    """Advances the bar; its estimate of the time left begins after updates that do not count (compilation, capture)."""
+    if counts:
+        bar.update(updates)
+    else:
+        bar.n += updates
+        restart_estimate(bar)
+
+
+def restart_estimate(bar):
+    """Lets the bar's pace count from now."""
+    bar.initial = bar.last_print_n = bar.n
+    bar.start_t = bar.last_print_t = time.time()
+    bar.refresh()
 
 
 def describe(args, run_dir, identity, device):
@@ -416,6 +461,8 @@ def log_evaluation(run_dir, rows, phase, wandb_runs, bar):
     log_wandb(wandb_runs, rows, "evaluation", rows[0]["step"])
     success = " ".join(f"{row['success']:.2f}" for row in rows)
     bar.write(f"step {rows[0]['step']:>8}: success {success}" + (" (a seed each)" if len(rows) > 1 else ""))
+    if bar.n == bar.initial:  # no update has counted yet
+        restart_estimate(bar)
     plot_curve(run_dir)
 
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from conftest import assert_refused, make_agent, random_inputs, run
+from conftest import ENV_ID, SMALL_FLAGS, assert_refused, make_agent, only_run, random_inputs, run
 from conftest import small_args as small_args_of
 from evor import softmax_choice, soft_maximum
 
@@ -145,7 +145,14 @@ def test_cloning_loss_is_flow_matching_towards_the_data():
 # --- Flow TD ---
 
 
-VARIANTS = [("exact", "own"), ("published", "own"), ("published", "next"), ("published", "transported")]
+VARIANTS = [("exact", "data"), ("published", "data"), ("published", "target")]
+
+
+def evor_inputs(agent, **sizes):
+    """A random batch with rewards-to-go of the data, and its noise."""
+    batch, noise = random_inputs(agent, **sizes)
+    batch["returns"] = -3 * torch.rand(batch["rewards"].shape)
+    return batch, noise
 
 
 def constant_target_field(agent, velocity):
@@ -159,58 +166,81 @@ def constant_target_field(agent, velocity):
 def test_points_and_labels_for_a_constant_field(td_target, latents):
     agent = make_agent(small_args(td_target=td_target, latents=latents, clip_flow_returns=False))
     constant_target_field(agent, -2.0)
-    batch, noise = random_inputs(agent)
+    batch, noise = evor_inputs(agent)
     r, mask = batch["rewards"].unsqueeze(-1), batch["masks"].unsqueeze(-1)
     z_0, t = noise["return"], noise["time"]
-    z_t, label, target = agent.flow_td(batch, noise)
-    torch.testing.assert_close(target, r + 0.99 * mask * (z_0 - 2))
-    ends = {"own": target, "next": z_0 - 2, "transported": z_0 - 2}
-    torch.testing.assert_close(z_t, (1 - t) * z_0 + t * ends[latents])
-    torch.testing.assert_close(label, target - z_0 if td_target == "exact" else r + 0.99 * mask * -2)
+    z_t, label = agent.flow_td(batch, noise)
+    if td_target == "exact":
+        z_1 = r + 0.99 * mask * (z_0 - 2)
+    else:
+        z_1 = batch["returns"].unsqueeze(-1) if latents == "data" else noise["latent"] - 2
+    torch.testing.assert_close(z_t, (1 - t) * z_0 + t * z_1)
+    torch.testing.assert_close(label, z_1 - z_0 if td_target == "exact" else r + 0.99 * mask * -2)
 
 
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("td_target, latents", VARIANTS)
 def test_flow_td_and_its_loss_equal_the_formulas_written_out(td_target, latents, clip):
-    """With target fields that differ from each other and depend on z, t, s' and a'."""
+    """With target fields that differ from each other and depend on z, t and the pair."""
     agent = make_agent(small_args(td_target=td_target, latents=latents, clip_flow_returns=clip), min_reward=-0.5)
     agent.z_min, agent.z_max = -0.4, 0.3  # a range that cuts some end points off
-    batch, noise = random_inputs(agent)
-    s, s_next, r, mask = (batch[name] for name in ("observations", "next_observations", "rewards", "masks"))
+    batch, noise = evor_inputs(agent)
+    s, a, s_next, r, mask = (batch[k] for k in ("observations", "actions", "next_observations", "rewards", "masks"))
     r, mask, z_0, t = r.unsqueeze(-1), mask.unsqueeze(-1), noise["return"], noise["time"]
-
-    def field(net, s, a, z, t):  # every member at its own z: (1, E, B, 1)
-        rows = torch.cat([torch.cat([s, a], dim=-1).unsqueeze(1).expand(-1, 2, -1, -1), z, t], dim=-1)
-        return net(rows)
-
     both = lambda x: x.unsqueeze(1).expand(-1, 2, -1, -1)
 
-    def next_field(a):  # the target fields of s' and the base policy's action from the noise a
+    def field(net, s, a, z, t):  # every member at its own z: (1, E, B, 1)
+        return net(torch.cat([both(torch.cat([s, a], dim=-1)), z, t], dim=-1))
+
+    def end_point(s, a, z):  # (1, B, 1), the mean of the target fields' end points from the same start
+        z = both(z)
         for k in range(5):
-            a = a + agent.actor_flow(torch.cat([s_next, a, torch.full_like(t, k / 5)], dim=-1)) / 5
-        return functools.partial(field, agent.target_critic_flow, s_next, a.clamp(-1, 1))
+            z = z + field(agent.target_critic_flow, s, a, z, torch.full_like(z, k / 5)) / 5
+        assert not torch.equal(z, z.clamp(-0.4, 0.3))
+        return (z.clamp(-0.4, 0.3) if clip else z).mean(dim=1)
 
     with torch.no_grad():
-        target_field = next_field(noise["next_action"])
-        z, carried = both(z_0), both(z_0)
+        a_next = noise["next_action"]
         for k in range(5):
-            z = z + target_field(z, torch.full_like(z, k / 5)) / 5
-            carried = carried + both(t) / 5 * target_field(carried, both(t) * k / 5)
-        end = (z.clamp(-0.4, 0.3) if clip else z).mean(dim=1)
-        assert not torch.equal(z, z.clamp(-0.4, 0.3))
-        target = r + 0.99 * mask * end
-        z_t = {"own": t * target + (1 - t) * z_0, "next": t * end + (1 - t) * z_0, "transported": carried.mean(dim=1)}[
-            latents
-        ]
+            a_next = a_next + agent.actor_flow(torch.cat([s_next, a_next, torch.full_like(t, k / 5)], dim=-1)) / 5
+        a_next = a_next.clamp(-1, 1)
         if td_target == "exact":
-            label = target - z_0
-        else:  # another a' than the one that made z_t
-            label = r + 0.99 * mask * next_field(noise["label_action"])(both(z_t), both(t)).mean(dim=1)
-        v = field(agent.critic_flow, s, batch["actions"], both(z_t), both(t))
+            z_1 = r + 0.99 * mask * end_point(s_next, a_next, z_0)
+            z_t, label = t * z_1 + (1 - t) * z_0, z_1 - z_0
+        else:
+            z_1 = batch["returns"].unsqueeze(-1) if latents == "data" else end_point(s, a, noise["latent"])
+            z_t = t * z_1 + (1 - t) * z_0
+            label = r + 0.99 * mask * field(agent.target_critic_flow, s_next, a_next, both(z_t), both(t)).mean(dim=1)
+        v = field(agent.critic_flow, s, a, both(z_t), both(t))
         loss = (v - both(label)).square().mean(dim=(1, 2, 3))
-    for mine, expected in zip(agent.flow_td(batch, noise), (z_t, label, target)):
+    for mine, expected in zip(agent.flow_td(batch, noise), (z_t, label)):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(agent.critic_loss(batch, noise)[0], loss, rtol=1e-4, atol=1e-5)
+    mine, metrics = agent.critic_loss(batch, noise)
+    torch.testing.assert_close(mine, loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(metrics["critic/target_mean"], label.mean(dim=(1, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_latents_of_the_target_fields_are_independent_of_the_start_noise():
+    agent = make_agent(small_args(td_target="published", latents="target", batch_size=4_000))
+    _, noise = evor_inputs(agent)
+    correlation = torch.corrcoef(torch.cat([noise["return"], noise["latent"]], dim=-1)[0].T)[0, 1]
+    assert correlation.abs() < 5 / 4_000**0.5
+    for latents, td_target in (("data", "published"), ("target", "exact"), ("data", "exact")):
+        agent = make_agent(small_args(td_target=td_target, latents=latents))
+        assert "latent" not in evor_inputs(agent)[1]
+
+
+@pytest.mark.parametrize("latents", ["data", "target"])
+def test_the_published_label_of_a_known_return_makes_its_velocity(latents):
+    """The fixed point with deterministic returns: fields that are the return G of their pair give the label r + gamma
+    mask G', whatever z_t is, so that the learned end point is G + z_0 (papers' equation; docs/evor.md)."""
+    agent = make_agent(small_args(td_target="published", latents=latents, clip_flow_returns=False))
+    constant_target_field(agent, -7.0)
+    batch, noise = evor_inputs(agent)
+    label = agent.flow_td(batch, noise)[1]
+    torch.testing.assert_close(label.squeeze(-1), batch["rewards"] + 0.99 * batch["masks"] * -7.0)
+    returns = agent.returns(batch["observations"], batch["actions"], torch.tensor([[[0.5, -1.5]]]).expand(1, 6, 2))
+    torch.testing.assert_close(returns, torch.tensor([[[-6.5, -8.5]]]).expand(1, 6, 2))
 
 
 def test_the_range_of_returns_has_zero_in_it():
@@ -223,30 +253,12 @@ def test_the_range_of_returns_has_zero_in_it():
         assert (agent.z_min, agent.z_max) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("latents", ["own", "next", "transported"])
-def test_published_and_exact_labels_differ_by_noise_of_zero_mean_only(latents):
-    """Where the next field carries z_0 straight to z', exact - published = -(1 - gamma mask) z_0, whatever z_t is."""
-    args = dict(clip_flow_returns=False, batch_size=4_000)
-    exact, published = (
-        make_agent(small_args(**args)),
-        make_agent(small_args(td_target="published", latents=latents, **args)),
-    )
-    batch, noise = random_inputs(published)
-    for agent in (exact, published):
-        constant_target_field(agent, -2.0)
-    difference = exact.flow_td(batch, noise)[1] - published.flow_td(batch, noise)[1]
-    expected = -(1 - 0.99 * batch["masks"].unsqueeze(-1)) * noise["return"]
-    torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-5)
-    assert difference.mean().abs() < 5 * difference.std() / 4_000**0.5
-
-
 @pytest.mark.parametrize("td_target, latents", VARIANTS)
 def test_terminal_labels_hold_the_reward_alone(td_target, latents):
     agent = make_agent(small_args(td_target=td_target, latents=latents), min_reward=-100.0)
-    batch, noise = random_inputs(agent)
+    batch, noise = evor_inputs(agent)
     batch["masks"] = torch.zeros_like(batch["masks"])
-    _, label, target = agent.flow_td(batch, noise)
-    torch.testing.assert_close(target.squeeze(-1), batch["rewards"])
+    _, label = agent.flow_td(batch, noise)
     own_noise = noise["return"].squeeze(-1) if td_target == "exact" else 0
     torch.testing.assert_close(label.squeeze(-1), batch["rewards"] - own_noise)
 
@@ -254,7 +266,7 @@ def test_terminal_labels_hold_the_reward_alone(td_target, latents):
 @pytest.mark.parametrize("td_target, latents", VARIANTS)
 def test_targets_are_constants_of_the_target_fields_and_the_policy(td_target, latents):
     agent = make_agent(small_args(td_target=td_target, latents=latents), min_reward=-100.0)
-    batch, noise = random_inputs(agent)
+    batch, noise = evor_inputs(agent)
     before = agent.flow_td(batch, noise)
     assert not any(tensor.requires_grad for tensor in before)
     with torch.no_grad():
@@ -266,6 +278,78 @@ def test_targets_are_constants_of_the_target_fields_and_the_policy(td_target, la
         for parameter in agent.actor_flow.parameters():
             parameter.normal_()
     assert not torch.equal(before[1], agent.flow_td(batch, noise)[1])  # a' ~ the base policy
+
+
+# --- Training phases ---
+
+
+@pytest.mark.parametrize("frozen, trained", [("policy", "returns"), ("returns", "policy")])
+def test_a_phase_leaves_the_other_networks_bit_equal(frozen, trained):
+    """Also after Adam has moments for them."""
+    agent = make_agent(small_args(), seeds=(0, 1))
+    agent.target_critic_flow.load_state_dict(agent.critic_flow.state_dict())
+    agent.update(*random_inputs(agent, seeds=(0, 1)))
+    agent.target_critic_flow.load_state_dict(agent.critic_flow.state_dict())
+    networks = {"policy": ("actor_flow",), "returns": ("critic_flow", "target_critic_flow")}
+    before = {name: value.clone() for name, value in agent.state_dict().items()}
+    steps = {name: agent.optimizer.state[p]["step"].clone() for name, p in agent.named_parameters() if p.requires_grad}
+    for update in range(1, 4):
+        metrics = agent.update(*random_inputs(agent, seeds=(0, 1), update=update), trains=(trained,))
+        assert all(name.startswith("actor/" if trained == "policy" else "critic/") for name in metrics)
+    for name, value in agent.state_dict().items():
+        still = name.split(".")[0] in networks[frozen]
+        assert torch.equal(value, before[name]) == still, name
+    for name, p in agent.named_parameters():
+        if name in steps:
+            assert agent.optimizer.state[p]["step"] - steps[name] == (
+                0 if name.split(".")[0] in networks[frozen] else 3
+            )
+
+
+def test_phases_in_one_update_each_equal_an_update_of_both():
+    """Neither loss reads what the other trains within an update, so an update of both is the two phases' updates."""
+    agents = [make_agent(small_args()) for _ in range(3)]
+    batch, noise = random_inputs(agents[0])
+    agents[0].update(batch, noise)
+    agents[1].update(batch, noise, trains=("policy",))
+    agents[2].update(batch, noise, trains=("returns",))
+    for name, value in agents[0].state_dict().items():
+        other = agents[1 if name.startswith("actor_flow") else 2].state_dict()[name]
+        assert torch.equal(value, other), name
+
+
+def test_a_run_with_phases_resumes_and_freezes_the_policy(maze_data, tmp_path):
+    lengths = "--total-timesteps 60 --bc-timesteps 25 --eval-interval 60 --log-interval 10 --save-interval 20".split()
+    flags = [
+        *SMALL_FLAGS["evor"],
+        "--env-id",
+        ENV_ID,
+        "--dataset-path",
+        maze_data,
+        "--td-target",
+        "published",
+        *lengths,
+    ]
+    run("evor", *flags, "--runs-dir", tmp_path / "whole")
+    whole = only_run(tmp_path / "whole")
+    rows = list(csv.DictReader(open(whole / "train.csv")))
+    assert [bool(row["actor/bc_flow_loss"]) for row in rows] == [True, True, False, False, False, False]
+    assert [bool(row["critic/critic_loss"]) for row in rows] == [False, False, True, True, True, True]
+    first, last = (torch.load(whole / name, weights_only=True) for name in ("checkpoint_previous.pt", "checkpoint.pt"))
+    assert (first["step"], last["step"]) == (40, 60)
+    for name, value in last["agent"].items():
+        assert torch.equal(value, first["agent"][name]) == name.startswith("actor_flow"), name
+
+    for stop_at in (20, 40):  # within the first phase, and within the second
+        directory = tmp_path / str(stop_at)
+        run("evor", *flags, "--runs-dir", directory, "--total-timesteps", stop_at, "--bc-timesteps", min(25, stop_at))
+        resumed = only_run(directory)
+        if stop_at == 40:  # as if it had been stopped there
+            run("evor", "--resume", resumed, "--total-timesteps", 60)
+            assert (resumed / "train.csv").read_bytes() == (whole / "train.csv").read_bytes()
+            final = torch.load(resumed / "checkpoint.pt", weights_only=True)
+            for name, value in final["agent"].items():
+                assert torch.equal(value, last["agent"][name]), name
 
 
 def test_returns_are_clipped_to_their_range():
@@ -333,7 +417,9 @@ def test_evaluate_refuses_what_is_not_an_evor_run_or_would_need_training(online_
         ("--num-returns -1", "--num-returns -1: must be above zero"),
         ("--tau-q 0", "--tau-q 0.0: must be above zero"),
         ("--tau-r -3", "--tau-r -3.0: must be above zero"),
-        ("--latents next", "--latents next needs --td-target published"),
+        ("--td-target published --latents data --online-timesteps 5", "use --latents target"),
+        ("--bc-timesteps -1", "--bc-timesteps -1: must be at least zero"),
+        ("--bc-timesteps 11 --total-timesteps 10", "--bc-timesteps 11 is above --total-timesteps 10"),
         ("--env-id visual-scene-play-singletask-v0", "state observations"),
     ],
 )

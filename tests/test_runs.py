@@ -1,5 +1,6 @@
 """Runs as a user starts them: equal csv files, resume after SIGKILL and SIGTERM, bad input, faults while training."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import checkpoint, runs
+from common import checkpoint, python_environment, runs
 from conftest import (
     ALGORITHMS,
     ENV_ID,
@@ -116,9 +117,93 @@ def test_sigterm_saves_and_the_run_can_go_on(flags, finished, tmp_path):
 
 
 def test_resuming_a_finished_run_changes_nothing(finished):
-    before = {path.name: path.read_bytes() for path in finished.glob("*.csv")}
+    files = lambda: {path.name: path.read_bytes() for path in [*finished.glob("*.csv"), *finished.glob("*.pt")]}
+    before = files()
     run("floq", "--resume", finished)
-    assert {path.name: path.read_bytes() for path in finished.glob("*.csv")} == before
+    assert files() == before
+
+
+def test_one_checkpoint_a_step(flags, finished, tmp_path):
+    """Also at a step that is evaluated and saved; the evaluation that follows a step's checkpoint is not made again."""
+    steps = [checkpoint.load(finished)["step"]]
+    (tmp_path / "previous").mkdir()
+    shutil.copy(finished / "checkpoint_previous.pt", tmp_path / "previous" / "checkpoint.pt")
+    steps.append(checkpoint.load(tmp_path / "previous")["step"])
+    assert steps == [420, 360]
+    assert checkpoint.load(finished)["evaluated"] == 300  # of before step 420's evaluation, whose rows are there
+
+    cut = Path(shutil.copytree(finished, tmp_path / "cut"))
+    content = (cut / "eval.csv").read_bytes()
+    for rows_there, kept in ((2, content), (1, content.rsplit(b"\n", 2)[0] + b"\n")):
+        (cut / "eval.csv").write_bytes(kept)
+        resumed = run("floq", "--resume", cut)
+        assert (cut / "eval.csv").read_bytes() == content
+        assert ("step      420: success" in resumed.stderr + resumed.stdout) == (rows_there == 1)
+
+
+def test_a_later_evaluation_is_cut_off_with_its_updates(tmp_path):
+    """Where the latest checkpoint is damaged, the previous one may be older than several evaluations."""
+    header, rows = (
+        b"step,seed,phase\n",
+        b"10,0,offline\n10,1,offline\n",
+    )
+    path = tmp_path / "eval.csv"
+    path.write_bytes(header + rows + b"20,0,offline\n20,1,offline\n")
+    assert runs.evaluation_after(path, 0, 10, 2) == len(header + rows)
+    assert runs.evaluation_after(path, len(header), 10, 2) == len(rows)
+    assert runs.evaluation_after(path, len(header + rows), 10, 2) == 0
+    assert runs.evaluation_after(path, len(header), 20, 2) == 0
+    path.write_bytes(header + rows[:-4])
+    assert runs.evaluation_after(path, len(header), 10, 2) == 0
+
+
+# --- Copies ---
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_a_copied_file_trains_resumes_evaluates_and_launches(name, maze_data, tmp_path):
+    """`cp floq.py my_floq.py` and start: killed and resumed, its run equals the uninterrupted one, and the original's."""
+    copy = ROOT / f"my_{name}_{os.getpid()}.py"
+    lengths = "--total-timesteps 60 --eval-interval 30 --log-interval 10 --save-interval 20".split()
+    flags = ["--env-id", ENV_ID, "--dataset-path", maze_data, *SMALL_FLAGS[name], *lengths]
+    shutil.copy(ROOT / f"{name}.py", copy)
+    try:
+        run(name, *flags, "--runs-dir", tmp_path / "original")
+        process = start(copy.stem, flags, tmp_path / "copy")
+        run_dir = wait_for_row(process, tmp_path / "copy", "train.csv", "40,0")
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert run_dir.name.split("__")[1] == copy.stem
+        run(copy.stem, "--resume", run_dir)
+        assert_same_csv(run_dir, only_run(tmp_path / "original"))
+        mine, original = checkpoint.load(run_dir), checkpoint.load(only_run(tmp_path / "original"))
+        assert (mine["algorithm"], original["algorithm"]) == (copy.stem, name)
+        assert json.loads((run_dir / "args.json").read_text())["algorithm"] == copy.stem
+        assert all(torch.equal(mine["agent"][key], value) for key, value in original["agent"].items())
+        assert_refused(name, ["--resume", run_dir], f"is a run of {copy.stem}.py")
+        if "evaluate" in {field.name for field in dataclasses.fields(ALGORITHMS[name].Args)}:
+            run(copy.stem, "--evaluate", run_dir, "--eval-episodes", 1)
+
+        options = ["--methods", copy.stem, "--env-ids", ENV_ID, "--seeds", 1, "--runs-dir", tmp_path / "launched"]
+        words = [sys.executable, "-m", "benchmarks.launch", *options, "--", *flags[2:]]
+        for _ in range(2):  # the second finds it finished
+            done = subprocess.run([str(word) for word in words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        launched = [path for path in (tmp_path / "launched").iterdir() if path.name != "launch"]
+        assert len(launched) == 1
+        assert_same_csv(launched[0], run_dir)
+    finally:
+        copy.unlink()
+
+
+def test_a_copys_name_must_be_an_identifier(tmp_path):
+    for name in ("my-q_flow.py", "2q_flow.py"):
+        shutil.copy(ROOT / "q_flow.py", tmp_path / name)
+        done = subprocess.run(
+            [sys.executable, tmp_path / name, "--help"], env=python_environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 2 and "must be letters, digits and underscores" in done.stderr
+        assert name in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_checkpoint_of_another_device_goes_on_with_this_devices_adam(finished, tmp_path):
@@ -127,8 +212,8 @@ def test_a_checkpoint_of_another_device_goes_on_with_this_devices_adam(finished,
     saved = checkpoint.load(run_dir)
     saved["optimizer"]["param_groups"][0]["capturable"] = True
     checkpoint.save(run_dir, saved)
-    run("floq", "--resume", run_dir)
-    assert_same_results(run_dir, finished)
+    run("floq", "--resume", run_dir, "--total-timesteps", 425)
+    assert checkpoint.load(run_dir)["step"] == 425
     assert checkpoint.load(run_dir)["optimizer"]["param_groups"][0]["capturable"] is False
     for name in SMALL_FLAGS:  # the others restore it by the same function
         assert "checkpoint.restore_optimizer(agent.optimizer" in (ROOT / f"{name}.py").read_text()
