@@ -3,10 +3,11 @@
     python -m benchmarks.error_rates            # the table, in a minute on one core
     python -m benchmarks.error_rates --write    # and into docs/benchmarks.md
 
-Released curves of FQL and two comparable methods, 12 seeds each: a task's last-three mean scatters over seeds with a median
-deviation of 9.3, 6.0 and 16.1 points (tasks between 10 and 90%); the mean over an environment's five tasks mostly with 3 to
-10. Scores are drawn from normal distributions. An environment's are five tasks of equal deviation, compared as
-`benchmarks.scores` compares them: our seeds' means over the tasks with the published tasks' means and deviations.
+Released curves of FQL and two comparable methods, 12 seeds each: a task's last-three mean scatters over seeds with a
+median deviation of 9.3, 6.0 and 16.1 points (tasks between 10 and 90%); the mean over an environment's five tasks
+mostly with 3 to 10. Scores are drawn from normal distributions. An environment's are five tasks of equal deviation,
+compared as `benchmarks.scores` compares them: our seeds' means over the tasks with the published tasks' means and
+deviations.
 """
 
 from dataclasses import dataclass

@@ -167,7 +167,7 @@ def csv_text(rows):
             value = row[name]
             if name == "changed":
                 value = " ".join(sorted(value))
-            elif isinstance(value, float) or isinstance(value, np.floating):
+            elif isinstance(value, (float, np.floating)):
                 value = "" if np.isnan(value) else f"{value:.2f}"
             cells[name] = "" if value is None else value
         writer.writerow(cells)
@@ -226,7 +226,8 @@ def bounds(middle, half):
     """`-3 [-9, 3]`; an empty cell for None."""
     if middle is None:
         return ""
-    return f"{middle:.0f}" + ("" if np.isnan(half) else f" [{middle - half:.0f}, {middle + half:.0f}]")
+    low, middle, high = (x if np.isnan(x) else round(x) for x in (middle - half, middle, middle + half))
+    return f"{middle}" + ("" if np.isnan(half) else f" [{low}, {high}]")
 
 
 def table(header, lines):
@@ -253,7 +254,7 @@ def published_table(reported):
 
 
 def comparison_table(rows, reported, method):
-    """A method's runs of published settings, on official and on generated data, beside the published scores and FQL's."""
+    """A method's runs of published settings, by kind of data, beside its published scores and FQL's."""
     tasks = defaultdict(dict)
     for row in rows:
         if row["method"] == method and row["samples"] and not row["changed"]:

@@ -92,9 +92,10 @@ def number(path, line, row, name, kind=float):
 def read_reported(path=ROOT / "reported.csv"):
     """Published scores: {(method, env_id or environment, protocol): row}, of the first primary source, else the first one.
 
-    Each row is {mean, std, num_seeds, tasks (None where not known), kind, source}; scores in percent. An environment whose
-    five tasks are known has the score that follows from them (`environment_scores`). The deviation printed beside a mean
-    over tasks is not used: Value Flows' page prints the mean of its tasks' deviations, others do not say what theirs is.
+    Each row is {mean, std, num_seeds, tasks (None where not known), kind, source}; scores in percent. An environment
+    whose five tasks are known has the score that follows from them (`environment_scores`). The deviation printed beside
+    a mean over tasks is not used: Value Flows' page prints the mean of its tasks' deviations, others do not say what
+    theirs is.
 
     Raises:
         SystemExit: (code 2) for a malformed row, an unknown protocol or kind, a score outside 0 to 100, or two rows of
@@ -132,10 +133,10 @@ def read_reported(path=ROOT / "reported.csv"):
 
 
 def environment_scores(reported):
-    """{(method, environment, protocol): row} of the environments whose five tasks are published with deviations and seeds.
+    """{(method, environment, protocol): row} of environments whose five tasks are published with deviations and seeds.
 
-    Of m independent seeds a task, as papers run them, the tasks' means are independent: the deviation of their mean is the
-    root of the sum of the tasks' variances, divided by five. The number of seeds is the smallest of the five.
+    The tasks' scores are taken as independent: the deviation of their mean is the root of the sum of their variances,
+    divided by five. The number of seeds is the smallest of the five.
     """
     tasks = defaultdict(list)
     for (method, env_id, protocol), row in reported.items():
