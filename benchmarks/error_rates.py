@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from benchmarks import report, scores
+from common import fail
 
 # (unit, deviation over the seeds, seeds here, published seeds, whether the deviation is published)
 CASES = [
@@ -99,6 +100,8 @@ def make_table(pairs):
 
 if __name__ == "__main__":
     args = tyro.cli(ErrorRatesArgs, description=__doc__)
+    if args.pairs < 1:
+        fail(f"--pairs {args.pairs}: at least 1")
     text = make_table(args.pairs)
     print(text)
     if args.write:
