@@ -57,8 +57,6 @@ def changed_settings(info):
     published |= module.TUNED_ONLINE.get(environment, {}) if args["online_timesteps"] else {}
     published = dataclasses.asdict(module.Args(**published))
     published["online_timesteps"] = ONLINE_STEPS[info["algorithm"]] if args["online_timesteps"] else 0
-    if info["algorithm"] == "floq" and scores.protocols(args) == ["offline-2m-last3"]:
-        published["total_timesteps"] = scores.LONG  # floq's scores are of 2M updates; 1M is the other papers' protocol
     if info["algorithm"] == "evor":
         published["td_target"] = "published"  # whatever the file's default is
     published = json.loads(json.dumps(published))  # tuples as the lists that args.json has

@@ -290,7 +290,7 @@ def test_changed_settings_are_named(tmp_path):
         tmp_path / name, [0.5], algorithm="floq", **asdict(floq.Args(**settings, env_id=env_id, online_timesteps=steps))
     )
     assert changed(make("f", both, 2_000_000)) == {}
-    assert changed(make("g", tuned, 2_000_000)) == {"alpha": 10.0}
+    assert changed(make("g", tuned, 2_000_000)) == {"alpha": 10.0, "total_timesteps": 2_000_000}
     assert changed(make("h", both, 1_000_000)) == {"online_timesteps": 1_000_000}
 
 
@@ -305,10 +305,13 @@ def test_floq_is_compared_after_two_million_updates(tmp_path):
     collect(tmp_path / "results", *run_dirs)
     rows = report.make_rows(scores.read_results(tmp_path / "results"), reported)
     measured = {row["protocol"]: row for row in rows if row["method"] == "floq" and row["env_id"] == "cube-double-play"}
-    long, short = measured["offline-2m-last3"], measured["offline-last3"]
+    assert set(measured) == {"offline-2m-last3"}
+    long = measured["offline-2m-last3"]
     assert not long["changed"] and (long["reported"], long["verdict"], long["reported_std"]) == (47, "reproduced", None)
     np.testing.assert_allclose((long["score"], long["difference"]), (48, 1))
-    assert not short["changed"] and short["verdict"] is None and short["reported"] is None  # 27 points lower
+    short = [row for row in rows if row["method"] == "floq" and row["changed"]]  # 28 points lower, and not judged
+    assert len(short) == 5 and all(row["changed"] == {"total_timesteps": 1_000_000} for row in short)
+    assert all(row["verdict"] is None and row["reported"] is None for row in short)
     text = report.comparison_table(rows, reported, "floq")
     assert "| cube-double-play (5 tasks) | offline-2m-last3 | 47 (3) | 25 (3) | 48 +- 2 (5) | 1 [" in text
     # Two million updates of another method are no published configuration.
