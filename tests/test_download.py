@@ -223,6 +223,16 @@ def test_a_file_of_known_content_is_had_from_the_next_mirror(tmp_path, monkeypat
     assert words in message and wrong.url in message
 
 
+def test_a_damaged_compressed_file_is_thrown_away(tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, observations=np.random.default_rng(0).integers(0, 9, size=(5000, 4)))
+    content = bytearray(buffer.getvalue())
+    content[80:130] = b"\xff" * 50  # where the deflated stream begins: zlib, not the checksum, finds it
+    use(monkeypatch, Server(content=bytes(content)), Server())
+    datasets.download(FILE, tmp_path)
+    assert (tmp_path / FILE).read_bytes() == CONTENT and names(tmp_path) == [FILE]
+
+
 def test_a_web_page_costs_no_partial_file(tmp_path, monkeypatch):
     """Of a file of unknown content too, and the next mirror continues what was there."""
     page, right = Server("page"), Server()
