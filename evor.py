@@ -540,9 +540,7 @@ def softmax_choice(q, tau_q, noise):
 
 
 if __name__ == "__main__":
-    args, resumed = runs.parse_args(
-        Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("bc_timesteps",), inference=INFERENCE
-    )
+    args, resumed = runs.parse_args(Args, TUNED, TUNED_ONLINE, QUICK, inference=INFERENCE)
     if envs.is_pixels(args.env_id):
         fail(f"--env-id {args.env_id}: evor.py works on state observations")
     data_latents = args.td_target == "published" and args.latents == "data"

@@ -69,8 +69,8 @@ class Args:
     """episodes of a generated dataset (default: as many as the official one has)"""
     success_timing: Literal["post", "pre"] = "post"
     """judge success after the action (published scores) or before it (ogbench >= 1.2.0's default)"""
-    total_timesteps: int = 1_000_000
-    """gradient updates of the offline phase"""
+    total_timesteps: int = 2_000_000
+    """gradient updates of the offline phase (published: 2M, or 1M before an online phase of 2M)"""
     online_timesteps: int = 0
     """environment steps of the online phase, with an update each (0: none)"""
     eval_interval: int = 100_000
@@ -163,11 +163,10 @@ TUNED = {
     "puzzle-4x4-play": dict(alpha=1000.0, noise_coverage=0.25),
 }
 
-# What offline-to-online runs change further.
-TUNED_ONLINE = {
-    "antsoccer-arena-navigate": dict(alpha=30.0),
-    "humanoidmaze-large-navigate": dict(critic_flow_steps=16),
-}
+# What offline-to-online runs change further: half of the offline updates, and in two environments more.
+TUNED_ONLINE = {environment: dict(total_timesteps=1_000_000) for environment in TUNED}
+TUNED_ONLINE["antsoccer-arena-navigate"] |= dict(alpha=30.0)
+TUNED_ONLINE["humanoidmaze-large-navigate"] |= dict(critic_flow_steps=16)
 
 # What --quick changes.
 QUICK = dict(
@@ -366,13 +365,15 @@ class Agent(nn.Module):
         args: see Args.
         obs_dim, action_dim: dimensions of observations and actions.
         seeds: the S seeds of the initial weights.
-        min_reward, max_reward: the dataset's extreme rewards, which fix the value flow's ranges.
+        min_reward, max_reward: the dataset's extreme rewards; with 0, which belongs to them as in the released code, they fix
+            the value flow's ranges.
     """
 
     def __init__(self, args, obs_dim, action_dim, seeds, min_reward, max_reward):
         super().__init__()
         self.args, self.action_dim = args, action_dim
         horizon = 1 / (1 - args.gamma)
+        min_reward, max_reward = min(min_reward, 0.0), max(max_reward, 0.0)
         self.z_low, self.z_high = args.noise_coverage * min_reward * horizon, args.noise_coverage * max_reward * horizon
         q_min, q_max = (min_reward - args.reward_offset) * horizon, (max_reward + args.reward_offset) * horizon
 

@@ -26,7 +26,7 @@ from common import collect, envs, fail, runs
 NAMES = {"exp_name", "seed", "num_seeds", "env_id", "quick", "log_interval", "evaluate", "torch_deterministic"}
 # Compared by the data themselves.
 DATA = {"dataset_source", "generated_episodes"}
-ONLINE_STEPS = 1_000_000  # of the published online phases
+ONLINE_STEPS = {"floq": 2_000_000, "value_flows": 1_000_000, "q_flow": 1_000_000, "evor": 1_000_000}  # as published
 
 
 @dataclass
@@ -56,7 +56,9 @@ def changed_settings(info):
     published = dict(module.TUNED.get(environment, {}))
     published |= module.TUNED_ONLINE.get(environment, {}) if args["online_timesteps"] else {}
     published = dataclasses.asdict(module.Args(**published))
-    published["online_timesteps"] = ONLINE_STEPS if args["online_timesteps"] else 0
+    published["online_timesteps"] = ONLINE_STEPS[info["algorithm"]] if args["online_timesteps"] else 0
+    if info["algorithm"] == "evor":
+        published["td_target"] = "published"  # whatever the file's default is
     published = json.loads(json.dumps(published))  # tuples as the lists that args.json has
     changed = {name: value for name, value in settings(args).items() if value != published.get(name)}
     if info["dataset"]["source"] == "custom":

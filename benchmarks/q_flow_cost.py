@@ -102,7 +102,7 @@ class Baseline(torch.nn.Module):
 
 def measure(options):
     """Times all four in turn; returns rows {method, gflop, seconds, quartiles, ratio of q_flow's time to it}."""
-    args = replace(q_flow.Args(), **q_flow.QUICK) if options.quick else q_flow.Args()
+    args = q_flow.Args(**(q_flow.QUICK if options.quick else q_flow.TUNED["scene-play"]))
     args = replace(args, num_seeds=options.num_seeds)
     device = runs.setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available()))
     seeds = list(range(options.num_seeds))

@@ -26,13 +26,14 @@ from common import fail
 
 REPOSITORY = scores.ROOT.parent
 TITLES = {"floq": "floq", "value_flows": "Value Flows", "q_flow": "Q-Flow", "evor": "EVOR"}
+BASELINES = {"fql": "FQL", "c51": "C51", "iqn": "IQN", "codac": "CODAC"}
 PICTURE_TASKS = 30  # panels of a picture at most
 
 # A verdict gets worse when it goes down in this order.
 RANK = {"not run": 0, "below": 1, "undecided": 2, "reproduced": 3, "above": 3}
 
 COLUMNS = [
-    "method", "env_id", "protocol", "source", "changed", "seeds", "score", "half", "last", "best", "reported",
+    "method", "env_id", "protocol", "source", "changed", "seeds", "score", "std", "half", "last", "best", "reported",
     "reported_std", "reported_seeds", "reported_kind", "difference", "difference_half", "verdict",
 ]  # fmt: skip
 
@@ -81,7 +82,8 @@ def summarize(curves_and_protocols, reported=None):
 def statistics(samples, reported):
     """The part of a row that follows from the seeds' scores and the published one."""
     mean, half = scores.interval(samples)
-    row = {"samples": samples, "seeds": len(samples), "score": mean, "half": half}
+    std = np.std(samples, ddof=1) if len(samples) > 1 else np.nan
+    row = {"samples": samples, "seeds": len(samples), "score": mean, "std": std, "half": half}
     if reported is not None:
         row["difference"], row["difference_half"] = scores.difference(samples, reported)
         row["verdict"] = scores.verdict(samples, reported)
@@ -165,7 +167,7 @@ def csv_text(rows):
             value = row[name]
             if name == "changed":
                 value = " ".join(sorted(value))
-            elif isinstance(value, float) or isinstance(value, np.floating):
+            elif isinstance(value, (float, np.floating)):
                 value = "" if np.isnan(value) else f"{value:.2f}"
             cells[name] = "" if value is None else value
         writer.writerow(cells)
@@ -205,6 +207,12 @@ def verdict_key(row):
 
 # --- Tables ---
 
+NOT_YET = "No run of published size has been made yet, for any of the four methods."
+NOTES = (
+    "Scores are success in percent; +- is the standard deviation over the seeds, their number in brackets. "
+    "An interval in square brackets has 95%."
+)
+
 
 def cell(mean, spread, number=None):
     """`95 +- 3 (8)`; an empty cell for None."""
@@ -214,46 +222,61 @@ def cell(mean, spread, number=None):
     return f"{mean:.0f}{spread}" + (f" ({number})" if number else "")
 
 
+def bounds(middle, half):
+    """`-3 [-9, 3]`; an empty cell for None."""
+    if middle is None:
+        return ""
+    low, middle, high = (x if np.isnan(x) else round(x) for x in (middle - half, middle, middle + half))
+    return f"{middle}" + ("" if np.isnan(half) else f" [{low}, {high}]")
+
+
 def table(header, lines):
     """A markdown table."""
     text = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(text + ["| " + " | ".join(map(str, line)) + " |" for line in lines]) + "\n"
 
 
+def unit(env_id):
+    """What a score is of: one task, or an environment's five."""
+    return "task" if "-singletask-task" in env_id else "environment"
+
+
+def published_table(reported):
+    """The published scores of environments, a row each, that our methods and the baselines have."""
+    methods = (*scores.METHODS[:3], *BASELINES)  # EVOR has no score of an environment
+    keys = {key[1:]: None for key, row in reported.items() if row["tasks"] == 5 and key[2] in scores.PROTOCOLS}
+    lines = []
+    for env_id, protocol in sorted(keys, key=lambda key: (key[1], key[0])):
+        cells = [reported.get((method, env_id, protocol)) for method in methods]
+        cells = [cell(row["mean"], row["std"], row["num_seeds"]) if row else "" for row in cells]
+        lines.append([env_id, protocol, *cells])
+    return table(["environment", "protocol", *(TITLES.get(method, BASELINES.get(method)) for method in methods)], lines)
+
+
 def comparison_table(rows, reported, method):
-    """A method's published scores, ours on official and on generated data beside them, and FQL's for reference."""
+    """A method's runs of published settings, by kind of data, beside its published scores and FQL's."""
     tasks = defaultdict(dict)
     for row in rows:
-        if row["method"] == method and not row["changed"]:
+        if row["method"] == method and row["samples"] and not row["changed"]:
             tasks[row["env_id"], row["protocol"]][row["source"]] = row
     lines = []
     for (env_id, protocol), by_source in tasks.items():
-        published = reported.get((method, env_id, protocol))
-        fql = reported.get(("fql", env_id, protocol))
-        line = [env_id, protocol]
-        line.append(cell(published["mean"], published["std"], published["num_seeds"]) if published else "")
+        line = [env_id + (" (5 tasks)" if unit(env_id) == "environment" else ""), protocol]
+        for name in (method, "fql"):
+            published = reported.get((name, env_id, protocol))
+            line.append(cell(published["mean"], published["std"], published["num_seeds"]) if published else "")
         for source in ("official", "generated"):
             row = by_source.get(source, {})
-            line.append(cell(row.get("score"), row.get("half"), row.get("seeds")))
+            line.append(cell(row.get("score"), row.get("std"), row.get("seeds")))
+            line.append(bounds(row.get("difference"), row.get("difference_half")))
             line.append(row.get("verdict") or "")
-            if source == "official":
-                line.append(" / ".join(filter(None, (cell(row.get("last"), None), cell(row.get("best"), None)))))
-        lines.append([*line, cell(fql["mean"], fql["std"], fql["num_seeds"]) if fql else ""])
-    header = [
-        "environment",
-        "protocol",
-        "published",
-        "official data",
-        "verdict",
-        "last / best",
-        "generated data",
-        "verdict",
-    ]
-    return table([*header, "FQL, published"], lines)
+        lines.append(line)
+    header = ["environment", "protocol", "published", "FQL, published", "official data", "difference", "verdict"]
+    return table([*header, "generated data", "difference", "verdict"], lines)
 
 
 def reduced_table(rows):
-    """Runs that are not the published configuration, with what differs in words."""
+    """Runs that are not the published configuration."""
     lines = []
     for row in rows:
         if not row["changed"]:
@@ -263,7 +286,7 @@ def reduced_table(rows):
         lines.append([
             TITLES[row["method"]], row["env_id"], f"{row['source']}, {data['transitions']:,}",
             f"{args['total_timesteps']:,}" + (f" + {args['online_timesteps']:,}" if args["online_timesteps"] else ""),
-            args["eval_episodes"], cell(row["score"], row["half"], row["seeds"]), cell(row["last"], None),
+            args["eval_episodes"], cell(row["score"], row["std"], row["seeds"]), cell(row["last"], None),
             cell(row["best"], None), len(row["changed"]),
         ])  # fmt: skip
     header = ["method", "environment", "data, transitions", "updates", "episodes", "score", "last", "best"]
@@ -271,41 +294,55 @@ def reduced_table(rows):
 
 
 def iqm_table(rows):
-    """Interquartile means over the tasks of one method, kind of data and settings, with bootstrap intervals."""
+    """Interquartile means over the tasks of a method's runs of published settings, with bootstrap intervals."""
     groups = defaultdict(list)
     for row in rows:
-        if row["samples"] and "-singletask-task" in row["env_id"]:
-            groups[row["method"], row["protocol"], row["source"], json.dumps(row["changed"])].append(row["samples"])
+        if row["samples"] and not row["changed"] and unit(row["env_id"]) == "task":
+            groups[row["method"], row["protocol"], row["source"]].append(row["samples"])
     lines = []
-    for (method, protocol, source, changed), samples in groups.items():
+    for (method, protocol, source), samples in groups.items():
         mean, low, high = scores.iqm(samples)
-        bounds = "" if np.isnan(low) else f"{low:.0f} to {high:.0f}"
-        kind = "reduced" if changed != "{}" else "published"
-        lines.append([TITLES[method], protocol, source, kind, len(samples), f"{mean:.0f}", bounds])
-    return table(["method", "protocol", "data", "settings", "tasks", "IQM", "95% interval"], lines)
+        limits = "" if np.isnan(low) else f"[{low:.0f}, {high:.0f}]"
+        lines.append([TITLES[method], protocol, source, len(samples), f"{mean:.0f}", limits])
+    return table(["method", "protocol", "data", "tasks", "IQM", "95% interval"], lines)
 
 
 def verdict_table(rows):
-    """How many published scores of each method have which verdict."""
+    """How many published scores of each method have which verdict, tasks and environments apart."""
     lines = []
     for method in scores.METHODS:
         for source in ("official", "generated"):
-            verdicts = [row["verdict"] for row in rows if (row["method"], row["source"]) == (method, source)]
-            counts = [verdicts.count(name) for name in RANK]
-            if any(counts):
-                lines.append([TITLES[method], source, *counts])
-    return table(["method", "data", *RANK], lines)
+            for kind in ("environment", "task"):
+                verdicts = [
+                    row["verdict"]
+                    for row in rows
+                    if (row["method"], row["source"], unit(row["env_id"])) == (method, source, kind)
+                ]
+                counts = [verdicts.count(name) for name in RANK]
+                if any(counts):
+                    lines.append([TITLES[method], source, kind + "s", *counts])
+    return table(["method", "data", "scores of", *RANK], lines)
+
+
+def measured_text(rows, reported):
+    """Verdicts, tables and interquartile means of the runs of published settings; one sentence where there is none."""
+    measured = [row for row in rows if row["samples"] and not row["changed"]]
+    if not measured:
+        return NOT_YET + "\n"
+    methods = [method for method in scores.METHODS if any(row["method"] == method for row in measured)]
+    text = [NOTES, verdict_table(rows).rstrip()]
+    for method in methods:
+        text += [f"### {TITLES[method]}", comparison_table(rows, reported, method).rstrip()]
+    text += ["### Interquartile means", iqm_table(rows).rstrip()]
+    return "\n\n".join(text) + "\n"
 
 
 def documents(rows, reported):
     """{path below the repository: {block name: markdown}}: what --write puts between a file's markers."""
-    notes = "Scores are success in percent, +- is half of the 95% interval over the seeds (their number in brackets)."
-    summary = "Published scores by verdict:\n\n" + verdict_table(rows)
-    if any(row["changed"] for row in rows):
-        summary += "\nReduced runs, which get no verdict. " + notes + "\n\n" + reduced_table(rows)
-    complete = {f"comparison {method}": comparison_table(rows, reported, method) for method in scores.METHODS}
-    complete |= {"reduced": reduced_table(rows), "iqm": iqm_table(rows), "verdicts": verdict_table(rows)}
-    return {"README.md": {"results": summary}, "docs/benchmarks.md": complete}
+    any_measured = any(row["samples"] and not row["changed"] for row in rows)
+    summary = "Published scores by verdict:\n\n" + verdict_table(rows) if any_measured else NOT_YET + "\n"
+    complete = {"published": published_table(reported), "measured": measured_text(rows, reported)}
+    return {"README.md": {"results": summary}, "docs/benchmarks.md": complete | {"reduced": reduced_table(rows)}}
 
 
 def insert(text, name, block, path):
@@ -326,12 +363,12 @@ def draw_curves(path, rows, reported):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     columns = min(3, len(rows))
     lines = -(-len(rows) // columns)
-    figure, panels = plt.subplots(
-        lines, columns, figsize=(4.2 * columns, 2.8 * lines), layout="constrained", sharey=True, squeeze=False
-    )
+    size = (max(6.4, 4.2 * columns), 3.2 * lines)
+    figure, panels = plt.subplots(lines, columns, figsize=size, layout="constrained", sharey=True, squeeze=False)
     for axes, row in zip(panels.flat, rows):
         phase = scores.PROTOCOLS[row["protocol"]][0]
         curves = [curve for run in row["members"] for curve in run["curves"][phase].values()]
@@ -341,7 +378,8 @@ def draw_curves(path, rows, reported):
         mean = [np.mean([curve[step] for curve in curves]) for step in steps]
         axes.plot(steps, mean, color="tab:blue", linewidth=2.5, marker=".", label=f"here, {row['source']} data")
         for name, label in ((row["env_id"], "published"), (scores.environment(row["env_id"]), "published, five tasks")):
-            if published := reported.get((row["method"], name, row["protocol"])):
+            published = None if row["changed"] else reported.get((row["method"], name, row["protocol"]))
+            if published:
                 spread = published["std"] or 0.0
                 axes.axhspan(published["mean"] - spread, published["mean"] + spread, color="tab:orange", alpha=0.2)
                 axes.axhline(published["mean"], color="tab:orange", label=label)
@@ -349,6 +387,8 @@ def draw_curves(path, rows, reported):
         title = row["env_id"].removesuffix("-v0").replace("-singletask", "")
         axes.set(title=title + (" (reduced run)" if row["changed"] else ""), ylim=(-3, 103), xlabel="updates")
         axes.title.set_fontsize("medium")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     for axes in panels.flat[len(rows) :]:
@@ -374,11 +414,8 @@ def main(args):
     stored = Path(args.results) / "report.csv"
     worse = worse_verdicts(rows, stored) if args.check else []
 
-    for method in args.methods:
-        print(f"\n{TITLES[method]}\n\n{comparison_table(rows, reported, method)}")
     printed = [row for row in rows if row["method"] in args.methods]
-    print(f"\nReduced runs\n\n{reduced_table(printed)}\nInterquartile means\n\n{iqm_table(printed)}")
-    print(f"\nVerdicts\n\n{verdict_table(printed)}")
+    print(f"{measured_text(printed, reported)}\nReduced runs\n\n{reduced_table(printed)}")
     if args.output is not None:
         Path(args.output).write_text(csv_text(rows))
     if args.write:

@@ -7,6 +7,7 @@ brought in by `benchmarks.collect_results`. The samples of every interval are se
 import csv
 import json
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,15 @@ RESOLUTION = 10.0
 # protocol -> (phase, how many of its last evaluations are averaged).
 PROTOCOLS = {
     "offline-last3": ("offline", 3),
+    "offline-2m-last3": ("offline", 3),
     "pixels-last3": ("offline", 3),
     "online-start": ("offline", 1),
     "online-end": ("online", 1),
 }
 # Protocols of other benchmarks or settings: kept in reported.csv, compared with nothing here.
-OTHER_PROTOCOLS = ("offline-last3-default-settings", "offline-2m-last3", "offline-advanced", "d4rl-offline-last",
-                   "d4rl-online-start", "d4rl-online-end")  # fmt: skip
+OTHER_PROTOCOLS = ("offline-2m-last3-default-settings", "offline-advanced", "offline-ablation", "offline-by-others",
+                   "d4rl-offline-last", "d4rl-online-start", "d4rl-online-end")  # fmt: skip
+LONG = 2_000_000  # updates of the protocol `offline-2m-last3`
 # The task that `...-singletask-v0` means.
 DEFAULT_TASKS = {
     "pointmaze": 1, "antmaze": 1, "humanoidmaze": 1, "antsoccer": 4, "cube": 2, "scene": 2, "puzzle-3x3": 4,
@@ -89,7 +92,10 @@ def number(path, line, row, name, kind=float):
 def read_reported(path=ROOT / "reported.csv"):
     """Published scores: {(method, env_id or environment, protocol): row}, of the first primary source, else the first one.
 
-    Each row is {mean, std, num_seeds (None where not known), tasks, kind, source}; scores in percent.
+    Each row is {mean, std, num_seeds, tasks (None where not known), kind, source}; scores in percent. An environment
+    whose five tasks are known has the score that follows from them (`environment_scores`). The deviation printed beside
+    a mean over tasks is not used: Value Flows' page prints the mean of its tasks' deviations, others do not say what
+    theirs is.
 
     Raises:
         SystemExit: (code 2) for a malformed row, an unknown protocol or kind, a score outside 0 to 100, or two rows of
@@ -117,11 +123,37 @@ def read_reported(path=ROOT / "reported.csv"):
             "mean": mean,
             "std": number(path, line, row, "std") if row["std"] else None,
             "num_seeds": number(path, line, row, "num_seeds", int) if row["num_seeds"] else None,
-            "tasks": number(path, line, row, "tasks", int),
+            "tasks": number(path, line, row, "tasks", int) if row["tasks"] else None,
             "kind": row["kind"],
             "source": row["source"],
         }
-    return reported
+        if reported[key]["tasks"] != 1:
+            reported[key]["std"] = None
+    return reported | environment_scores(reported)
+
+
+def environment_scores(reported):
+    """{(method, environment, protocol): row} of environments whose five tasks are published with deviations and seeds.
+
+    The tasks' scores are taken as independent: the deviation of their mean is the root of the sum of their variances,
+    divided by five. The number of seeds is the smallest of the five.
+    """
+    tasks = defaultdict(list)
+    for (method, env_id, protocol), row in reported.items():
+        if row["tasks"] == 1 and re.search(r"-singletask-task[1-5]-v0$", env_id):
+            tasks[method, environment(env_id), protocol].append(row)
+    return {
+        key: {
+            "mean": np.mean([row["mean"] for row in rows]),
+            "std": np.sqrt(sum(row["std"] ** 2 for row in rows)) / 5,
+            "num_seeds": min(row["num_seeds"] for row in rows),
+            "tasks": 5,
+            "kind": "primary" if all(row["kind"] == "primary" for row in rows) else "secondary",
+            "source": "its five tasks",
+        }
+        for key, rows in tasks.items()
+        if len(rows) == 5 and all(row["std"] is not None and row["num_seeds"] for row in rows)
+    }
 
 
 def read_evaluations(path, args):
@@ -241,7 +273,9 @@ def protocols(args):
     """Names of the published protocols that a run with these arguments follows (its other settings aside)."""
     if args["online_timesteps"]:
         return ["online-start", "online-end"]
-    return ["pixels-last3" if args["env_id"].startswith("visual-") else "offline-last3"]
+    if args["env_id"].startswith("visual-"):
+        return ["pixels-last3"]
+    return ["offline-2m-last3" if args["total_timesteps"] == LONG else "offline-last3"]
 
 
 # --- Statistics ---

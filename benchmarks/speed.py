@@ -116,7 +116,7 @@ def prepare(algorithm, num_seeds, precision, cuda, quick):
         each call on other random rows of a random dataset.
     """
     module = importlib.import_module(algorithm)
-    args = replace(module.Args(), **module.QUICK) if quick else module.Args()
+    args = module.Args(**(module.QUICK if quick else module.TUNED.get("scene-play", {})))  # 4 x 512 in all four
     cuda = cuda and torch.cuda.is_available()
     args = replace(args, num_seeds=num_seeds, cuda=cuda, matmul_precision=None if precision == "highest" else precision)
     args = replace(args, matmul_precision="highest") if cuda and precision == "highest" else args

@@ -153,7 +153,8 @@ def make_agent(options, lambdas, device):
     """A Q-Flow agent and a one-step policy; their seed axis holds every lambda with every seed, S = lambdas x seeds."""
     hidden = (options.width,) * options.depth
     args = replace(
-        q_flow.Args(), batch_size=options.batch_size, tau=0.02, flow_steps=options.flow_steps, time_embed_dim=16,
+        q_flow.Args(), batch_size=options.batch_size, tau=0.02, flow_steps=options.flow_steps,
+        use_time_embed=True, time_embed_dim=16,
         actor_layer_norm=not options.full,  # learns the data's shape in fewer updates; the published policy has none
         value_hidden_dims=hidden, actor_hidden_dims=hidden,
         alpha=torch.tensor(lambdas, device=device).repeat_interleave(options.seeds).view(-1, 1, 1),

@@ -50,7 +50,8 @@ def parse_args(Args, tuned, tuned_online, quick, may_be_zero=(), inference=(), a
         Args: the algorithm's dataclass.
         tuned, tuned_online: {environment and dataset type: {field: value}}.
         quick: {field: value}.
-        may_be_zero: the algorithm's own numbers that may be zero; all others must be above it (tuples: each element).
+        may_be_zero: numbers that may be zero beside those whose default is zero; all others must be above it (tuples: each
+            element).
         inference: the algorithm's own fields that training does not use: --evaluate may change them.
         argv: words; None for the command line's.
 
@@ -109,7 +110,7 @@ def parse_args(Args, tuned, tuned_online, quick, may_be_zero=(), inference=(), a
     for name, value in dataclasses.asdict(args).items():
         numbers = value if isinstance(value, tuple) else (value,)
         if all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
-            zero = name in ("seed", "online_timesteps", "eval_workers", *may_be_zero)
+            zero = name in may_be_zero or getattr(Args(), name) == 0
             if not all(number >= 0 if zero else number > 0 for number in numbers):
                 fail(f"--{name.replace('_', '-')} {value}: must be {'at least' if zero else 'above'} zero")
     if not 0 < args.gamma < 1 or not 0 < args.tau <= 1:

@@ -32,7 +32,7 @@ ENV_ID = "pointmaze-medium-navigate-singletask-task4-v0"  # the shortest task
 SMALL_FLAGS = {
     "floq": "--noise-samples 2 --critic-flow-steps 2 --actor-flow-steps 2 --block-width 16",
     "value_flows": "--num-samples 3 --num-flow-steps 2",
-    "q_flow": "--flow-steps 2 --time-embed-dim 8",
+    "q_flow": "--flow-steps 2 --use-time-embed --time-embed-dim 8",
     "evor": "--flow-steps 2 --num-actions 3 --num-returns 4",
 }
 for name in SMALL_FLAGS:
@@ -44,7 +44,7 @@ for name in SMALL_FLAGS:
 SMALL_ARGS = {
     "floq": dict(alpha=10.0, noise_samples=3, critic_flow_steps=4, actor_flow_steps=5, block_width=16, block_depth=2),
     "value_flows": dict(alpha=10.0, num_samples=4, num_flow_steps=5),
-    "q_flow": dict(alpha=10.0, flow_steps=5, time_embed_dim=8),
+    "q_flow": dict(alpha=10.0, flow_steps=5, use_time_embed=True, time_embed_dim=8),
     "evor": dict(flow_steps=5, num_actions=4, num_returns=4),
 }
 

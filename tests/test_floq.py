@@ -216,3 +216,14 @@ def test_act_is_the_clipped_onestep_policy():
     actions = agent.act(observations, noise)
     assert actions.shape == (1, 7, 3) and actions.max() == 1.0
     torch.testing.assert_close(actions, agent.onestep_action(observations, noise).detach().clamp(-1, 1))
+
+
+@pytest.mark.parametrize(
+    "rewards, low, high", [((-3.0, -1.0), -3.0, 0.0), ((-2.0, 0.0), -2.0, 0.0), ((0.5, 2.0), 0.0, 2.0)]
+)
+def test_the_range_of_rewards_has_zero_in_it(rewards, low, high):
+    """As in the released code, whose replay buffer has rows of zeros: also where the data hold no success."""
+    agent = make_agent(small_args(noise_coverage=0.25), min_reward=rewards[0], max_reward=rewards[1])
+    assert (agent.z_low, agent.z_high) == pytest.approx((0.25 * low * 100, 0.25 * high * 100))
+    assert agent.floq.edges[0].item() == pytest.approx((low - 0.01) * 100, rel=1e-5)
+    assert agent.floq.edges[-1].item() == pytest.approx((high + 0.01) * 100, rel=1e-5)

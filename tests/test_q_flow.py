@@ -8,7 +8,7 @@ import torch
 
 from conftest import assert_refused, gradients, make_agent, networks, random_inputs
 from conftest import small_args as small_args_of
-from q_flow import embed_time
+from q_flow import embed_time, time_frequencies
 
 small_args = functools.partial(small_args_of, "q_flow")
 
@@ -25,7 +25,7 @@ def constant_flow(agent, velocity):
 
 def test_time_embedding_is_sines_and_cosines_of_geometric_frequencies():
     t = torch.rand(2, 5, 1, dtype=torch.float64)
-    embedding = embed_time(t, 16)
+    embedding = embed_time(t, time_frequencies(16))
     for i in range(8):
         frequency = 256 ** (i / 7)
         torch.testing.assert_close(embedding[..., i], torch.sin(frequency * t[..., 0]), rtol=0, atol=1e-4)
@@ -40,7 +40,7 @@ def test_roll_out_from_zero_is_euler_integration(actor_time_embed):
     expected = x
     for k in range(5):
         t = torch.full((2, 6, 1), k / 5)
-        inputs = torch.cat([observations, expected, embed_time(t, 8) if actor_time_embed else t], dim=-1)
+        inputs = torch.cat([observations, expected, embed_time(t, time_frequencies(8)) if actor_time_embed else t], dim=-1)
         expected = expected + agent.actor_flow(inputs) / 5
     rolled = agent.roll_out(observations, x, torch.zeros(2, 6, 1))
     torch.testing.assert_close(rolled, expected.clamp(-1, 1), rtol=1e-4, atol=1e-5)
@@ -103,7 +103,7 @@ def test_actor_label_is_the_data_velocity_plus_guidance_over_lambda(actor_time_e
     x_0, t = noise["policy_action"], noise["policy_time"]
     x_t = (1 - t) * x_0 + t * batch["actions"]
     label = batch["actions"] - x_0 + agent.guidance(batch["observations"], x_t, t) / 0.7
-    embedded = embed_time(t, 8) if actor_time_embed else t
+    embedded = embed_time(t, time_frequencies(8)) if actor_time_embed else t
     velocity = agent.actor_flow(torch.cat([batch["observations"], x_t, embedded], dim=-1))
     loss, metrics = agent.actor_loss(batch, noise)
     torch.testing.assert_close(loss, (velocity - label).square().mean(dim=(1, 2)), rtol=1e-4, atol=1e-5)

@@ -22,9 +22,9 @@ DEFAULTS = {
         value_layer_norm=True, actor_hidden_dims=(512,) * 4, actor_layer_norm=True,
     ),
     "q_flow": dict(
-        batch_size=256, learning_rate=3e-4, gamma=0.99, tau=0.005, alpha=5.0, flow_steps=10, q_agg="mean",
-        num_ensembles=2, use_time_embed=True, time_embed_dim=64, actor_time_embed=False, layer_norm=True, value_hidden_dims=(512,) * 4,
-        actor_hidden_dims=(512,) * 4, actor_layer_norm=False,
+        batch_size=256, learning_rate=3e-4, gamma=0.99, tau=0.005, alpha=1.0, flow_steps=10, q_agg="mean",
+        num_ensembles=2, use_time_embed=False, time_embed_dim=16, actor_time_embed=False, layer_norm=True,
+        value_hidden_dims=(512,) * 4, actor_hidden_dims=(512,) * 4, actor_layer_norm=False,
     ),
     "evor": dict(
         batch_size=256, learning_rate=3e-4, gamma=0.99, tau=0.005, flow_steps=10, num_actions=32, num_returns=50,
@@ -35,22 +35,22 @@ DEFAULTS = {
 
 # Columns of each table, then its rows; online rows hold the offline-to-online runs.
 COLUMNS = {
-    "floq": "alpha gamma q_agg batch_size block_depth critic_flow_steps noise_coverage",
+    "floq": "alpha gamma q_agg batch_size block_depth critic_flow_steps noise_coverage total_timesteps",
     "value_flows": "gamma bcfm_lambda confidence_weight_temp ret_agg q_agg alpha total_timesteps",
-    "q_flow": "alpha gamma q_agg time_embed_dim",
+    "q_flow": "alpha gamma q_agg time_embed_dim use_time_embed",
 }
 OFFLINE = {
     "floq": """
-        antmaze-large-navigate         10    0.99   mean  256  4  8  0.1
-        antmaze-giant-navigate         10    0.995  min   512  4  4  0.1
-        humanoidmaze-medium-navigate   30    0.995  mean  256  4  8  0.1
-        humanoidmaze-large-navigate    20    0.995  mean  512  4  8  0.1
-        antsoccer-arena-navigate       10    0.995  mean  256  4  8  0.1
-        cube-single-play               300   0.99   mean  256  2  8  0.1
-        cube-double-play               300   0.99   mean  256  2  8  0.1
-        scene-play                     300   0.99   mean  256  4  8  0.1
-        puzzle-3x3-play                1000  0.99   mean  256  4  8  0.1
-        puzzle-4x4-play                1000  0.99   mean  256  4  8  0.25
+        antmaze-large-navigate         10    0.99   mean  256  4  8  0.1  2000000
+        antmaze-giant-navigate         10    0.995  min   512  4  4  0.1  2000000
+        humanoidmaze-medium-navigate   30    0.995  mean  256  4  8  0.1  2000000
+        humanoidmaze-large-navigate    20    0.995  mean  512  4  8  0.1  2000000
+        antsoccer-arena-navigate       10    0.995  mean  256  4  8  0.1  2000000
+        cube-single-play               300   0.99   mean  256  2  8  0.1  2000000
+        cube-double-play               300   0.99   mean  256  2  8  0.1  2000000
+        scene-play                     300   0.99   mean  256  4  8  0.1  2000000
+        puzzle-3x3-play                1000  0.99   mean  256  4  8  0.1  2000000
+        puzzle-4x4-play                1000  0.99   mean  256  4  8  0.25  2000000
     """,
     "value_flows": """
         cube-double-play                  0.995  1    3     mean  mean  10  1000000
@@ -65,22 +65,30 @@ OFFLINE = {
         visual-puzzle-3x3-play            0.99   0.3  0.3   min   mean  10  500000
     """,
     "q_flow": """
-        antmaze-large-navigate        0.2  0.99   mean  64
-        antmaze-giant-navigate        0.2  0.995  min   64
-        antsoccer-arena-navigate      0.5  0.995  mean  64
-        humanoidmaze-medium-navigate  1    0.995  mean  64
-        humanoidmaze-large-navigate   1    0.995  mean  64
-        cube-single-play              5    0.99   mean  64
-        cube-double-play              2    0.99   mean  16
-        scene-play                    5    0.99   mean  64
-        puzzle-3x3-play               20   0.99   min   64
-        puzzle-4x4-play               20   0.99   min   64
+        antmaze-large-navigate        0.2  0.99   mean  64  True
+        antmaze-giant-navigate        0.2  0.995  min   64  True
+        antsoccer-arena-navigate      0.5  0.995  mean  64  True
+        humanoidmaze-medium-navigate  1    0.995  mean  64  True
+        humanoidmaze-large-navigate   1    0.995  mean  64  True
+        cube-single-play              5    0.99   mean  64  True
+        cube-double-play              2    0.99   mean  16  True
+        scene-play                    5    0.99   mean  64  True
+        puzzle-3x3-play               20   0.99   min   64  True
+        puzzle-4x4-play               20   0.99   min   64  True
     """,
 }
 ONLINE = {
     "floq": """
-        antsoccer-arena-navigate     30  0.995  mean  256  4  8   0.1
-        humanoidmaze-large-navigate  20  0.995  mean  512  4  16  0.1
+        antmaze-large-navigate         10    0.99   mean  256  4  8  0.1  1000000
+        antmaze-giant-navigate         10    0.995  min   512  4  4  0.1  1000000
+        humanoidmaze-medium-navigate   30    0.995  mean  256  4  8  0.1  1000000
+        humanoidmaze-large-navigate    20    0.995  mean  512  4  16  0.1  1000000
+        antsoccer-arena-navigate       30    0.995  mean  256  4  8  0.1  1000000
+        cube-single-play               300   0.99   mean  256  2  8  0.1  1000000
+        cube-double-play               300   0.99   mean  256  2  8  0.1  1000000
+        scene-play                     300   0.99   mean  256  4  8  0.1  1000000
+        puzzle-3x3-play                1000  0.99   mean  256  4  8  0.1  1000000
+        puzzle-4x4-play                1000  0.99   mean  256  4  8  0.25  1000000
     """,
     "value_flows": """
         antmaze-large-navigate        0.99   10  0.01  mean  min   30   1000000
@@ -91,11 +99,11 @@ ONLINE = {
         scene-play                    0.99   1   0.3   min   mean  300  1000000
     """,
     "q_flow": """
-        antmaze-giant-navigate        0.2  0.995  min   64
-        humanoidmaze-medium-navigate  1    0.995  mean  64
-        antsoccer-arena-navigate      0.5  0.995  mean  64
-        cube-double-play              2    0.99   mean  16
-        puzzle-4x4-play               20   0.99   min   64
+        antmaze-giant-navigate        0.2  0.995  min   64  True
+        humanoidmaze-medium-navigate  1    0.995  mean  64  True
+        antsoccer-arena-navigate      0.5  0.995  mean  64  True
+        cube-double-play              2    0.99   mean  16  True
+        puzzle-4x4-play               20   0.99   min   64  True
     """,
 }
 TABLES = {
@@ -117,7 +125,8 @@ def test_settings_of_an_environment(algorithm, phase, environment, values):
     env_id = f"{environment}-singletask-v0"
     envs.check_env_id(env_id)
     args = parse(algorithm, "--env-id", env_id, *online)
-    parsed = [word if word in ("mean", "min") else float(word) for word in values.split()]
+    words = {"mean": "mean", "min": "min", "True": True}
+    parsed = [words[word] if word in words else float(word) for word in values.split()]
     published = dict(zip(COLUMNS[algorithm].split(), parsed, strict=True))
     for name, value in (DEFAULTS[algorithm] | published).items():
         assert getattr(args, name) == value, name
@@ -128,7 +137,8 @@ def test_defaults(algorithm):
     module, expected = ALGORITHMS[algorithm], DEFAULTS[algorithm]
     args = parse(algorithm, "--env-id", "pointmaze-medium-navigate-singletask-v0")  # which no table names
     assert {name: getattr(args, name) for name in expected} == expected
-    assert args.total_timesteps == 1_000_000 and args.eval_interval == 100_000 and args.eval_episodes == 50
+    assert args.total_timesteps == (2_000_000 if algorithm == "floq" else 1_000_000)
+    assert args.eval_interval == 100_000 and args.eval_episodes == 50
     own = {field.name for field in fields(module.Args)}
     assert set(expected) <= own
     environments = [{row[2] for row in ROWS if row[:2] == (algorithm, phase)} for phase in ("offline", "online")]
