@@ -576,7 +576,7 @@ if __name__ == "__main__":
     path = datasets.find_dataset(
         args.env_id, args.dataset_dir, args.dataset_path, args.dataset_source, args.generated_episodes
     )
-    dataset, identity = datasets.load_dataset(path, args.env_id, device)
+    dataset, identity = datasets.load_dataset(path, args.env_id, device, args.dataset_path is None)
     if data_latents:
         returns, _ = reward_to_go(dataset, args.gamma)
         dataset["returns"] = torch.as_tensor(returns, dtype=torch.float32, device=device)

@@ -588,7 +588,7 @@ if __name__ == "__main__":
     path = datasets.find_dataset(
         args.env_id, args.dataset_dir, args.dataset_path, args.dataset_source, args.generated_episodes
     )
-    dataset, identity = datasets.load_dataset(path, args.env_id, device)
+    dataset, identity = datasets.load_dataset(path, args.env_id, device, args.dataset_path is None)
     run_dir = runs.start_run(args, resumed, device, identity)
     print(runs.describe(args, run_dir, identity, device), flush=True)
     wandb_runs = runs.start_wandb(args, run_dir)

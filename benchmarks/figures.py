@@ -201,10 +201,11 @@ if __name__ == "__main__":
         args.env_id, options.dataset_dir or args.dataset_dir, args.dataset_path, args.dataset_source,
         args.generated_episodes,
     )  # fmt: skip
-    dataset, identity = datasets.load_dataset(path, args.env_id, "cpu")
+    dataset, identity = datasets.load_dataset(path, args.env_id, "cpu", args.dataset_path is None)
     if identity["sha256"] != payload["dataset"]["sha256"]:
         fail(f"{path} is not the dataset of the run in {options.run}, which is {payload['dataset']}")
-    validation, _ = datasets.load_dataset(collect.val_path(Path(path)), args.env_id, "cpu")
+    validation_path = collect.val_path(Path(path))
+    validation, _ = datasets.load_dataset(validation_path, args.env_id, "cpu", args.dataset_path is None)
     runs.setup_torch(module.Args(cuda=False))
     rewards = dataset["rewards"]
     obs_dim, action_dim = dataset["observations"].shape[1], dataset["actions"].shape[1]

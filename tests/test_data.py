@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import ogbench
 import pytest
+from conftest import ALGORITHMS, assert_refused
 
 from common import collect, datasets, envs
 
@@ -203,6 +204,70 @@ def test_incomplete_or_unfit_arrays_are_refused_by_key(maze_data, cube_data, tmp
     message = load_error(rewritten(maze_data, path, observations=rows["observations"].astype("U9")), capsys)
     assert "not numbers" in message
     assert "lacks the key button_states" in load_error(cube_data, capsys, "scene-play-singletask-v0")
+
+
+def test_files_that_cannot_be_opened_are_not_called_damaged(tmp_path, capsys):
+    for path in (tmp_path, tmp_path / "missing.npz"):
+        message = load_error(path, capsys)
+        assert "cannot be read" in message and "delete" not in message and "not a whole" not in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "key", "values", "task"])
+def test_only_files_that_were_downloaded_or_made_are_to_be_deleted(maze_data, tmp_path, capsys, damage):
+    with np.load(maze_data) as file:
+        rows = {key: file[key] for key in file.files}
+    for name, replaceable, advice in (
+        ("pointmaze-medium-navigate-v0.npz", True, "delete it and run again to download it anew"),
+        (maze_data.name, True, "delete it and run again to make it anew"),
+        ("pointmaze-medium-navigate-v0.npz", False, "the file is yours and is left as it is"),
+        (maze_data.name, False, "the file is yours and is left as it is"),
+        ("rows.npz", False, "give another one with --dataset-path"),
+    ):
+        path = tmp_path / name
+        if damage == "truncated":
+            path.write_bytes(maze_data.read_bytes()[:-500])
+        elif damage == "key":
+            rewritten(maze_data, path, actions=None)
+        elif damage == "values":
+            rewritten(maze_data, path, observations=np.full_like(rows["observations"], np.nan))
+        else:
+            rewritten(maze_data, path, qpos=rows["qpos"][:, 0])  # the reward needs both coordinates
+        with pytest.raises(SystemExit) as stop:
+            datasets.load_dataset(path, "pointmaze-medium-navigate-singletask-v0", "cpu", replaceable)
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and str(path) in message and advice in message
+        assert ("delete" in message) == replaceable
+        assert path.is_file()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_says_whose_file_is_damaged(tmp_path, algorithm):
+    name = "pointmaze-medium-navigate-v0"
+    for file in (f"{name}.npz", f"{name}-val.npz"):
+        (tmp_path / file).write_text("hello")
+    words = ["--env-id", "pointmaze-medium-navigate-singletask-v0"]
+    assert_refused(
+        algorithm, [*words, "--dataset-dir", tmp_path], f"{name}.npz is not a whole", "delete it and run again"
+    )
+    assert_refused(algorithm, [*words, "--dataset-path", tmp_path / f"{name}.npz"], f"{name}.npz", "the file is yours")
+
+
+@pytest.mark.parametrize("replaceable", [True, False])
+def test_a_file_with_an_official_name_and_another_sum_is_custom(maze_data, tmp_path, monkeypatch, capsys, replaceable):
+    path = tmp_path / "pointmaze-medium-navigate-v0.npz"
+    path.write_bytes(maze_data.read_bytes())
+    load = lambda: datasets.load_dataset(path, "pointmaze-medium-navigate-singletask-task1-v0", "cpu", replaceable)[1]
+    assert load()["source"] == "official"  # by its name alone: nothing is known of its content
+    monkeypatch.setitem(datasets.KNOWN, path.name, (path.stat().st_size, sha256(path)))
+    assert load()["source"] == "official" and capsys.readouterr().err == ""
+    monkeypatch.setitem(datasets.KNOWN, path.name, (path.stat().st_size, "0" * 64))
+    identity = load()
+    assert identity["source"] == "custom" and identity["sha256"] == sha256(path)
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ") and warning.count("\n") == 1
+    for words in (str(path), sha256(path), "0" * 64, "not OGBench's"):
+        assert words in warning
+    assert ("delete it and run again to download" in warning) == replaceable
 
 
 def test_names_of_environments_and_datasets():
