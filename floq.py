@@ -23,6 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import checkpoint, datasets, envs, fail, graphs, rollout, runs, warn
+from common.draws import Draws
+from common.replay import Replay
 
 
 # --- Arguments ---
@@ -556,120 +558,67 @@ if __name__ == "__main__":
     seeds = list(range(args.seed, args.seed + args.num_seeds))
 
     # --- Data ---
-    path = datasets.find_dataset(
-        args.env_id, args.dataset_dir, args.dataset_path, args.dataset_source, args.generated_episodes
-    )
-    dataset, identity = datasets.load_dataset(path, args.env_id, device, args.dataset_path is None)
-    run_dir = runs.start_run(args, resumed, device, identity)
-    print(runs.describe(args, run_dir, identity, device), flush=True)
-    wandb_runs = runs.start_wandb(args, run_dir)
+    dataset, identity = datasets.load(args, device)
+    log = runs.Log(args, resumed, device, identity)
 
     # --- Agent ---
     rewards = dataset["rewards"]
     obs_dim, action_dim = dataset["observations"].shape[1], dataset["actions"].shape[1]
     agent = Agent(args, obs_dim, action_dim, seeds, rewards.min().item(), rewards.max().item()).to(device)
     agent.make_optimizer()
-    replay = datasets.make_replay(dataset, args.num_seeds, args.online_timesteps)
+    replay = Replay(dataset, args.num_seeds, args.online_timesteps)
     if resumed is not None:
         agent.load_state_dict(resumed["agent"])
         checkpoint.restore_optimizer(agent.optimizer, resumed["optimizer"])
-        datasets.restore_replay(replay, resumed["replay"])
-    if args.compile:
-        graphs.compile_losses(agent)
-
-    def update(inputs):
-        """One update on the batch and noise of `inputs`, a row of runs.draw_chunk."""
-        return agent.update(datasets.gather(dataset, replay, inputs), inputs)
+        replay.restore(resumed["replay"], count=max(0, resumed["step"] - args.total_timesteps))
 
     # --- Training: offline, then online ---
-    stop = runs.StopRequest()
+    update = graphs.FastUpdate(
+        agent, lambda draws: agent.update(replay.batch(draws), draws), args.compile, args.cudagraphs
+    )
+    draw = Draws(agent, args, seeds, len(rewards), device)  # every random number of an update
+    evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
+    explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed
+    stop = runs.StopRequest()  # true after SIGTERM or Ctrl-C
     step, evaluated = (resumed["step"], resumed["evaluated"]) if resumed is not None else (0, 0)
-    saved = step
-    last_step = args.total_timesteps + args.online_timesteps
-    chunk_key, workers, explorers = None, None, None
-    clock = runs.Clock()
-    bar = runs.progress_bar(last_step, step, "training")
+    saved, last_step = step, args.total_timesteps + args.online_timesteps
 
     def save():
         """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
-        state = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
-        state["replay"] = {key: rows[:, : max(0, step - args.total_timesteps)].clone() for key, rows in replay.items()}
-        progress = {"step": step, "evaluated": evaluated, "csv_sizes": runs.csv_sizes(run_dir)}
-        checkpoint.save(
-            run_dir, {"algorithm": runs.algorithm(args), "args": asdict(args), "dataset": identity} | progress | state
-        )
+        log.flush()  # stops at a non-finite loss
+        state = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "replay": replay.state()}
+        progress = {"step": step, "evaluated": evaluated, "csv_sizes": runs.csv_sizes(log.run_dir)}
+        origin = {"algorithm": runs.algorithm(args), "args": asdict(args), "dataset": identity}
+        checkpoint.save(log.run_dir, origin | progress | state)
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.
-        due = step in (1, args.total_timesteps, last_step) or step % args.eval_interval == 0
-        if step > evaluated and due:
-            save()  # an evaluation that fails loses no update
-            saved = step
-            if workers is None:
-                workers = rollout.start_workers(
-                    args.env_id, args.num_seeds, args.eval_episodes, args.eval_workers, args.success_timing,
-                    render=args.capture_video,
-                )  # fmt: skip
-            phase = "offline" if step <= args.total_timesteps else "online"
-            rows = rollout.evaluate(
-                workers, agent.act, agent.draw_act_noise, seeds, args.eval_episodes, step, device, stop,
-                run_dir / "videos" if args.capture_video else None,
-            )  # fmt: skip
-            clock.add("evaluating")
-            if rows is not None:  # None: a signal came, and the evaluation is done again after --resume
-                evaluated = step
-                runs.log_evaluation(run_dir, rows, phase, wandb_runs, bar)
+        evaluation_due = step in (1, args.total_timesteps, last_step) or step % args.eval_interval == 0
+        evaluation_due = evaluation_due and step > evaluated
 
-        # Save every save_interval, at the end and when stopped.
-        if step > saved and (stop or step % args.save_interval == 0 or step == last_step):
+        # Save every save_interval, at the end, when stopped, and before an evaluation, which may fail.
+        if step > saved and (evaluation_due or stop or step % args.save_interval == 0 or step == last_step):
             save()
             saved = step
+        if evaluation_due:
+            rows = evaluator(agent.act, agent.draw_act_noise, step, stop)
+            log.evaluation(rows, phase="offline" if step <= args.total_timesteps else "online")
+            evaluated = evaluated if rows is None else step  # None: a signal came; evaluated again after --resume
         if stop:
-            stop.leave(run_dir, step)
+            stop.leave(log.run_dir, step)
         if step == last_step:
             break
 
-        # The online phase begins, or goes on after --resume: with a new episode.
+        # One update; in the online phase, one environment step of every seed before it.
         online = step >= args.total_timesteps
-        if online and explorers is None:
-            explorers = rollout.start_explorers(args.env_id, seeds, step, args.eval_workers, args.success_timing)
-            clock.warming_up = True  # another update to capture
+        draws = draw(step, online)
+        if online:
+            transitions = explorer(agent.act, draws.pop("act"), step, on_failure=save)
+            draws["count"] = replay.append(transitions)
+        metrics = update(draws)
+        step += 1
+        log.training(step, metrics, warm_up=update.new)
 
-        # Update until something is due.
-        intervals = (runs.CHUNK, args.eval_interval, args.log_interval, args.save_interval)
-        block_end = min((step // interval + 1) * interval for interval in intervals)
-        block_end = min(block_end, last_step if online else args.total_timesteps)
-        block_end = block_end if step else 1  # the first update is a block of its own
-        history, first_step = [], step + 1
-        while step < block_end and not stop:
-            if (online, step // runs.CHUNK) != chunk_key:
-                chunk_key = online, step // runs.CHUNK
-                chunk = runs.draw_chunk(agent, args, seeds, len(rewards), step // runs.CHUNK, device, online)
-            inputs = {name: value[step % runs.CHUNK] for name, value in chunk.items()}
-            if online:  # one environment step of every seed; its transition may be drawn at once
-                try:
-                    transitions = rollout.explore(explorers, agent.act, inputs.pop("act"), step, device)
-                except RuntimeError:
-                    save()  # a dead environment loses no update
-                    raise
-                datasets.append(replay, transitions, step - args.total_timesteps)
-                inputs["count"] = torch.full((), step + 1 - args.total_timesteps, device=device)
-            if clock.warming_up and not history:
-                run_update = graphs.capture(update, inputs, agent.state_tensors(), args.cudagraphs)
-            metrics = run_update(inputs)
-            history.append(torch.stack(tuple(metrics.values())))  # (losses, S)
-            step += 1
-        if len(history):
-            history = torch.stack(history).cpu()  # (updates, losses, S); waits for the device
-            runs.check_finite(history, list(metrics), first_step, seeds, run_dir)
-            runs.advance(bar, len(history), counts=clock.add("training", len(history)))
-
-        # Log.
-        if len(history) and step % args.log_interval == 0:
-            runs.log_training(run_dir, step, seeds, list(metrics), history[-1], clock, wandb_runs)
-
-    bar.close()
-    for started in (workers, explorers and explorers.workers):
-        if started is not None:
-            rollout.stop_workers(started)
-    runs.finish(run_dir, wandb_runs)
+    evaluator.close()
+    explorer.close()
+    log.close()

@@ -28,7 +28,7 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.figures import return_samples
-from common import fail, graphs, runs
+from common import draws, fail, graphs, runs
 
 VARIANTS = (
     "evor",
@@ -147,11 +147,11 @@ def train(module, args, mdp, updates, seeds, compiled=False):
         torch.compiler.reset()  # a function is compiled for eight agents at most
         graphs.compile_losses(agent, announce=False)
     for step in range(updates):
-        if step % runs.CHUNK == 0:
-            chunk = runs.draw_chunk(agent, args, seeds, len(rewards), step // runs.CHUNK, "cpu")
-        inputs = {name: value[step % runs.CHUNK] for name, value in chunk.items()}
+        if step % draws.CHUNK == 0:
+            chunk = draws.draw_chunk(agent, args, seeds, len(rewards), step // draws.CHUNK, "cpu")
+        inputs = {name: value[step % draws.CHUNK] for name, value in chunk.items()}
         metrics = agent.update({key: value[inputs["indices"]] for key, value in mdp.items()}, inputs)
-        if step % runs.CHUNK == 0 and not torch.isfinite(metrics["critic/critic_loss"]).all():
+        if step % draws.CHUNK == 0 and not torch.isfinite(metrics["critic/critic_loss"]).all():
             return agent, step
     return agent, None
 

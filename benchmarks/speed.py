@@ -34,7 +34,8 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import datasets, fail, graphs, num_cores, rollout, runs, warn
+from common import draws, fail, graphs, num_cores, rollout, runs, warn
+from common.replay import Replay
 
 OBS_DIM, ACTION_DIM = 28, 5  # cube-single's
 RESULTS = Path(__file__).parent / "results"
@@ -136,11 +137,12 @@ def prepare(algorithm, num_seeds, precision, cuda, quick):
         compiled, captured = VARIANTS[variant]
         agent = module.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0).to(device)
         agent.make_optimizer()
-        chunk = runs.draw_chunk(agent, args, seeds, N, 0, device)
-        inputs, numbers = lambda i: {name: value[i % runs.CHUNK] for name, value in chunk.items()}, itertools.count()
+        chunk = draws.draw_chunk(agent, args, seeds, N, 0, device)
+        inputs, numbers = lambda i: {name: value[i % draws.CHUNK] for name, value in chunk.items()}, itertools.count()
         if compiled:
             graphs.compile_losses(agent, announce=False)
-        update = lambda inputs: agent.update(datasets.gather(dataset, None, inputs), inputs)
+        replay = Replay(dataset, num_seeds, 0)
+        update = lambda inputs: agent.update(replay.batch(inputs), inputs)
         update = graphs.capture(update, inputs(0), agent.state_tensors(), captured)
         return lambda: update(inputs(next(numbers)))
 

@@ -35,7 +35,7 @@ import torch
 import tyro
 
 import q_flow
-from common import fail, num_cores, runs
+from common import draws, fail, num_cores, runs
 
 METHODS = ("q_flow", "backprop", "one_step")
 CLONING = 1e6
@@ -229,11 +229,11 @@ def train(method, agent, one_step, points, rewards, updates, learning_rate, seed
     optimizer = torch.optim.Adam(parameters, fused=True)
     zeros, norms = torch.zeros(S, B, 1, device=device), []
     for update in range(updates):
-        if update % runs.CHUNK == 0:  # every lambda of a seed sees the same points and noise
-            number = first_chunk + update // runs.CHUNK
-            chunk = runs.draw_chunk(agent, agent.args, range(seeds), len(points), number, device)
+        if update % draws.CHUNK == 0:  # every lambda of a seed sees the same points and noise
+            number = first_chunk + update // draws.CHUNK
+            chunk = draws.draw_chunk(agent, agent.args, range(seeds), len(points), number, device)
             chunk = {name: value.repeat(1, S // seeds, *[1] * (value.ndim - 2)) for name, value in chunk.items()}
-        noise = {name: value[update % runs.CHUNK] for name, value in chunk.items()}
+        noise = {name: value[update % draws.CHUNK] for name, value in chunk.items()}
         batch = {"observations": zeros, "next_observations": zeros, "actions": points[noise["indices"]]}
         batch |= {"rewards": rewards[noise["indices"]], "masks": zeros.squeeze(-1)}
         optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * update / updates)) / 2
@@ -299,7 +299,7 @@ def study(name, options, device, progress):
             for mine, others in ((agent, start), (one_step, start_one_step)):
                 for p, q in zip(mine.parameters(), others.parameters()):
                     p.copy_(q.repeat(len(LAMBDAS), *[1] * (q.ndim - 1)))
-        first_chunk = options.pretrain_updates // runs.CHUNK + 1  # numbers that pretraining has not drawn
+        first_chunk = options.pretrain_updates // draws.CHUNK + 1  # numbers that pretraining has not drawn
         norms[method] = train(
             method, agent, one_step, *on_device, updates, learning_rate, options.seeds, first_chunk, progress
         ).cpu()  # (updates / 50, S)

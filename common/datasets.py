@@ -1,4 +1,4 @@
-"""OGBench datasets: find, download or generate the file, check it, put it on the device, gather batches; online replay.
+"""OGBench datasets: find, download or generate the file, check it, put it on the device.
 
 Official files lie in OGBench's own layout, `{dataset_dir}/{name}.npz` and `{name}-val.npz`; what is missing is
 downloaded. Generated ones (`common.collect`) carry `-generated-` in their name and never pass for official. OGBench's
@@ -41,6 +41,12 @@ BLOCK = 2**20
 BAR_DELAY = 5  # seconds before a check of a file shows its progress
 # What reading a damaged npz file raises, by where the damage is.
 DAMAGE = (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+
+
+def load(args, device):
+    """The dataset of a run's arguments, on the device; see find_dataset and load_dataset."""
+    path = find_dataset(args.env_id, args.dataset_dir, args.dataset_path, args.dataset_source, args.generated_episodes)
+    return load_dataset(path, args.env_id, device, replaceable=args.dataset_path is None)
 
 
 def find_dataset(env_id, dataset_dir, dataset_path=None, source="official", episodes=None, seed=0):
@@ -351,60 +357,3 @@ def check_file(path, env, replaceable=False):
             refuse(f": a row of {key} has shape {arrays[key].shape[1:]}, {env.spec.id} needs {space.shape}")
     if rows < 2 or not arrays["terminals"][-1] or arrays["terminals"].all():
         refuse(": key terminals must mark each trajectory's last row, the file's last row among them")
-
-
-# --- Batches and online replay ---
-
-CAPACITY = 2_000_000  # transitions of a replay buffer, the offline ones included
-
-
-def make_replay(dataset, num_seeds, online_timesteps):
-    """The online part of a replay buffer that starts as the offline dataset: {key: (S, M, ...)} on its device.
-
-    The offline part is the dataset itself, shared by all seeds. Slot i < N of the whole buffer is offline transition i,
-    and the n-th online transition goes to slot (N + n) mod capacity: a full buffer overwrites its oldest ones. The
-    capacity is 2M, or N + 1 for a larger dataset. Row n mod M of this part holds that transition.
-    """
-    rows = min(online_timesteps, max(CAPACITY, len(dataset["rewards"]) + 1))
-    return {key: value.new_zeros(num_seeds, rows, *value.shape[1:]) for key, value in dataset.items()}
-
-
-def append(replay, transitions, number):
-    """Writes each seed's online transition `number` (0, 1, ...) into its replay; transitions {key: (S, ...)}."""
-    for key, rows in replay.items():
-        rows[:, number % rows.shape[1]] = transitions[key]
-
-
-def restore_replay(replay, saved):
-    """Puts the rows of a checkpoint, {key: (S, rows, ...)}, back into a new replay."""
-    for key, rows in saved.items():
-        replay[key][:, : rows.shape[1]] = rows
-
-
-def gather(dataset, replay, inputs):
-    """A batch of transitions, uniform over the offline and, in the online phase, the online ones.
-
-    Args:
-        dataset: the offline transitions {key: (N, ...)}.
-        replay: of `make_replay`.
-        inputs: "indices" (S, B): offline, of transitions. Online, with "count", a 0-d integer tensor on the device: the
-            online transitions so far; "indices" are then uniform integers of a range far above the buffer's size.
-
-    Returns:
-        {key: (S, B, ...)}.
-    """
-    indices = inputs["indices"]
-    if "starts" in dataset:
-        return pixels.gather_frames(dataset, indices)
-    if "count" not in inputs:
-        return {key: value[indices] for key, value in dataset.items()}
-    N, (S, M), count = len(dataset["rewards"]), replay["rewards"].shape, inputs["count"]
-    capacity = max(CAPACITY, N + 1)
-    slots = indices % (count + N).clamp(max=capacity)  # (S, B)
-    numbers = (slots - N) % capacity  # (S, B), of the online transition that lies there, if one does
-    seeds = torch.arange(S, device=indices.device).unsqueeze(1)
-    batch = {}
-    for key, offline in dataset.items():
-        is_online = (numbers < count).view(*slots.shape, *[1] * (offline.ndim - 1))  # (S, B, ...)
-        batch[key] = torch.where(is_online, replay[key][seeds, numbers % M], offline[slots.clamp(max=N - 1)])
-    return batch

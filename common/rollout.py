@@ -199,65 +199,101 @@ def evaluate(workers, policy, draw_noise, seeds, num_episodes, step, device, sto
     return rows
 
 
-@dataclass
-class Explorers:
-    """The online phase's environments, one a seed, and their present observations (S, D)."""
-
-    workers: Workers
-    seeds: list
-    observations: np.ndarray
-
-
-def start_explorers(env_id, seeds, step, num_workers=0, success_timing="post"):
-    """Starts one environment a seed, each at the begin of an episode that is a function of (seed, step).
+class Evaluator:
+    """Plays a run's evaluation episodes in worker processes, which start with the first evaluation.
 
     Args:
-        env_id, success_timing: see `envs.make_env`.
+        args: the run's arguments.
         seeds: the S seeds.
-        step: the training step.
-        num_workers: processes; 0 for one a core, at most 16.
-
-    Returns:
-        Explorers, for `explore`; `stop_workers(explorers.workers)` ends them.
+        device: torch device of the policy.
+        run_dir: where --capture-video puts each seed's first episode, in `videos`.
+        frame_stack: frames of an observation of pixels.
     """
-    workers = start_workers(env_id, len(seeds), 1, num_workers, success_timing)
-    first = _begin_exploring(workers, seeds, range(len(seeds)), step)
-    return Explorers(workers, seeds, np.stack([first[s] for s in range(len(seeds))]))
+
+    def __init__(self, args, seeds, device, run_dir, frame_stack=1):
+        self.args, self.seeds, self.device, self.frame_stack = args, seeds, device, frame_stack
+        self.video_dir = run_dir / "videos" if args.capture_video else None
+        self.workers = None
+
+    def __call__(self, policy, draw_noise, step, stop=False):
+        """An evaluation's rows, or None when given up; see `evaluate`."""
+        args = self.args
+        if self.workers is None:
+            sizes = args.env_id, args.num_seeds, args.eval_episodes, args.eval_workers
+            self.workers = start_workers(*sizes, args.success_timing, self.frame_stack, render=args.capture_video)
+        rest = self.device, stop, self.video_dir
+        return evaluate(self.workers, policy, draw_noise, self.seeds, args.eval_episodes, step, *rest)
+
+    def close(self):
+        """Ends the worker processes."""
+        if self.workers is not None:
+            stop_workers(self.workers)
 
 
-def _begin_exploring(workers, seeds, which, step):
-    """Begins a new episode of the seeds with the indices `which`; returns {s: first observation}."""
-    sequences = {s: np.random.SeedSequence([seeds[s], step, EXPLORING]) for s in which}
-    requests = {(s, 0): int(sequence.generate_state(1, np.uint32)[0] >> 1) for s, sequence in sequences.items()}
-    return {s: ob.astype(np.float32) for (s, _), ob in _ask(workers, "reset", requests).items()}
-
-
-def explore(explorers, policy, noise, step, device):
-    """One environment step of every seed with its stochastic policy; where an episode ends, the next one begins.
+class Explorer:
+    """The online phase's environments, one per seed, in worker processes, which start with the first step.
 
     Args:
-        explorers: of `start_explorers`; their observations move on.
-        policy: see `evaluate`.
-        noise: (S, ...) on the device, one action's random numbers for each seed.
-        step: the training step, which a new episode's start depends on.
+        args: the run's arguments.
+        seeds: the S seeds.
         device: torch device of the policy.
-
-    Returns:
-        transitions: {observations, next_observations (S, D), actions (S, A), rewards, masks (S,)} float32 tensors on the
-        device; masks = 1 - terminated, so that an episode cut off at its time limit still bootstraps.
     """
-    observations = explorers.observations
-    actions = policy(torch.as_tensor(observations).to(device).unsqueeze(1), noise.unsqueeze(1)).squeeze(1)  # (S, A)
-    replies = _ask(explorers.workers, "step", {(s, 0): action for s, action in enumerate(actions.cpu().numpy())})
-    next_observations, rewards, terminated, truncated, _ = zip(*(replies[s, 0] for s in range(len(observations))))
-    next_observations = np.stack(next_observations).astype(np.float32)  # (S, D)
-    rows = {"observations": observations, "next_observations": next_observations}
-    rows |= {"rewards": np.array(rewards, np.float32), "masks": 1 - np.array(terminated, np.float32)}
-    explorers.observations = next_observations.copy()
-    over = np.flatnonzero(np.array(terminated) | np.array(truncated)).tolist()
-    for s, ob in _begin_exploring(explorers.workers, explorers.seeds, over, step).items():
-        explorers.observations[s] = ob
-    return {key: torch.as_tensor(value).to(device) for key, value in rows.items()} | {"actions": actions}
+
+    def __init__(self, args, seeds, device):
+        self.args, self.seeds, self.device = args, seeds, device
+        self.workers, self.observations = None, None  # the present ones, (S, D)
+
+    def __call__(self, policy, noise, step, on_failure=lambda: None):
+        """One environment step of every seed with its stochastic policy; where an episode ends, the next one begins.
+
+        Args:
+            policy: see `evaluate`.
+            noise: (S, ...) on the device, one action's random numbers for each seed.
+            step: the training step, which a new episode's start depends on.
+            on_failure: called before the error of an environment that failed or died ends the run.
+
+        Returns:
+            transitions: {observations, next_observations (S, D), actions (S, A), rewards, masks (S,)} float32 tensors on the
+            device; masks = 1 - terminated, so that an episode cut off at its time limit still bootstraps.
+        """
+        try:
+            if self.workers is None:
+                args, S = self.args, len(self.seeds)
+                self.workers = start_workers(args.env_id, S, 1, args.eval_workers, args.success_timing)
+                first = self._begin(range(S), step)
+                self.observations = np.stack([first[s] for s in range(S)])
+            return self._step(policy, noise, step)
+        except RuntimeError:
+            on_failure()
+            raise
+
+    def _begin(self, which, step):
+        """Begins a new episode of the seeds with the indices `which`, each a function of (seed, step); returns
+        {s: first observation}.
+        """
+        sequences = {s: np.random.SeedSequence([self.seeds[s], step, EXPLORING]) for s in which}
+        requests = {(s, 0): int(sequence.generate_state(1, np.uint32)[0] >> 1) for s, sequence in sequences.items()}
+        return {s: ob.astype(np.float32) for (s, _), ob in _ask(self.workers, "reset", requests).items()}
+
+    def _step(self, policy, noise, step):
+        observations = self.observations
+        on_device = torch.as_tensor(observations).to(self.device)
+        actions = policy(on_device.unsqueeze(1), noise.unsqueeze(1)).squeeze(1)  # (S, A)
+        replies = _ask(self.workers, "step", {(s, 0): action for s, action in enumerate(actions.cpu().numpy())})
+        next_observations, rewards, terminated, truncated, _ = zip(*(replies[s, 0] for s in range(len(observations))))
+        next_observations = np.stack(next_observations).astype(np.float32)  # (S, D)
+        rows = {"observations": observations, "next_observations": next_observations}
+        rows |= {"rewards": np.array(rewards, np.float32), "masks": 1 - np.array(terminated, np.float32)}
+        self.observations = next_observations.copy()
+        over = np.flatnonzero(np.array(terminated) | np.array(truncated)).tolist()
+        for s, ob in self._begin(over, step).items():
+            self.observations[s] = ob
+        return {key: torch.as_tensor(value).to(self.device) for key, value in rows.items()} | {"actions": actions}
+
+    def close(self):
+        """Ends the worker processes."""
+        if self.workers is not None:
+            stop_workers(self.workers)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A run: its arguments, device, random draws, directory, csv rows, Weights & Biases, learning curve and signals."""
+"""A run: its arguments, device, directory, csv rows, Weights & Biases, learning curve and signals."""
 
 import csv
 import ctypes
@@ -21,8 +21,7 @@ import torch
 
 from common import checkpoint, envs, fail, warn
 
-# Updates whose indices and noise are drawn at once; also the updates between checks for non-finite losses.
-CHUNK = 50
+CHECK_INTERVAL = 50  # updates between checks for non-finite losses
 
 # What may differ between a run and its continuation; everything else would change its numbers.
 LENGTHS = {"total_timesteps", "online_timesteps"}
@@ -227,34 +226,6 @@ def keep_freed_memory():
         pass
 
 
-# --- Random draws ---
-
-
-def chunk_generator(seed, chunk, device):
-    """The generator of one seed's draws in one chunk of updates: a function of (seed, chunk), so nothing to save."""
-    state = int(np.random.SeedSequence([seed, chunk]).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator(device).manual_seed(state)
-
-
-def draw_chunk(agent, args, seeds, num_transitions, chunk, device, online=False):
-    """Batch indices and noise of CHUNK updates: {"indices": (CHUNK, S, B), noise name: (CHUNK, S, rows, dim)}.
-
-    Each seed draws with its own generator, so that it draws the same alone and beside others. Online, indices are
-    integers below 2**62, which `datasets.gather` brings into the buffer's growing range, and "act" is the noise of
-    an action an update.
-    """
-    num_transitions = 2**62 if online else num_transitions
-    draws = []
-    for seed in seeds:
-        generator = chunk_generator(seed, chunk, device)
-        shape = (CHUNK, args.batch_size)
-        indices = torch.randint(num_transitions, shape, generator=generator, device=device)
-        draws.append({"indices": indices} | agent.draw_noise(generator, CHUNK))
-        if online:
-            draws[-1]["act"] = agent.draw_act_noise(generator, CHUNK)
-    return {name: torch.stack([draw[name] for draw in draws], dim=1) for name in draws[0]}
-
-
 # --- Run directory ---
 
 
@@ -378,31 +349,116 @@ def check_finite(history, names, first_step, seeds, run_dir):
 # --- Progress and logs ---
 
 
-class Clock:
-    """Seconds spent training and evaluating; the first block of updates (compilation, graph capture) is left out."""
+class Log:
+    """All that a run writes and shows: its directory, csv rows, learning curve, progress bar, Weights & Biases.
 
-    def __init__(self):
-        self.seconds = {"training": 0.0, "evaluating": 0.0}
-        self.updates, self.reported = 0, (0, 0.0)
-        self.warming_up = True
+    Losses stay on the device until a row or a check is due, since reading one would wait for all updates before it.
+
+    Args:
+        args: the run's arguments.
+        resumed: the checkpoint to continue from, or None.
+        device: torch device.
+        identity: of the dataset, see `datasets.load_dataset`.
+        columns: names of all losses, where not every update computes all of them.
+    """
+
+    def __init__(self, args, resumed, device, identity, columns=None):
+        self.args, self.columns = args, columns
+        self.seeds = list(range(args.seed, args.seed + args.num_seeds))
+        self.run_dir = start_run(args, resumed, device, identity)
+        print(describe(args, self.run_dir, identity, device), flush=True)
+        self.wandb_runs = start_wandb(args, self.run_dir)
+        self.names, self.history = [], []  # of updates since the last flush: losses (number of names, S) each
+        self.step = 0 if resumed is None else resumed["step"]
+        self.bar, self.warming_up = None, False
+        self.seconds, self.updates = {"training": 0.0, "evaluating": 0.0}, 0  # without warm-up
+        self.reported = 0, 0.0  # updates and seconds of the last row of timing.csv
         self.last = time.perf_counter()
 
-    def add(self, kind, updates=0):
-        """Books the time since the last call under `kind`; returns whether it counts."""
-        now = time.perf_counter()
-        counts = kind == "evaluating" or not self.warming_up
-        if counts:
-            self.seconds[kind] += now - self.last
-            self.updates += updates
-        self.warming_up &= kind == "evaluating"
-        self.last = now
-        return counts
+    def training(self, step, metrics, warm_up=False, statistics=None):
+        """Takes note of the update that made `step`, and writes its rows every log_interval.
 
-    def updates_per_second(self):
-        """Rate since the last call (0.0 where nothing was timed yet)."""
+        Args:
+            metrics: {name: (S,)} on the device.
+            warm_up: whether it compiled or captured; its time is left out of timing.csv and of the bar's estimate.
+            statistics: more values {name: (S,)} for the row, if one is due.
+        """
+        if self.history and self.names != list(metrics):
+            self.flush()
+        self.step, self.names, self.warming_up = step, list(metrics), self.warming_up or warm_up
+        self.history.append(torch.stack(tuple(metrics.values())))
+        if warm_up or step % CHECK_INTERVAL == 0 or self.row_due(step):
+            last = self.flush()
+            if self.row_due(step):
+                more = torch.stack(tuple(statistics.values())).cpu() if statistics else last[:0]
+                self._write_rows([*self.names, *(statistics or {})], torch.cat([last, more]))
+
+    def row_due(self, step):
+        """Whether the update that makes `step` gets rows."""
+        return step % self.args.log_interval == 0
+
+    def flush(self):
+        """Waits for the updates so far, books their time, and ends the program at a non-finite loss; returns the last
+        update's losses (number of names, S), None if there is no new one.
+        """
+        if not self.history:
+            return None
+        history = torch.stack(self.history).cpu()  # (updates, losses, S)
+        check_finite(history, self.names, self.step - len(history) + 1, self.seeds, self.run_dir)
+        self.history = []
+        self._open_bar(self.step - len(history))
+        now = time.perf_counter()
+        if self.warming_up:
+            self.bar.n += len(history)
+            restart_estimate(self.bar)
+        else:
+            self.seconds["training"] += now - self.last
+            self.updates += len(history)
+            self.bar.update(len(history))
+        self.warming_up, self.last = False, now
+        return history[-1]
+
+    def _write_rows(self, names, losses):
+        """One row per seed in train.csv and one row in timing.csv; losses (number of names, S)."""
+        empty = {"step": self.step, "seed": None} | dict.fromkeys(self.columns or names)
+        values = [dict(zip(names, losses[:, s].tolist())) for s in range(len(self.seeds))]
+        rows = [{"step": self.step, "seed": seed} | row for seed, row in zip(self.seeds, values)]
+        append_rows(self.run_dir / "train.csv", [empty | row for row in rows])
         updates, seconds = self.updates - self.reported[0], self.seconds["training"] - self.reported[1]
         self.reported = self.updates, self.seconds["training"]
-        return updates / seconds if seconds else 0.0
+        timing = {"step": self.step, "updates_per_second": f"{updates / seconds if seconds else 0.0:.4g}"}
+        timing |= {f"seconds_{kind}": f"{self.seconds[kind]:.1f}" for kind in ("training", "evaluating")}
+        append_rows(self.run_dir / "timing.csv", [timing])
+        log_wandb(self.wandb_runs, rows, "training", self.step)
+
+    def evaluation(self, rows, phase):
+        """Writes an evaluation's rows to eval.csv and the terminal, and draws the curve anew; None: it was given up."""
+        now = time.perf_counter()
+        self.seconds["evaluating"] += now - self.last
+        self.last = now
+        if rows is None:
+            return
+        order = ("step", "seed", "phase", "success", "episode_return", "episode_length", "episodes")
+        rows = [{name: (row | {"phase": phase})[name] for name in order} for row in rows]
+        append_rows(self.run_dir / "eval.csv", rows)
+        log_wandb(self.wandb_runs, rows, "evaluation", rows[0]["step"])
+        success = " ".join(f"{row['success']:.2f}" for row in rows)
+        self._open_bar(self.step)
+        self.bar.write(f"step {rows[0]['step']:>8}: success {success}" + (" (one per seed)" if len(rows) > 1 else ""))
+        if self.bar.n == self.bar.initial:  # no update has counted yet
+            restart_estimate(self.bar)
+        plot_curve(self.run_dir)
+
+    def _open_bar(self, step):
+        """Shows the bar, if this has not happened yet."""
+        if self.bar is None:
+            self.bar = progress_bar(self.args.total_timesteps + self.args.online_timesteps, step, "training")
+
+    def close(self):
+        """Ends the bar and the Weights & Biases runs, and says how the run ended."""
+        if self.bar is not None:
+            self.bar.close()
+        finish(self.run_dir, self.wandb_runs)
 
 
 def progress_bar(total, done, text):
@@ -413,17 +469,8 @@ def progress_bar(total, done, text):
     return tqdm(total=total, initial=done, desc=text, unit=" updates", smoothing=0, dynamic_ncols=True)
 
 
-def advance(bar, updates, counts):
-    """Advances the bar; its estimate of the time left begins after updates that do not count (compilation, capture)."""
-    if counts:
-        bar.update(updates)
-    else:
-        bar.n += updates
-        restart_estimate(bar)
-
-
 def restart_estimate(bar):
-    """Lets the bar's pace count from now."""
+    """Lets the bar's pace count from now: the first update compiles, and its pace is not the run's."""
     bar.initial = bar.last_print_n = bar.n
     bar.start_t = bar.last_print_t = time.time()
     bar.refresh()
@@ -434,37 +481,6 @@ def describe(args, run_dir, identity, device):
     lines = [f"  {name} = {value}" for name, value in dataclasses.asdict(args).items()]
     data = f"{identity['file']} ({identity['source']}, {identity['transitions']:,} transitions)"
     return "\n".join([*lines, f"dataset: {data}", f"device: {device}", f"run: {run_dir}"])
-
-
-def log_training(run_dir, step, seeds, names, losses, clock, wandb_runs, columns=None):
-    """One row per seed in train.csv and one row in timing.csv.
-
-    Args:
-        names, losses: of this update's losses, and their values (number of names, S).
-        columns: names of all losses, where not every update computes all of them; the others' cells are empty.
-    """
-    values = [dict(zip(names, losses[:, s].tolist())) for s in range(len(seeds))]
-    rows = [{"step": step, "seed": seed} | row for seed, row in zip(seeds, values)]
-    empty = {"step": step, "seed": None} | dict.fromkeys(columns or names)
-    append_rows(run_dir / "train.csv", [empty | row for row in rows])
-    rate, seconds = clock.updates_per_second(), clock.seconds
-    timing = {"step": step, "updates_per_second": f"{rate:.4g}"}
-    timing |= {f"seconds_{kind}": f"{seconds[kind]:.1f}" for kind in ("training", "evaluating")}
-    append_rows(run_dir / "timing.csv", [timing])
-    log_wandb(wandb_runs, rows, "training", step)
-
-
-def log_evaluation(run_dir, rows, phase, wandb_runs, bar):
-    """Writes an evaluation's rows to eval.csv and the terminal, and draws the curve anew."""
-    order = ("step", "seed", "phase", "success", "episode_return", "episode_length", "episodes")
-    rows = [{name: (row | {"phase": phase})[name] for name in order} for row in rows]
-    append_rows(run_dir / "eval.csv", rows)
-    log_wandb(wandb_runs, rows, "evaluation", rows[0]["step"])
-    success = " ".join(f"{row['success']:.2f}" for row in rows)
-    bar.write(f"step {rows[0]['step']:>8}: success {success}" + (" (a seed each)" if len(rows) > 1 else ""))
-    if bar.n == bar.initial:  # no update has counted yet
-        restart_estimate(bar)
-    plot_curve(run_dir)
 
 
 def finish(run_dir, wandb_runs):

@@ -21,7 +21,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from common import datasets  # noqa: E402
+from common.replay import Replay  # noqa: E402
 from conftest import ALGORITHMS, small_args  # noqa: E402
 
 S, ACTION_DIM, N = 2, 3, 50  # seeds, dimension of an action, transitions of the dataset
@@ -82,7 +82,7 @@ def check(algorithm, online=False, pixels=False, mistake=lambda x: None, device=
     dataset |= {"rewards": torch.rand(N), "masks": torch.rand(N)}
     dataset |= {"starts": torch.zeros(N, dtype=torch.int64)} if pixels else {}
     dataset = {key: value.to(device) for key, value in dataset.items()}
-    replay = datasets.make_replay(dataset, S, 10 * online)
+    replay = Replay(dataset, S, 10 * online)
 
     inputs = {"indices": torch.zeros(S, args.batch_size, dtype=torch.int64)}
     inputs |= {key: value.expand(S, *value.shape[1:]) for key, value in agent.draw_noise(generator, 1).items()}
@@ -93,13 +93,13 @@ def check(algorithm, online=False, pixels=False, mistake=lambda x: None, device=
 
     with Strict() as strict:
         mistake(dataset["rewards"])
-        metrics = agent.update(datasets.gather(dataset, replay, inputs), inputs)
+        metrics = agent.update(replay.batch(inputs), inputs)
         metrics = torch.stack(tuple(metrics.values()))
         actions = agent.act(now, act_noise).squeeze(1)
         if online:
-            datasets.append(replay, {key: value[:S] for key, value in dataset.items()} | {"actions": actions}, 4)
+            replay.append({key: value[:S] for key, value in dataset.items()} | {"actions": actions})
     assert strict.operations > 500, strict.operations
-    for tensor in (metrics, actions, *agent.state_tensors(), *replay.values()):
+    for tensor in (metrics, actions, *agent.state_tensors(), *replay.rows.values()):
         assert tensor.device.type == "pretend", tensor
 
 

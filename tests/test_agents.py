@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import graphs
+from common import draws, graphs
 from conftest import ALGORITHMS, gradients, make_agent, networks, random_inputs, small_args
 
 pytestmark = pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -138,7 +138,8 @@ def test_terminal_rows_have_their_reward_as_target(algorithm):
     batch, noise = random_inputs(agent)
     batch["masks"] = torch.zeros_like(batch["masks"])
     target = agent.critic_loss(batch, noise)[1]["critic/target_mean"]  # value_flows: of every row, (S, B)
-    expected = batch["rewards"] if algorithm == "value_flows" else batch["rewards"].mean(dim=1)
+    rewards = batch["rewards"] - (noise["return"].squeeze(-1) if algorithm == "evor" else 0)  # evor's is a velocity
+    expected = rewards if algorithm == "value_flows" else rewards.mean(dim=1)
     torch.testing.assert_close(target, expected)
 
 
@@ -214,20 +215,19 @@ def test_stacked_seeds_equal_each_seed_alone(algorithm):
 
 @pytest.mark.parametrize("online", [False, True])
 def test_stacked_seeds_start_and_draw_as_each_seed_alone(algorithm, online):
-    from common import runs
 
     args, seeds = small_args(algorithm), [3, 4, 5]
     stacked = make_agent(args, seeds)
-    chunk = runs.draw_chunk(stacked, args, seeds, 1000, 7, "cpu", online)
+    chunk = draws.draw_chunk(stacked, args, seeds, 1000, 7, "cpu", online)
     for s, seed in enumerate(seeds):
         alone = make_agent(args, (seed,))
         for stacked_parameter, parameter in zip(stacked.parameters(), alone.parameters()):
             assert torch.equal(stacked_parameter[s], parameter[0])
-        for name, value in runs.draw_chunk(alone, args, [seed], 1000, 7, "cpu", online).items():
+        for name, value in draws.draw_chunk(alone, args, [seed], 1000, 7, "cpu", online).items():
             assert torch.equal(chunk[name][:, s], value[:, 0]), name
     name = next(name for name in chunk if name not in ("indices", "act"))
     assert not torch.equal(chunk[name][:, 0], chunk[name][:, 1])
-    later = runs.draw_chunk(stacked, args, seeds, 1000, 8, "cpu", online)
+    later = draws.draw_chunk(stacked, args, seeds, 1000, 8, "cpu", online)
     assert not torch.equal(chunk["indices"], later["indices"])
     assert ("act" in chunk) == online and chunk["indices"].shape == (50, 3, 6)
 

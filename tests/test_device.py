@@ -110,3 +110,87 @@ def test_capturing_leaves_the_agent_as_it_was_and_replays_take_fresh_inputs(algo
             assert torch.equal(value, expected[name]), (name, number)
     for a, b in zip(eager.state_tensors(), captured.state_tensors()):
         assert torch.equal(a, b)
+
+
+# --- What fails at run time ---
+
+
+def graph_break(message):
+    """An exception as torch.compile raises it."""
+    return type("BackendCompilerFailed", (RuntimeError,), {"__module__": "torch._dynamo.exc"})(message)
+
+
+def fast_update(agent, compiled=False, captured=False):
+    """A FastUpdate whose compilation and capture are stand-ins."""
+    split = lambda inputs: (inputs, inputs)
+    fast = graphs.FastUpdate(agent, lambda inputs: agent.update(*split(inputs)), compile=False, cudagraphs=False)
+    fast.compiled, fast.captured = compiled, captured
+    return fast
+
+
+@pytest.mark.parametrize("compiled, captured", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("when", ["first call", "after an update"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_updates_go_on_when_compiling_or_capturing_fails(algorithm, compiled, captured, when, monkeypatch, capsys):
+    """The failed attempt leaves no trace in weights and optimizer, and the updates are the eager ones."""
+    eager, agent = (make_agent(small_args(algorithm), (0, 1)) for _ in range(2))
+    fast = fast_update(agent, compiled, captured)
+    if compiled:
+
+        def broken(batch, noise):
+            raise graph_break("inductor cannot\nmore lines")
+
+        agent.critic_loss = agent.actor_loss = broken
+        if when == "after an update":  # one loss is compiled already
+            agent.critic_loss = type(agent).critic_loss.__get__(agent)
+
+    def capture(update, inputs, state, enabled=True):
+        if enabled:
+            if when == "after an update":  # warm-up updates that a failed capture did not undo
+                update(inputs)
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return update
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    for number in range(3):
+        batch, noise = random_inputs(eager, (0, 1), number)
+        expected = eager.update(batch, noise)
+        for name, value in fast(batch | noise).items():
+            assert torch.equal(value, expected[name]), (name, number)
+        assert fast.new == (number == 0)
+    for a, b in zip(eager.state_tensors(), agent.state_tensors()):
+        assert torch.equal(a, b)
+    warnings = capsys.readouterr().err
+    assert ("--compile fails here (inductor cannot); updates go on" in warnings) == compiled
+    assert ("--cudagraphs fails here (operation not permitted when stream is capturing)" in warnings) == captured
+
+
+def test_other_failures_are_not_hidden():
+    agent = make_agent(small_args("evor"))
+
+    def wrong(batch, noise):
+        raise ValueError("a mistake in the loss")
+
+    agent.critic_loss = agent.actor_loss = wrong
+    batch, noise = random_inputs(agent)
+    with pytest.raises(ValueError, match="a mistake in the loss"):
+        fast_update(agent)(batch | noise)
+
+    def too_large(batch, noise):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    agent.critic_loss = agent.actor_loss = too_large
+    with pytest.raises(RuntimeError, match="tried to allocate"):  # which is explained, see runs.explain_out_of_memory
+        fast_update(agent, compiled=True)(batch | noise)
+
+
+def test_one_graph_for_each_set_of_inputs_and_options(monkeypatch):
+    captured = []
+    monkeypatch.setattr(graphs, "capture", lambda update, draws, state, on: captured.append(sorted(draws)) or update)
+    agent = make_agent(small_args("evor"))
+    seen = []
+    fast = graphs.FastUpdate(agent, lambda draws, trains: seen.append(trains) or {}, compile=False, cudagraphs=True)
+    for draws, trains in (("a", "p"), ("a", "p"), ("a", "r"), ("ab", "r"), ("a", "p"), ("ab", "r")):
+        fast(dict.fromkeys(draws, 0), (trains,))
+    assert captured == [["a"], ["a"], ["a", "b"]]
+    assert seen == [("p",), ("p",), ("r",), ("r",), ("p",), ("r",)]

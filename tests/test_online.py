@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint, datasets, rollout
+from common import checkpoint, rollout
+from common import replay as replays
 from conftest import (
     ALGORITHMS,
     ENV_ID,
@@ -48,13 +49,14 @@ def transitions(number, num_seeds):
     ids=["grows", "fills", "wraps", "dataset-above-capacity", "one"],
 )
 def test_batches_are_uniform_over_a_buffer_filled_by_hand(n, online_timesteps, capacity, monkeypatch):
-    monkeypatch.setattr(datasets, "CAPACITY", capacity)
+    monkeypatch.setattr(replays, "CAPACITY", capacity)
     size = max(capacity, n + 1)
-    dataset, replay = make_dataset(n), datasets.make_replay(make_dataset(n), 2, online_timesteps)
-    assert replay["observations"].shape == (2, min(online_timesteps, size), 2)
+    replay = replays.Replay(make_dataset(n), 2, online_timesteps)
+    assert replay.rows["observations"].shape == (2, min(online_timesteps, size), 2)
     by_hand = [[float(i) for i in range(n)] for _ in range(2)]  # a ring of at most `size` slots for each seed
     for number in range(online_timesteps):
-        datasets.append(replay, transitions(number, 2), number)
+        count = replay.append(transitions(number, 2))
+        assert count == number + 1
         for seed in range(2):
             value = 1000.0 * (seed + 1) + number
             if len(by_hand[seed]) < size:
@@ -63,7 +65,7 @@ def test_batches_are_uniform_over_a_buffer_filled_by_hand(n, online_timesteps, c
                 by_hand[seed][(n + number) % size] = value
         filled = len(by_hand[0])
         every_slot = torch.arange(filled).repeat(2, 3)  # each slot three times
-        batch = datasets.gather(dataset, replay, {"indices": every_slot, "count": torch.tensor(number + 1)})
+        batch = replay.batch({"indices": every_slot, "count": count})
         for seed in range(2):
             assert batch["rewards"][seed].tolist() == by_hand[seed] * 3
             for key, value in batch.items():
@@ -72,29 +74,33 @@ def test_batches_are_uniform_over_a_buffer_filled_by_hand(n, online_timesteps, c
 
 
 def test_large_draws_are_uniform_over_the_buffer():
-    dataset, replay = make_dataset(10), datasets.make_replay(make_dataset(10), 1, 6)
+    replay = replays.Replay(make_dataset(10), 1, 6)
     for number in range(3):
-        datasets.append(replay, transitions(number, 1), number)
+        count = replay.append(transitions(number, 1))
     draws = torch.randint(2**62, (1, 130_000), generator=torch.Generator().manual_seed(0))
-    batch = datasets.gather(dataset, replay, {"indices": draws, "count": torch.tensor(3)})
+    batch = replay.batch({"indices": draws, "count": count})
     values, counts = batch["rewards"].unique(return_counts=True)
     assert values.tolist() == [*range(10), 1000, 1001, 1002]
     assert (counts - 10_000).abs().max() < 5 * 10_000**0.5
 
 
 def test_offline_indices_are_transitions():
-    dataset, replay = make_dataset(10), datasets.make_replay(make_dataset(10), 2, 0)
+    replay = replays.Replay(make_dataset(10), 2, 0)
     indices = torch.tensor([[3, 9, 0], [1, 1, 2]])
-    assert torch.equal(datasets.gather(dataset, replay, {"indices": indices})["rewards"], indices.float())
+    assert torch.equal(replay.batch({"indices": indices})["rewards"], indices.float())
 
 
 def test_a_saved_replay_is_restored_into_a_longer_one():
-    old, new = (datasets.make_replay(make_dataset(10), 2, length) for length in (5, 9))
+    old, new = (replays.Replay(make_dataset(10), 2, length) for length in (5, 9))
     for number in range(4):
-        datasets.append(old, transitions(number, 2), number)
-    datasets.restore_replay(new, {key: rows[:, :4].clone() for key, rows in old.items()})
-    for key, rows in new.items():
-        assert torch.equal(rows[:, :4], old[key][:, :4]) and (rows[:, 4:] == 0).all() and rows.shape[1] == 9
+        old.append(transitions(number, 2))
+    assert all(rows.shape[1] == 4 for rows in old.state().values())
+    new.restore(old.state(), old.count)
+    assert new.append(transitions(9, 2)) == 5
+    for key, rows in new.rows.items():
+        assert torch.equal(rows[:, 4], transitions(9, 2)[key])
+        rows[:, 4] = 0
+        assert torch.equal(rows[:, :4], old.rows[key][:, :4]) and (rows[:, 4:] == 0).all() and rows.shape[1] == 9
 
 
 # --- Exploration ---
@@ -106,17 +112,17 @@ def explore():
     started = []
 
     def play(steps, policy, seeds=(10, 11), first_step=0):
-        explorers = rollout.start_explorers(ENV_ID, list(seeds), first_step)
-        started.append(explorers.workers)
+        explorer = rollout.Explorer(parse("q_flow", "--env-id", ENV_ID), list(seeds), torch.device("cpu"))
+        started.append(explorer)
         rows = []
         for step in range(first_step, first_step + steps):
             noise = torch.full((len(seeds), 2), 0.1)
-            rows.append(rollout.explore(explorers, policy, noise, step, torch.device("cpu")))
-        return rows, explorers
+            rows.append(explorer(policy, noise, step))
+        return rows, explorer
 
     yield play
-    for workers in started:
-        rollout.stop_workers(workers)
+    for explorer in started:
+        explorer.close()
 
 
 def test_transitions_connect_and_a_success_ends_the_episode(explore):
@@ -198,12 +204,12 @@ def test_the_same_command_gives_the_same_files_and_online_follows_an_unchanged_o
 @pytest.mark.parametrize("algorithm, online_policy", [("value_flows", "act_online"), ("q_flow", "act")])
 def test_each_phase_acts_with_its_own_policy(online_flags, tmp_path, algorithm, online_policy):
     code = (
-        "import runpy, sys; from common import rollout; evaluate, explore = rollout.evaluate, rollout.explore\n"
+        "import runpy, sys; from common import rollout; evaluate, explore = rollout.evaluate, rollout.Explorer.__call__\n"
         "def spy_evaluate(workers, policy, draw, seeds, episodes, step, *rest):\n"
         "    print('evaluate', step, policy.__name__); return evaluate(workers, policy, draw, seeds, episodes, step, *rest)\n"
-        "def spy_explore(explorers, policy, *rest):\n"
-        "    print('explore', policy.__name__); return explore(explorers, policy, *rest)\n"
-        "rollout.evaluate, rollout.explore = spy_evaluate, spy_explore\n"
+        "def spy_explore(explorer, policy, *rest, **named):\n"
+        "    print('explore', policy.__name__); return explore(explorer, policy, *rest, **named)\n"
+        "rollout.evaluate, rollout.Explorer.__call__ = spy_evaluate, spy_explore\n"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     short = ["--total-timesteps", 2, "--online-timesteps", 2, "--runs-dir", tmp_path]

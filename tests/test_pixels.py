@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import value_flows
 from common import datasets, envs, pixels
+from common.replay import Replay
 from conftest import ROOT, gradients, make_agent, small_args
 
 SHAPE = (16, 16, 9)
@@ -30,7 +31,7 @@ def test_batches_stack_frames_as_the_environments_wrapper_does():
     dataset = make_frames()
     assert dataset["starts"].tolist() == [0] * 5 + [5] * 5 + [10] * 5
     indices = torch.tensor([[0, 1, 2], [5, 9, 13]])
-    batch = datasets.gather(dataset, None, {"indices": indices})
+    batch = Replay(dataset, 2, 0).batch({"indices": indices})
     assert set(batch) == {"observations", "next_observations", "rewards"}
     assert batch["observations"].shape == (2, 3, 4, 4, 9) and batch["observations"].dtype == torch.uint8
     times = batch["observations"][:, :, 0, 0, ::3].tolist()
@@ -242,5 +243,5 @@ def test_a_visual_dataset_loads_as_frames(cube_data, tmp_path):
     for key in ("rewards", "masks", "actions"):
         assert torch.equal(dataset[key], states[key])
     assert dataset["starts"].unique().tolist() == [0, 1000]
-    first = datasets.gather(dataset, None, {"indices": torch.tensor([[1000]])})["observations"][0, 0]
+    first = Replay(dataset, 1, 0).batch({"indices": torch.tensor([[1000]])})["observations"][0, 0]
     assert torch.equal(first[..., :3], first[..., 6:]) and torch.equal(first[..., 6:], dataset["observations"][1000])

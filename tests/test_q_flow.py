@@ -40,7 +40,9 @@ def test_roll_out_from_zero_is_euler_integration(actor_time_embed):
     expected = x
     for k in range(5):
         t = torch.full((2, 6, 1), k / 5)
-        inputs = torch.cat([observations, expected, embed_time(t, time_frequencies(8)) if actor_time_embed else t], dim=-1)
+        inputs = torch.cat(
+            [observations, expected, embed_time(t, time_frequencies(8)) if actor_time_embed else t], dim=-1
+        )
         expected = expected + agent.actor_flow(inputs) / 5
     rolled = agent.roll_out(observations, x, torch.zeros(2, 6, 1))
     torch.testing.assert_close(rolled, expected.clamp(-1, 1), rtol=1e-4, atol=1e-5)
