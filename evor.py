@@ -9,8 +9,9 @@ softmax of the ratings. How many candidates and how greedily is chosen at infere
     python evor.py --env-id cube-single-play-singletask-v0 --num-seeds 8    # full size, eight seeds stacked
     python evor.py --evaluate runs/RUN_DIR --num-actions 64 --tau-q 0.1     # a trained run, improved more
 
-The authors have released no code; docs/evor.md says what the paper states, what it leaves open, and why each choice here
-was made. One differs from the paper: the default label of flow TD is the exact one (`--td-target published`: the paper's).
+The paper's page links code; neither that nor the full text could be read here. docs/evor.md says what the paper states,
+what it leaves open, and why each choice here was made. One choice differs from the paper: the default label of flow TD is
+the exact one (`--td-target published`: the paper's).
 
 Notation in the shapes: S seeds, E ensemble members, B batch, C candidate actions, R return samples, N rows, A action
 dimension, H width.

@@ -153,6 +153,6 @@ def test_parity(path, num_seeds):
     assert off <= weights / 10_000, f"{off} of {weights} weights differ by more than 1e-5"
 
 
-@pytest.mark.parametrize("method", sorted(set(ALGORITHMS) - {"evor"}))  # EVOR's authors have released no code to record
+@pytest.mark.parametrize("method", sorted(set(ALGORITHMS) - {"evor"}))  # EVOR's code could not be read here
 def test_every_built_method_has_cases(method):
     assert any(path.stem.startswith(method) for path in CASES), f"no {method}*.npz in {PARITY_DIR}"
