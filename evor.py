@@ -27,7 +27,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import checkpoint, datasets, envs, fail, graphs, rollout, runs
+from common import arguments, checkpoint, datasets, envs, fail, graphs, rollout, runs
+from common.device import setup_torch
 from common.draws import Draws
 from common.replay import Replay
 
@@ -167,6 +168,20 @@ QUICK = dict(
     value_hidden_dims=(256, 256, 256),
     actor_hidden_dims=(256, 256, 256),
 )
+
+
+def parse_args(words=None):
+    """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
+    args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, inference=INFERENCE, words=words)
+    if envs.is_pixels(args.env_id):
+        fail(f"--env-id {args.env_id}: evor.py works on state observations")
+    if args.td_target == "published" and args.latents == "data" and args.online_timesteps:
+        fail("--latents data: the reward-to-go of an online transition is not known yet; use --latents target")
+    if args.bc_timesteps > args.total_timesteps:
+        fail(
+            f"--bc-timesteps {args.bc_timesteps} is above --total-timesteps {args.total_timesteps}, of which it is a part"
+        )
+    return args, resumed
 
 
 # --- Networks ---
@@ -543,17 +558,8 @@ def softmax_choice(q, tau_q, noise):
 
 
 if __name__ == "__main__":
-    args, resumed = runs.parse_args(Args, TUNED, TUNED_ONLINE, QUICK, inference=INFERENCE)
-    if envs.is_pixels(args.env_id):
-        fail(f"--env-id {args.env_id}: evor.py works on state observations")
-    data_latents = args.td_target == "published" and args.latents == "data"
-    if data_latents and args.online_timesteps:
-        fail("--latents data: the reward-to-go of an online transition is not known yet; use --latents target")
-    if args.bc_timesteps > args.total_timesteps:
-        fail(
-            f"--bc-timesteps {args.bc_timesteps} is above --total-timesteps {args.total_timesteps}, of which it is a part"
-        )
-    device = runs.setup_torch(args)
+    args, resumed = parse_args()
+    device = setup_torch(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
 
     # --- Evaluation only ---
@@ -571,7 +577,7 @@ if __name__ == "__main__":
 
     # --- Data ---
     dataset, identity = datasets.load(args, device)
-    if data_latents:
+    if args.td_target == "published" and args.latents == "data":
         returns, _ = reward_to_go(dataset, args.gamma)
         dataset["returns"] = torch.as_tensor(returns, dtype=torch.float32, device=device)
     log = runs.Log(args, resumed, device, identity, Agent.METRICS)
@@ -605,7 +611,7 @@ if __name__ == "__main__":
         log.flush()  # stops at a non-finite loss
         state = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "replay": replay.state()}
         progress = {"step": step, "evaluated": evaluated, "csv_sizes": runs.csv_sizes(log.run_dir)}
-        origin = {"algorithm": runs.algorithm(args), "args": asdict(args), "dataset": identity}
+        origin = {"algorithm": arguments.algorithm(args), "args": asdict(args), "dataset": identity}
         state["agent_inputs"] = agent_inputs  # what --evaluate needs instead of the data
         checkpoint.save(log.run_dir, origin | progress | state)
 

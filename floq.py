@@ -22,7 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import checkpoint, datasets, envs, fail, graphs, rollout, runs, warn
+from common import arguments, checkpoint, datasets, envs, fail, graphs, rollout, runs, warn
+from common.device import setup_torch
 from common.draws import Draws
 from common.replay import Replay
 
@@ -191,6 +192,22 @@ QUICK = dict(
     value_hidden_dims=(256, 256, 256),
     actor_hidden_dims=(256, 256, 256),
 )
+
+
+def parse_args(words=None):
+    """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
+    args, resumed = arguments.parse(
+        Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "noise_coverage", "reward_offset"), words=words
+    )
+    if args.num_bins < 2:
+        fail(f"--num-bins {args.num_bins}: a histogram needs at least 2 edges")
+    if args.train_at_zero_only and args.critic_flow_steps > 1:
+        warn(
+            f"--train-at-zero-only with --critic-flow-steps {args.critic_flow_steps}: only step 1 has a trained velocity"
+        )
+    if envs.is_pixels(args.env_id):
+        fail(f"--env-id {args.env_id}: floq.py works on state observations, as its paper does")
+    return args, resumed
 
 
 # --- Networks ---
@@ -543,18 +560,8 @@ class Agent(nn.Module):
 
 
 if __name__ == "__main__":
-    args, resumed = runs.parse_args(
-        Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "noise_coverage", "reward_offset")
-    )
-    if args.num_bins < 2:
-        fail(f"--num-bins {args.num_bins}: a histogram needs at least 2 edges")
-    if args.train_at_zero_only and args.critic_flow_steps > 1:
-        warn(
-            f"--train-at-zero-only with --critic-flow-steps {args.critic_flow_steps}: only step 1 has a trained velocity"
-        )
-    if envs.is_pixels(args.env_id):
-        fail(f"--env-id {args.env_id}: floq.py works on state observations, as its paper does")
-    device = runs.setup_torch(args)
+    args, resumed = parse_args()
+    device = setup_torch(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
 
     # --- Data ---
@@ -588,7 +595,7 @@ if __name__ == "__main__":
         log.flush()  # stops at a non-finite loss
         state = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "replay": replay.state()}
         progress = {"step": step, "evaluated": evaluated, "csv_sizes": runs.csv_sizes(log.run_dir)}
-        origin = {"algorithm": runs.algorithm(args), "args": asdict(args), "dataset": identity}
+        origin = {"algorithm": arguments.algorithm(args), "args": asdict(args), "dataset": identity}
         checkpoint.save(log.run_dir, origin | progress | state)
 
     while True:

@@ -22,7 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import checkpoint, datasets, envs, fail, graphs, pixels, rollout, runs
+from common import arguments, checkpoint, datasets, envs, fail, graphs, pixels, rollout, runs
+from common.device import setup_torch
 from common.draws import Draws
 from common.replay import Replay
 
@@ -176,6 +177,16 @@ QUICK = dict(
     value_hidden_dims=(256, 256, 256),
     actor_hidden_dims=(256, 256, 256),
 )
+
+
+def parse_args(words=None):
+    """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
+    args, resumed = arguments.parse(
+        Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "bcfm_lambda", "dcfm_lambda"), words=words
+    )
+    if envs.is_pixels(args.env_id) and args.online_timesteps:
+        fail(f"--online-timesteps with --env-id {args.env_id}: the online phase works on state observations")
+    return args, resumed
 
 
 # --- Networks ---
@@ -578,12 +589,8 @@ def confidence_weight(deviation, temp):
 
 
 if __name__ == "__main__":
-    args, resumed = runs.parse_args(
-        Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "bcfm_lambda", "dcfm_lambda")
-    )
-    if envs.is_pixels(args.env_id) and args.online_timesteps:
-        fail(f"--online-timesteps with --env-id {args.env_id}: the online phase works on state observations")
-    device = runs.setup_torch(args)
+    args, resumed = parse_args()
+    device = setup_torch(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
 
     # --- Data ---
@@ -620,7 +627,7 @@ if __name__ == "__main__":
         log.flush()  # stops at a non-finite loss
         state = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "replay": replay.state()}
         progress = {"step": step, "evaluated": evaluated, "csv_sizes": runs.csv_sizes(log.run_dir)}
-        origin = {"algorithm": runs.algorithm(args), "args": asdict(args), "dataset": identity}
+        origin = {"algorithm": arguments.algorithm(args), "args": asdict(args), "dataset": identity}
         checkpoint.save(log.run_dir, origin | progress | state)
 
     while True:

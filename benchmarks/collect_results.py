@@ -20,9 +20,9 @@ from pathlib import Path
 import tyro
 
 from benchmarks import scores
-from common import collect, envs, fail, runs
+from common import arguments, collect, envs, fail, runs
 
-# Arguments that name a run or its place; with runs.MAY_CHANGE, but for the lengths there, those that no number depends on.
+# Arguments that name a run or its place; with arguments.MAY_CHANGE, but for the lengths there, those that no number depends on.
 NAMES = {"exp_name", "seed", "num_seeds", "env_id", "quick", "log_interval", "evaluate", "torch_deterministic"}
 # Compared by the data themselves.
 DATA = {"dataset_source", "generated_episodes"}
@@ -41,7 +41,7 @@ class CollectResultsArgs:
 
 def settings(args):
     """{name: value} of the arguments that change a run's numbers, besides its seeds and data."""
-    ignored = (runs.MAY_CHANGE - runs.LENGTHS) | NAMES | DATA
+    ignored = (arguments.MAY_CHANGE - arguments.LENGTHS) | NAMES | DATA
     return {name: value for name, value in sorted(args.items()) if name not in ignored}
 
 

@@ -23,7 +23,8 @@ import tyro
 
 import evor
 import value_flows
-from common import checkpoint, collect, datasets, envs, fail, runs
+from common import checkpoint, collect, datasets, envs, fail
+from common.device import setup_torch
 
 NEIGHBOURS = 200  # data pairs whose Monte-Carlo returns stand beside a learned distribution
 NUM_PAIRS = 2_000  # validation pairs whose mean learned return is compared with their Monte-Carlo return
@@ -206,7 +207,7 @@ if __name__ == "__main__":
         fail(f"{path} is not the dataset of the run in {options.run}, which is {payload['dataset']}")
     validation_path = collect.val_path(Path(path))
     validation, _ = datasets.load_dataset(validation_path, args.env_id, "cpu", args.dataset_path is None)
-    runs.setup_torch(module.Args(cuda=False))
+    setup_torch(module.Args(cuda=False))
     rewards = dataset["rewards"]
     obs_dim, action_dim = dataset["observations"].shape[1], dataset["actions"].shape[1]
     agent = module.Agent(args, obs_dim, action_dim, seeds, rewards.min().item(), rewards.max().item())

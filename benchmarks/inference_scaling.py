@@ -21,6 +21,7 @@ from tqdm import tqdm
 import evor
 from benchmarks.scores import interval
 from common import checkpoint, fail, rollout, runs
+from common.device import setup_torch
 
 SWEEPS = {
     "num_actions": (1, 2, 4, 8, 16, 32, 64),
@@ -100,7 +101,7 @@ if __name__ == "__main__":
     if options.episodes is not None and options.episodes < 1:
         fail(f"--episodes {options.episodes}: must be above zero")
     args = evor.Args(**payload["args"])
-    device = runs.setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available(), matmul_precision=None))
+    device = setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available(), matmul_precision=None))
     seeds = list(range(args.seed, args.seed + args.num_seeds))
     episodes = options.episodes or args.eval_episodes
     agent = evor.Agent(args, seeds=seeds, **payload["agent_inputs"]).to(device)

@@ -17,10 +17,10 @@ import fnmatch
 import functools
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -136,7 +136,7 @@ def find_method(name):
     """The file of a method; an unknown one ends the program with exit code 2 and close matches."""
     if name.endswith(".py") and Path(name).is_file():
         return Path(name)
-    known = sorted(path.stem for path in ROOT.glob("*.py") if "runs.parse_args(" in path.read_text())
+    known = sorted(path.stem for path in ROOT.glob("*.py"))  # the top level holds algorithms only
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or known
         fail(f"--methods {name} is unknown; nearest: {', '.join(near)} (or the path of a .py file)")
@@ -208,8 +208,18 @@ def make_jobs(options, extra):
     return jobs, answer["gpus"]
 
 
+def load_method(file):
+    """The module of an algorithm's file, wherever that lies; one without `parse_args` ends the program with code 2."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its dataclass looks itself up
+    spec.loader.exec_module(module)
+    if not hasattr(module, "parse_args"):
+        fail(f"--methods {file} has no parse_args(words), which gives an algorithm's checked arguments")
+    return module
+
+
 def resolve(jobs):
-    """Runs each algorithm's file up to where it sets up torch, that is, through its reading and checks of arguments.
+    """Each job's arguments, as its algorithm's parse_args reads and checks them.
 
     Args:
         jobs: [[file, flags], ...].
@@ -222,34 +232,27 @@ def resolve(jobs):
     """
     import torch
 
-    from common import collect, runs
+    from common import arguments, collect
 
-    def take(args):
-        """Stands in for runs.setup_torch."""
+    answers, modules = [], {}
+    for file, words in jobs:
+        module = modules[file] = modules.get(file) or load_method(file)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                args, _ = module.parse_args(words)
+        except SystemExit as error:
+            if error.code:
+                print(f"error: {Path(file).stem} refuses {shlex.join(words)}; nothing was started", file=sys.stderr)
+            raise
         resolved = {"args": asdict(args), "defaults": asdict(type(args)())}
         if args.dataset_path is not None and not Path(args.dataset_path).expanduser().is_file():
             fail(f"--dataset-path {args.dataset_path} is not a file")
         if args.dataset_path is None and args.dataset_source == "generated":
             collect.check_collectable(envs.dataset_name(args.env_id))
-        compared = set(resolved["args"]) - runs.MAY_CHANGE | {"dataset_path"}
+        compared = set(resolved["args"]) - arguments.MAY_CHANGE | {"dataset_path"}
         resolved["identity"] = {name: resolved["args"][name] for name in sorted(compared)}
         resolved["identity"]["dataset_path"] = absolute(args.dataset_path)
         answers.append(resolved)
-        raise StopIteration
-
-    runs.setup_torch, answers = take, []
-    for file, words in jobs:
-        sys.argv = [file, *words]
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                runpy.run_path(file, run_name="__main__")
-        except StopIteration:
-            continue
-        except SystemExit as error:
-            if error.code:
-                print(f"error: {Path(file).stem} refuses {shlex.join(words)}; nothing was started", file=sys.stderr)
-            raise
-        fail(f"--methods {file} reads no arguments as the algorithms here do (runs.parse_args, runs.setup_torch)")
     return {"jobs": answers, "gpus": torch.cuda.device_count()}
 
 

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 import q_flow
 from benchmarks import toy_2d
-from common import fail, graphs, runs
+from common import fail, graphs
+from common.device import setup_torch
 
 OBS_DIM, ACTION_DIM = 28, 5  # cube-single's
 
@@ -104,7 +105,7 @@ def measure(options):
     """Times all four in turn; returns rows {method, gflop, seconds, quartiles, ratio of q_flow's time to it}."""
     args = q_flow.Args(**(q_flow.QUICK if options.quick else q_flow.TUNED["scene-play"]))
     args = replace(args, num_seeds=options.num_seeds)
-    device = runs.setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available()))
+    device = setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available()))
     seeds = list(range(options.num_seeds))
     models = {"q_flow": q_flow.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0)}
     models |= {kind: Baseline(kind, args, seeds) for kind in ("actor_critic", "one_step", "backprop")}

@@ -34,7 +34,8 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import draws, fail, graphs, num_cores, rollout, runs, warn
+from common import draws, fail, graphs, num_cores, rollout, warn
+from common.device import setup_torch
 from common.replay import Replay
 
 OBS_DIM, ACTION_DIM = 28, 5  # cube-single's
@@ -121,7 +122,7 @@ def prepare(algorithm, num_seeds, precision, cuda, quick):
     cuda = cuda and torch.cuda.is_available()
     args = replace(args, num_seeds=num_seeds, cuda=cuda, matmul_precision=None if precision == "highest" else precision)
     args = replace(args, matmul_precision="highest") if cuda and precision == "highest" else args
-    device = runs.setup_torch(args)
+    device = setup_torch(args)
     generator = torch.Generator(device).manual_seed(0)
     draw = lambda *shape: torch.rand(*shape, generator=generator, device=device)
     N, seeds = 10_000, list(range(num_seeds))
@@ -282,7 +283,7 @@ def measure_evaluation(algorithm, num_seeds, cuda):
     """Seconds to start the evaluation workers, and of each of three evaluations."""
     module = importlib.import_module(algorithm)
     args = module.Args(env_id="cube-single-play-singletask-v0", cuda=cuda and torch.cuda.is_available())
-    device = runs.setup_torch(args)
+    device = setup_torch(args)
     seeds = list(range(num_seeds))
     agent = module.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0).to(device)
     marks = [time.perf_counter()]

@@ -35,7 +35,8 @@ import torch
 import tyro
 
 import q_flow
-from common import draws, fail, num_cores, runs
+from common import draws, fail, num_cores
+from common.device import setup_torch
 
 METHODS = ("q_flow", "backprop", "one_step")
 CLONING = 1e6
@@ -385,7 +386,7 @@ def summarize(rows):
 def in_worker(job):
     """study() in a process of its own with its share of the cores; reports progress through a queue."""
     name, options, threads, queue = job
-    runs.setup_torch(q_flow.Args(cuda=False))
+    setup_torch(q_flow.Args(cuda=False))
     torch.set_num_threads(threads)
     return study(name, options, torch.device("cpu"), queue.put)
 
@@ -418,7 +419,7 @@ if __name__ == "__main__":
 
     with tqdm(total=steps, unit=" updates") as bar:
         if options.cuda and torch.cuda.is_available():
-            device = runs.setup_torch(q_flow.Args())
+            device = setup_torch(q_flow.Args())
             for name in options.datasets:
                 write(study(name, options, device, bar.update))
         else:

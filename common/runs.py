@@ -1,15 +1,12 @@
-"""A run: its arguments, device, directory, csv rows, Weights & Biases, learning curve and signals."""
+"""A run: its directory, csv rows, progress, Weights & Biases, learning curve and signals."""
 
 import csv
-import ctypes
 import dataclasses
-import functools
 import importlib.metadata
 import io
 import json
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
@@ -19,212 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import checkpoint, envs, fail, warn
+from common import fail
+from common.arguments import algorithm
 
 CHECK_INTERVAL = 50  # updates between checks for non-finite losses
-
-# What may differ between a run and its continuation; everything else would change its numbers.
-LENGTHS = {"total_timesteps", "online_timesteps"}
-MAY_CHANGE = LENGTHS | {
-    "resume", "runs_dir", "cuda", "track", "wandb_project_name", "wandb_entity", "capture_video", "dataset_dir",
-    "dataset_path", "eval_workers", "save_interval", "compile", "cudagraphs", "matmul_precision",
-}  # fmt: skip
-
-
-NOT_A_NAME = (
-    "the file's name must be letters, digits and underscores (my_floq.py), since other programs import the file"
-)
-
-
-# --- Arguments ---
-
-
-def parse_args(Args, tuned, tuned_online, quick, may_be_zero=(), inference=(), argv=None):
-    """Reads the command line; a flag that the user passes wins over everything.
-
-    Without it: the stored arguments with --resume (or --evaluate, of an algorithm that has it); else Args' defaults, then
-    `tuned` of the environment, then `tuned_online` of it with --online-timesteps, then `quick` with --quick.
-
-    Args:
-        Args: the algorithm's dataclass.
-        tuned, tuned_online: {environment and dataset type: {field: value}}.
-        quick: {field: value}.
-        may_be_zero: numbers that may be zero beside those whose default is zero; all others must be above it (tuples: each
-            element).
-        inference: the algorithm's own fields that training does not use: --evaluate may change them.
-        argv: words; None for the command line's.
-
-    Returns:
-        args, and the checkpoint to continue from or to evaluate (None for a new run).
-
-    Raises:
-        SystemExit: (code 2) for a flag that does not exist, a value out of range, an unknown environment, or a
-            --resume that cannot be continued (or an --evaluate of another algorithm's run); the message lists the
-            arguments that contradict the stored ones.
-    """
-    import tyro
-
-    if not Path(sys.modules[Args.__module__].__file__).stem.isidentifier():
-        fail(f"{sys.modules[Args.__module__].__file__}: {NOT_A_NAME}")
-    parse = lambda default: tyro.cli(Args, args=argv, default=default, description=sys.modules[Args.__module__].__doc__)
-    args, resumed = parse(Args()), None
-    evaluate = getattr(args, "evaluate", None)
-    if args.resume is not None and evaluate is not None:
-        fail("--resume and --evaluate exclude each other: one trains on, the other does not train")
-    if args.resume is not None or evaluate is not None:
-        flag, run_dir = ("--resume", args.resume) if evaluate is None else ("--evaluate", evaluate)
-        resumed = checkpoint.load(run_dir, flag)
-        names = {field.name for field in dataclasses.fields(Args)}
-        if resumed["algorithm"] != algorithm(args):
-            fail(f"{flag} {run_dir} is a run of {resumed['algorithm']}.py")
-        default = Args(**{name: value for name, value in resumed["args"].items() if name in names})
-        args = parse(default)
-        may_change = (
-            MAY_CHANGE if evaluate is None else MAY_CHANGE - LENGTHS | {"evaluate", "eval_episodes", *inference}
-        )
-        differing = [name for name in sorted(names - may_change) if getattr(args, name) != getattr(default, name)]
-        if differing:
-            listed = ", ".join(
-                f"--{n.replace('_', '-')} {getattr(args, n)} (the run has {getattr(default, n)})" for n in differing
-            )
-            fail(f"{flag} {run_dir} cannot go on with other arguments: {listed}")
-        if resumed["step"] > default.total_timesteps != args.total_timesteps:
-            fail(f"--total-timesteps {args.total_timesteps}: the run in {run_dir} is in its online phase already")
-        if args.total_timesteps + args.online_timesteps < resumed["step"]:
-            fail(
-                f"--total-timesteps {args.total_timesteps} --online-timesteps {args.online_timesteps}: the run in "
-                f"{run_dir} is at step {resumed['step']} already"
-            )
-    else:
-        if args.quick:
-            args = parse(Args(**quick))  # --quick may choose another environment, whose tuned values apply
-        environment = args.env_id.split("-singletask")[0]
-        settings = dict(tuned.get(environment, {}))
-        if args.online_timesteps and environment in tuned_online:
-            settings |= tuned_online[environment]
-        elif args.online_timesteps:
-            print(f"note: no offline-to-online settings for {environment}: using the offline ones")
-        args = parse(Args(**settings | (quick if args.quick else {})))
-
-    for name, value in dataclasses.asdict(args).items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        if all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
-            zero = name in may_be_zero or getattr(Args(), name) == 0
-            if not all(number >= 0 if zero else number > 0 for number in numbers):
-                fail(f"--{name.replace('_', '-')} {value}: must be {'at least' if zero else 'above'} zero")
-    if not 0 < args.gamma < 1 or not 0 < args.tau <= 1:
-        fail(f"--gamma {args.gamma} must lie between 0 and 1, --tau {args.tau} above 0 and at most 1")
-    if resumed is None:
-        envs.check_env_id(args.env_id)
-    if "--cudagraphs" in (sys.argv if argv is None else argv) and not (args.cuda and torch.cuda.is_available()):
-        print("note: --cudagraphs is ignored: there are no CUDA graphs on the CPU")
-    return args, resumed
-
-
-def algorithm(args):
-    """Name of the algorithm, its file's without `.py`: a copy of a file is an algorithm of its own."""
-    return Path(sys.modules[type(args).__module__].__file__).stem
-
-
-def setup_torch(args):
-    """Sets up determinism and float32 matrix products; returns the device (the CPU, with a warning, without CUDA).
-
-    A precision that the device lacks ends the program with exit code 2.
-    """
-    if args.cuda and not torch.cuda.is_available():
-        warn("--cuda: torch finds no CUDA device; training on the CPU (--no-cuda silences this)")
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.torch_deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    set_matmul_precision(args.matmul_precision, device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    sys.excepthook = functools.partial(explain_out_of_memory, args.num_seeds, device)
-    return device
-
-
-def explain_out_of_memory(num_seeds, device, kind, error, traceback):
-    """Exception hook: if torch found no memory, a message with a number of seeds that may fit, and exit code 2; else the
-    usual traceback. What is needed is known up to the allocation that failed: at most half of the seeds are suggested.
-    """
-    size = re.search(r"ried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", str(error))
-    if not issubclass(kind, RuntimeError) or size is None:
-        return sys.__excepthook__(kind, error, traceback)
-    requested = float(size[1]) * 1024 ** ["bytes", "KiB", "MiB", "GiB", "TiB"].index(size[2])
-    if device.type == "cuda":
-        used, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
-    else:
-        import resource  # not on every system
-
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        total = total if limit == resource.RLIM_INFINITY else min(total, limit)
-    seeds = min(num_seeds // 2, int(num_seeds * total / (used + requested)))
-    advice = f"--num-seeds {seeds} may fit" if seeds > 0 else "take a smaller --batch-size"
-    fail(
-        f"out of memory with {num_seeds} seed{'s' * (num_seeds > 1)}: {(used + requested) / 2**30:.1f} GiB or more are "
-        f"needed, the {'GPU' if device.type == 'cuda' else 'machine'} has {total / 2**30:.1f}; {advice}. "
-        f"Checkpoints already written are kept (--resume)"
-    )
-
-
-def set_matmul_precision(precision, device):
-    """Sets how float32 matrix products are computed; a precision that the device lacks ends the program.
-
-    Args:
-        precision: "highest" (exact), "high" (TF32), "medium" (bfloat16 where torch has that, else as high), or None for
-            the device's default: high on a GPU with TF32 units, highest elsewhere.
-        device: torch device.
-    """
-    if device.type == "cuda":
-        has_tf32 = torch.cuda.get_device_capability(device) >= (8, 0)
-        if precision in ("high", "medium") and not has_tf32:
-            name = torch.cuda.get_device_name(device)
-            fail(f"--matmul-precision {precision}: {name} has no units for it (compute capability 8.0 on); use highest")
-        torch.set_float32_matmul_precision(precision or ("high" if has_tf32 else "highest"))
-        torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"  # convolutions
-        return
-    if precision == "high":
-        fail("--matmul-precision high: the CPU has no TF32; use highest, or medium where it multiplies bfloat16")
-    # On AMD, "highest" goes through MKL at half speed; "medium" goes through oneDNN, exact unless the CPU has special units.
-    torch.set_float32_matmul_precision("medium")
-    exact = onednn_is_exact()
-    if precision == "medium" and exact:
-        fail("--matmul-precision medium: this CPU does not multiply in bfloat16; use highest")
-    if precision != "medium" and not (exact and is_amd()):
-        torch.set_float32_matmul_precision("highest")
-
-
-def is_amd():
-    """Whether the CPU is AMD's, as far as /proc tells."""
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
-def onednn_is_exact():
-    """Whether products are float32's at the present setting: by the error of one, not by its time, since what a run
-    computes must not depend on how busy the machine is.
-    """
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(2, 512, 512, generator=generator) for _ in range(2))
-    exact = torch.bmm(a.double(), b.double())
-    return bool((torch.bmm(a, b) - exact).norm() <= 1e-6 * exact.norm())
-
-
-def keep_freed_memory():
-    """Tells glibc to reuse large freed blocks: giving them back to the system costs a quarter of an update's time."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):  # another system's C library
-        pass
-
 
 # --- Run directory ---
 

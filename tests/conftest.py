@@ -25,7 +25,7 @@ import evor  # noqa: E402
 import floq  # noqa: E402
 import q_flow  # noqa: E402
 import value_flows  # noqa: E402
-from common import envs, runs  # noqa: E402
+from common import envs  # noqa: E402
 
 ALGORITHMS = {"floq": floq, "value_flows": value_flows, "q_flow": q_flow, "evor": evor}
 ENV_ID = "pointmaze-medium-navigate-singletask-task4-v0"  # the shortest task
@@ -171,8 +171,7 @@ def assert_same_csv(run_dir, other):
 
 def parse(algorithm, *words):
     """The arguments that an algorithm makes of a command line."""
-    module = ALGORITHMS[algorithm]
-    return runs.parse_args(module.Args, module.TUNED, module.TUNED_ONLINE, module.QUICK, argv=list(words))[0]
+    return ALGORITHMS[algorithm].parse_args(list(words))[0]
 
 
 def make_expert():

@@ -26,49 +26,51 @@ class Args:
     die_at: int = 0
 
 
-if "torch" in sys.modules:  # the launcher looks at the arguments
+def parse_args(words=None):
     import tyro
 
-    from common import runs
-
-    runs.setup_torch(tyro.cli(Args))
-
-args = Args()
-for flag, value in zip(sys.argv[1::2], sys.argv[2::2]):  # not tyro, which takes longer than all the rest
-    name = flag.lstrip("-").replace("-", "_")
-    setattr(args, name, int(value) if isinstance(getattr(args, name), int) else value)
-stopped = []
-signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
-if args.resume:
-    run_dir = Path(args.resume)
-    with zipfile.ZipFile(run_dir / "checkpoint.pt") as archive:
-        step, size = json.loads(archive.read("state"))
-    os.truncate(run_dir / "eval.csv", size)
-else:
-    run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
-    run_dir.mkdir(parents=True)
-    step = 0
-(run_dir / "args.json").write_text(json.dumps({"algorithm": "stub_algorithm", "args": asdict(args)}))
+    return tyro.cli(Args, args=words), None
 
 
-def save():
-    size = (run_dir / "eval.csv").stat().st_size if step else 0
-    with zipfile.ZipFile(run_dir / "part", "w") as archive:
-        archive.writestr("state", json.dumps([step, size]))
-    os.replace(run_dir / "part", run_dir / "checkpoint.pt")
+def main():
+    args = Args()
+    for flag, value in zip(sys.argv[1::2], sys.argv[2::2]):  # not tyro, which takes longer than all the rest
+        name = flag.lstrip("-").replace("-", "_")
+        setattr(args, name, int(value) if isinstance(getattr(args, name), int) else value)
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+    if args.resume:
+        run_dir = Path(args.resume)
+        with zipfile.ZipFile(run_dir / "checkpoint.pt") as archive:
+            step, size = json.loads(archive.read("state"))
+        os.truncate(run_dir / "eval.csv", size)
+    else:
+        run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
+        run_dir.mkdir(parents=True)
+        step = 0
+    (run_dir / "args.json").write_text(json.dumps({"algorithm": "stub_algorithm", "args": asdict(args)}))
+
+    def save():
+        size = (run_dir / "eval.csv").stat().st_size if step else 0
+        with zipfile.ZipFile(run_dir / "part", "w") as archive:
+            archive.writestr("state", json.dumps([step, size]))
+        os.replace(run_dir / "part", run_dir / "checkpoint.pt")
+
+    while step < args.total_timesteps:
+        time.sleep(0.02)
+        step += 1
+        with open(run_dir / "eval.csv", "a") as file:
+            if file.tell() == 0:
+                file.write("step,seed,success\n")
+            file.writelines(f"{step},{seed},0.5\n" for seed in range(args.seed, args.seed + args.num_seeds))
+        if step == args.die_at:
+            print("this stub dies", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step % 5 == 0 or stopped:
+            save()
+        if stopped:
+            sys.exit(143)
 
 
-while step < args.total_timesteps:
-    time.sleep(0.02)
-    step += 1
-    with open(run_dir / "eval.csv", "a") as file:
-        if file.tell() == 0:
-            file.write("step,seed,success\n")
-        file.writelines(f"{step},{seed},0.5\n" for seed in range(args.seed, args.seed + args.num_seeds))
-    if step == args.die_at:
-        print("this stub dies", file=sys.stderr, flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-    if step % 5 == 0 or stopped:
-        save()
-    if stopped:
-        sys.exit(143)
+if __name__ == "__main__":
+    main()

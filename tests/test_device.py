@@ -180,7 +180,7 @@ def test_other_failures_are_not_hidden():
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
 
     agent.critic_loss = agent.actor_loss = too_large
-    with pytest.raises(RuntimeError, match="tried to allocate"):  # which is explained, see runs.explain_out_of_memory
+    with pytest.raises(RuntimeError, match="tried to allocate"):  # which is explained, see device.explain_out_of_memory
         fast_update(agent, compiled=True)(batch | noise)
 
 

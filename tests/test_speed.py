@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks import speed
-from common import graphs, runs
+from common import device as devices
+from common import graphs
 from conftest import ALGORITHMS, make_agent, random_inputs, small_args
 
 ROW = dict(
@@ -87,14 +88,14 @@ def test_precisions_of_the_cpu(same_precision, capsys):
     cpu = torch.device("cpu")
     refused = {"high": "--matmul-precision high: the CPU has no TF32"}
     for precision in (None, "highest"):
-        runs.set_matmul_precision(precision, cpu)
-        assert runs.onednn_is_exact()
+        devices.set_matmul_precision(precision, cpu)
+        assert devices.onednn_is_exact()
     torch.set_float32_matmul_precision("medium")
-    if runs.onednn_is_exact():
+    if devices.onednn_is_exact():
         refused["medium"] = "--matmul-precision medium: this CPU does not multiply in bfloat16"
     for precision, message in refused.items():
         with pytest.raises(SystemExit) as stopped:
-            runs.set_matmul_precision(precision, cpu)
+            devices.set_matmul_precision(precision, cpu)
         assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -117,7 +118,7 @@ def test_out_of_memory_says_how_many_seeds_may_fit(monkeypatch, capsys):
     usage = lambda who: type("Usage", (), {"ru_maxrss": 2**20})  # 1 GiB in KiB
     monkeypatch.setattr("resource.getrusage", usage)
     monkeypatch.setattr("sys.platform", "linux")
-    explain = lambda error, seeds: runs.explain_out_of_memory(seeds, torch.device("cpu"), type(error), error, None)
+    explain = lambda error, seeds: devices.explain_out_of_memory(seeds, torch.device("cpu"), type(error), error, None)
     small = RuntimeError(str(caught.value).replace(str(2**60), str(31 * 2**30)))
     smaller = RuntimeError(str(caught.value).replace(str(2**60), str(13 * 2**30)))  # only the first of what is needed
     for error, seeds, message in (
@@ -144,5 +145,5 @@ def test_out_of_memory_says_how_many_seeds_may_fit(monkeypatch, capsys):
 def test_cudagraphs_asked_for_on_the_cpu_are_ignored_with_a_note(capsys):
     words = ["--no-cuda", "--cudagraphs"]
     for argv, noted in ((words, True), (words[:1], False)):
-        args, _ = runs.parse_args(ALGORITHMS["evor"].Args, {}, {}, {}, argv=argv)
+        args, _ = ALGORITHMS["evor"].parse_args(argv)
         assert not args.cuda and ("--cudagraphs is ignored" in capsys.readouterr().out) == noted
