@@ -4,6 +4,7 @@ Plain functions, no inheritance. An algorithm file imports from here and from no
 here imports an algorithm.
 """
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,20 @@ def fail(message):
     """Ends the program for a user's mistake: `message` (what is wrong, where, what to do) on stderr, exit code 2."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def check_system(platform=sys.platform, version=sys.version_info, packages=("torch", "ogbench", "mujoco", "tyro")):
+    """Ends the program where this project cannot run: on Windows, on another Python, without its packages."""
+    if platform == "win32":
+        fail("CleanFlow runs on Linux and macOS, not on Windows (WSL is Linux)")
+    if not (3, 10) <= tuple(version[:2]) <= (3, 13):
+        fail(
+            f"Python {version[0]}.{version[1]}: CleanFlow runs on 3.10 to 3.13 (mujoco 3.3.7 has no package for others)"
+        )
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        install = "pip install -r requirements.txt && pip install --no-deps -r requirements-no-deps.txt"
+        fail(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; {install}")
 
 
 def warn(message):
@@ -29,3 +44,6 @@ def python_environment():
     """The environment variables of a child process that has to import this project."""
     root = str(Path(__file__).resolve().parent.parent)
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+
+
+check_system()
