@@ -17,12 +17,12 @@ Notation in the shapes: S seeds, E ensemble members, B batch, C candidate action
 dimension, H width.
 """
 
+import copy
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ from common import arguments, checkpoint, datasets, envs, fail, graphs, rollout,
 from common.device import setup_torch
 from common.draws import Draws
 from common.replay import Replay
+from common.returns import reward_to_go
+from common.stacked import Stacked
 
 
 # --- Arguments ---
@@ -39,76 +41,45 @@ from common.replay import Replay
 @dataclass
 class Args:
     # General
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run directory's name"""
-    seed: int = 0
-    """first seed"""
-    num_seeds: int = 1
-    """independent agents trained side by side, with seeds seed, seed + 1, ..."""
-    torch_deterministic: bool = True
-    """use deterministic algorithms only, so that the same command gives the same numbers"""
-    cuda: bool = True
-    """train on the GPU; without one, on the CPU with a warning"""
-    track: bool = False
-    """also log to Weights & Biases, one run a seed"""
-    wandb_project_name: str = "cleanflow"
-    """Weights & Biases project"""
-    wandb_entity: Optional[str] = None
-    """Weights & Biases team or user (default: yours)"""
-    capture_video: bool = False
-    """save a video of each seed's first evaluation episode (needs OpenGL)"""
-    runs_dir: str = "runs"
-    """directory that run directories are made in"""
-    resume: Optional[str] = None
-    """run directory to continue; its arguments apply"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run directory's name
+    seed: int = 0  # seed of the first agent
+    num_seeds: int = 1  # independent agents trained side by side, with seeds seed, seed + 1, ...
+    torch_deterministic: bool = True  # deterministic algorithms only: the same command gives the same numbers
+    cuda: bool = True  # train on the GPU; without one, on the CPU with a warning
+    track: bool = False  # also log to Weights & Biases, one run per seed
+    wandb_project_name: str = "cleanflow"  # Weights & Biases project
+    wandb_entity: Optional[str] = None  # Weights & Biases team or user (default: yours)
+    capture_video: bool = False  # save a video of each seed's first evaluation episode (needs OpenGL)
+    runs_dir: str = "runs"  # directory that run directories are made in
+    resume: Optional[str] = None  # run directory to continue; its arguments apply
     evaluate: Optional[str] = None
     """run directory to evaluate only; its arguments apply, those of the choice among candidates may change"""
-    quick: bool = False
-    """the whole pipeline small (see QUICK): generated data, small networks, minutes on two CPU cores"""
+    quick: bool = False  # the whole pipeline small, in minutes on two cores: generated data, small networks (see QUICK)
 
     # Data and evaluation
-    env_id: str = "cube-single-play-singletask-v0"
-    """OGBench single-task environment with its dataset type"""
-    dataset_dir: str = "~/.ogbench/data"
-    """directory of the dataset files"""
-    dataset_path: Optional[str] = None
-    """this dataset file instead of one in dataset_dir"""
+    env_id: str = "cube-single-play-singletask-v0"  # OGBench single-task environment with its dataset type
+    dataset_dir: str = "~/.ogbench/data"  # directory of the dataset files
+    dataset_path: Optional[str] = None  # this dataset file instead of one in dataset_dir
     dataset_source: Literal["official", "generated"] = "official"
-    """official: OGBench's file, downloaded if missing; generated: made here with OGBench's scripted collectors"""
-    generated_episodes: Optional[int] = None
-    """episodes of a generated dataset (default: as many as the official one has)"""
-    success_timing: Literal["post", "pre"] = "post"
-    """judge success after the action (published scores) or before it (ogbench >= 1.2.0's default)"""
-    total_timesteps: int = 1_000_000
-    """gradient updates of the offline phase"""
-    online_timesteps: int = 0
-    """environment steps of the online phase, with an update each (0: none)"""
-    eval_interval: int = 100_000
-    """updates between evaluations; there is one after the first and after the last update of each phase too"""
-    eval_episodes: int = 50
-    """episodes an evaluation, for each seed"""
-    eval_workers: int = 0
-    """processes that step environments (0: one a core, at most 16)"""
-    log_interval: int = 5_000
-    """updates between rows of train.csv"""
-    save_interval: int = 50_000
-    """updates between checkpoints"""
+    """OGBench's file, downloaded if missing, or one made here with OGBench's scripted collectors"""
+    generated_episodes: Optional[int] = None  # episodes of a generated dataset (default: as the official one)
+    success_timing: Literal["post", "pre"] = "post"  # judge success after the action (published scores) or before it
+    total_timesteps: int = 1_000_000  # gradient updates of the offline phase
+    online_timesteps: int = 0  # environment steps of the online phase, each with an update (0: no such phase)
+    eval_interval: int = 100_000  # updates between evaluations; more after the first update and at each phase's end
+    eval_episodes: int = 50  # evaluation episodes per seed
+    eval_workers: int = 0  # processes that step environments (0: one per core, at most 16)
+    log_interval: int = 5_000  # updates between rows of train.csv
+    save_interval: int = 50_000  # updates between checkpoints
 
     # Algorithm
-    batch_size: int = 256
-    """transitions a batch B, for each seed"""
-    learning_rate: float = 3e-4
-    """Adam's learning rate"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """EMA rate of the target return fields"""
-    flow_steps: int = 10
-    """Euler steps K of every flow: returns and actions"""
-    num_actions: int = 32
-    """N_pi, candidate actions of the base policy (1: pure behaviour cloning)"""
-    num_returns: int = 50
-    """N, return samples that rate a candidate"""
+    batch_size: int = 256  # transitions per batch and seed, B
+    learning_rate: float = 3e-4  # Adam's learning rate
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # EMA rate of the target return fields
+    flow_steps: int = 10  # Euler steps K of every flow: returns and actions
+    num_actions: int = 32  # N_pi, candidate actions of the base policy (1: pure behaviour cloning)
+    num_returns: int = 50  # N, return samples that rate a candidate
     tau_q: float = 1.0
     """temperature of the choice among the candidates, in units of return (small: the best one, large: any)"""
     tau_r: float = 10.0
@@ -119,26 +90,19 @@ class Args:
     """the published label's z_1, a reward-to-go of (s,a): the trajectory's own, or a sample of the target fields"""
     bc_timesteps: int = 0
     """first updates that train the policy alone, which is then frozen while the return fields train (0: both together)"""
-    num_ensembles: int = 2
-    """return fields E"""
+    num_ensembles: int = 2  # return fields E
     clip_flow_returns: bool = True
     """keep the end points of return flows in [min(r_min, 0), max(r_max, 0)] / (1 - gamma)"""
-    value_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
-    """hidden widths of the return fields"""
-    value_layer_norm: bool = True
-    """layer normalisation in the return fields"""
-    actor_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
-    """hidden widths of the flow policy"""
-    actor_layer_norm: bool = False
-    """layer normalisation in the flow policy"""
+    value_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # hidden widths of the return fields
+    value_layer_norm: bool = True  # layer normalisation in the return fields
+    actor_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # hidden widths of the flow policy
+    actor_layer_norm: bool = False  # layer normalisation in the flow policy
 
     # Speed
-    compile: bool = True
-    """compile the losses with torch.compile (up to two minutes when a size is new to the machine, then faster updates)"""
-    cudagraphs: bool = True
-    """replay the whole update as one CUDA graph (on a GPU)"""
+    compile: bool = True  # compile the losses: up to two minutes at first, then faster updates
+    cudagraphs: bool = True  # replay the whole update as one CUDA graph (on a GPU)
     matmul_precision: Optional[Literal["highest", "high", "medium"]] = None
-    """float32 products: highest is exact, high TF32, medium a CPU's bfloat16 (default: high on a GPU that has it, else highest)"""
+    """float32 products: highest is exact, high TF32, medium bfloat16 (default: high on a GPU with TF32, else highest)"""
 
 
 # The paper's settings where they differ from the defaults: the same in all environments.
@@ -188,77 +152,40 @@ def parse_args(words=None):
 
 
 class MLP(nn.Module):
-    """A stack of independent networks: Linear -> GELU (tanh) -> LayerNorm for each hidden layer, then Linear.
+    """Linear, GELU and LayerNorm for each hidden layer, then Linear.
+
+    Weights are drawn Glorot-uniform from torch's global generator; biases are zero.
 
     Args:
-        stack: leading axes of every weight, (S,) for policies and (S, E) for ensembles of critics.
         dims: (inputs, hidden widths..., outputs).
         layer_norm: whether hidden layers end with LayerNorm (eps 1e-6).
+        ensemble: (E,) for E networks that see the same rows; () for one network.
     """
 
-    def __init__(self, stack, dims, layer_norm):
+    def __init__(self, dims, layer_norm, ensemble=()):
         super().__init__()
         self.layer_norm = layer_norm
-        pairs = list(zip(dims[:-1], dims[1:]))
-        self.weights = nn.ParameterList(torch.empty(*stack, i, o) for i, o in pairs)
-        self.biases = nn.ParameterList(torch.zeros(*stack, 1, o) for _, o in pairs)
+        layers = list(zip(dims[:-1], dims[1:]))
+        glorot = lambda i, o: (2 * torch.rand(*ensemble, i, o) - 1) * math.sqrt(6 / (i + o))
+        self.weights = nn.ParameterList(glorot(i, o) for i, o in layers)
+        self.biases = nn.ParameterList(torch.zeros(*ensemble, 1, o) for _, o in layers)
         norms = dims[1:-1] if layer_norm else []
-        self.scales = nn.ParameterList(torch.ones(*stack, 1, h) for h in norms)
-        self.shifts = nn.ParameterList(torch.zeros(*stack, 1, h) for h in norms)
+        self.scales = nn.ParameterList(torch.ones(*ensemble, 1, h) for h in norms)
+        self.shifts = nn.ParameterList(torch.zeros(*ensemble, 1, h) for h in norms)
 
-    def layers(self):
-        """[(weight, bias)] of every layer; a LayerNorm's scale and shift are folded into the layer after it:
-        (norm(h) * scale + shift) W + b = norm(h) (scale W) + (shift W + b).
+    def forward(self, *inputs):
+        """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
+
+        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step does.
         """
-        layers = list(zip(self.weights, self.biases))
-        for i, (scale, shift) in enumerate(zip(self.scales, self.shifts), start=1):
-            weight, bias = layers[i]
-            layers[i] = (scale.mT * weight, linear(shift, weight, bias))
-        return layers
-
-    def hidden(self, x):
-        """What follows a hidden layer's linear part: GELU, then LayerNorm without its scale and shift."""
-        x = gelu(x)
-        return F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.layer_norm else x
-
-    def forward(self, x):
-        """(*stack, N, inputs) -> (*stack, N, outputs)."""
-        *layers, last = self.layers()
-        for weight, bias in layers:
-            x = self.hidden(linear(x, weight, bias))
-        return linear(x, *last)
-
-    def field(self, condition, repeats=1):
-        """The network of a flow, as a function of its state x and time t with the other inputs, the first ones, fixed;
-        what depends on these alone is computed once, here.
-
-        Args:
-            condition: (*stack, N, D).
-            repeats: adjacent copies of each of its rows, for several x of one condition.
-
-        Returns:
-            velocity(x, t): (*stack, N * repeats, X), and t (*stack, N * repeats, 1) or a float -> (..., outputs).
-        """
-        (weight, bias), *layers = self.layers()
-        weight_condition, weight_xt = weight.split(
-            [condition.shape[-1], weight.shape[-2] - condition.shape[-1]], dim=-2
-        )
-        base = linear(condition, weight_condition, bias).repeat_interleave(repeats, dim=-2)  # (*stack, N * repeats, H)
-
-        def velocity(x, t):
-            t = t if torch.is_tensor(t) else torch.full_like(x[..., :1], t)
-            h = linear(torch.cat([x, t], dim=-1), weight_xt, base)
-            for weight, bias in layers:
-                h = linear(self.hidden(h), weight, bias)
-            return h
-
-        return velocity
-
-
-def linear(x, weight, bias):
-    """x W + b for every index of the leading axes: (..., N, I), (..., I, O), (..., 1 or N, O) -> (..., N, O)."""
-    out = torch.bmm(x.flatten(0, -3), weight.flatten(0, -3)).add_(bias.flatten(0, -3))
-    return out.unflatten(0, x.shape[:-2])
+        parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
+        x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
+        for i in range(1, len(self.weights)):
+            x = gelu(x)
+            if self.layer_norm:
+                x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * self.scales[i - 1] + self.shifts[i - 1]
+            x = x @ self.weights[i] + self.biases[i]
+        return x
 
 
 def gelu(x):
@@ -268,275 +195,11 @@ def gelu(x):
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
 
 
-def to_ensemble(x, num_ensembles):
-    """(S, N, D) -> (S, E, N, D): every member of an ensemble sees the same rows."""
-    return x.unsqueeze(1).expand(-1, num_ensembles, -1, -1)
-
-
-def init_weights(module, seeds):
-    """Glorot-uniform weights, drawn on the CPU by each seed's own generator: the same alone, stacked and on a GPU."""
-    for s, seed in enumerate(seeds):
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in module.named_parameters():
-            if ".weights." in name:
-                bound = math.sqrt(6 / (parameter.shape[-2] + parameter.shape[-1]))
-                draw = torch.rand(parameter.shape[1:], generator=generator)
-                parameter.data[s] = (2 * draw - 1) * bound
-
-
-# --- Agent ---
-
-
-class Agent(nn.Module):
-    """S independent EVOR agents.
-
-    Args:
-        args: see Args.
-        obs_dim, action_dim: dimensions of observations and actions.
-        seeds: the S seeds of the initial weights.
-        min_reward, max_reward: the dataset's extreme rewards, which fix the range of returns.
-    """
-
-    METRICS = (
-        "critic/critic_loss",
-        "critic/target_mean",
-        "actor/bc_flow_loss",
-    )  # a phase's updates give a part of them
-
-    def __init__(self, args, obs_dim, action_dim, seeds, min_reward, max_reward):
-        super().__init__()
-        self.args, self.action_dim = args, action_dim
-        horizon = 1 / (1 - args.gamma)
-        self.z_min, self.z_max = min(min_reward, 0) * horizon, max(max_reward, 0) * horizon  # episodes may end: 0
-
-        S, E = len(seeds), args.num_ensembles
-        policy_dims = (obs_dim + action_dim + 1, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
-        critic_dims = (obs_dim + action_dim + 2, *args.value_hidden_dims, 1)  # inputs [s, a, z, t]
-        self.critic_flow = MLP((S, E), critic_dims, args.value_layer_norm)
-        self.actor_flow = MLP((S,), policy_dims, args.actor_layer_norm)
-        init_weights(self, seeds)
-        self.target_critic_flow = MLP((S, E), critic_dims, args.value_layer_norm)
-        self.target_critic_flow.load_state_dict(self.critic_flow.state_dict())
-        self.target_critic_flow.requires_grad_(False)
-
-    def make_optimizer(self):
-        """One Adam over all networks (Adam is elementwise, so several would be the same)."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        on_gpu = parameters[0].is_cuda
-        self.optimizer = torch.optim.Adam(
-            parameters, lr=self.args.learning_rate, eps=1e-8, fused=True, capturable=on_gpu
-        )
-        for p in parameters:  # Adam makes its state in the first step, which a CUDA graph would repeat
-            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
-
-    def state_tensors(self):
-        """Every tensor that an update changes."""
-        adam = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
-        return [*self.parameters(), *adam]
-
-    def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates of one seed: {name: (num_updates, B, dim)}."""
-        B, A = self.args.batch_size, self.action_dim
-        device = generator.device
-        normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
-        uniform = lambda *shape: torch.rand(num_updates, *shape, generator=generator, device=device)
-        return {
-            "next_action": normal(B, A),
-            "return": normal(B, 1),
-            "time": uniform(B, 1),
-            "policy_action": normal(B, A),
-            "policy_time": uniform(B, 1),
-        } | ({"latent": normal(B, 1)} if self.samples_latents() else {})
-
-    def draw_act_noise(self, generator, num_steps):
-        """The random numbers of `num_steps` actions of one seed: (num_steps, C A + C + R), see `act`."""
-        size = self.args.num_actions * (self.action_dim + 1) + self.args.num_returns
-        return torch.randn(num_steps, size, generator=generator, device=generator.device)
-
-    def flow_actions(self, observations, noise):
-        """End points of the base policy's flow: (S, N, D), (S, N, C, A) -> (S, N, C, A) in [-1, 1]."""
-        K, C = self.args.flow_steps, noise.shape[2]
-        velocity = self.actor_flow.field(observations, repeats=C)
-        x = noise.flatten(1, 2)  # (S, N*C, A)
-        for k in range(K):
-            x = x + velocity(x, k / K) / K
-        return x.clamp(-1, 1).unflatten(1, (-1, C))
-
-    def return_flow(self, velocity, z, end_time):
-        """Carries noise towards returns, Phi(z; T): K Euler steps of T / K.
-
-        Args:
-            velocity: of `MLP.field`.
-            z: (S, E, N, 1), the start noise.
-            end_time: T of each row, (S, E, N, 1) in [0, 1].
-
-        Returns:
-            (S, E, N, 1); not clipped, since what is on the way may lie outside the range of returns.
-        """
-        step = end_time / self.args.flow_steps
-        for k in range(self.args.flow_steps):
-            z = z + step * velocity(z, k * step)
-        return z
-
-    def clip_return(self, z):
-        """An end point kept in the range of returns."""
-        return z.clamp(self.z_min, self.z_max) if self.args.clip_flow_returns else z
-
-    def returns(self, observations, actions, noise):
-        """Return samples of the EMA fields, the mean of the fields' end points from the same noise.
-
-        Args:
-            observations, actions: (S, N, D), (S, N, A).
-            noise: (S, N, R).
-
-        Returns:
-            (S, N, R).
-        """
-        E, R = self.args.num_ensembles, noise.shape[2]
-        condition = to_ensemble(torch.cat([observations, actions], dim=-1), E)  # (S, E, N, D + A)
-        z = to_ensemble(noise.flatten(1).unsqueeze(-1), E)  # (S, E, N*R, 1)
-        z = self.return_flow(self.target_critic_flow.field(condition, repeats=R), z, torch.ones_like(z))
-        return self.clip_return(z).mean(dim=1).view(noise.shape)
-
-    def samples_latents(self):
-        """Whether z_1 is a sample of the target fields, which needs noise of its own."""
-        return self.args.td_target == "published" and self.args.latents == "target"
-
-    @torch.no_grad()  # labels are the regression's constants, and the policy is not trained by returns
-    def flow_td(self, batch, noise):
-        """Flow TD: the points z_t of the return field of (s,a), and their labels.
-
-        Args:
-            batch: observations, next_observations (S, B, D), actions (S, B, A), rewards, masks (S, B); for the published
-                label with latents of the data also returns (S, B), see reward_to_go.
-            noise: see draw_noise, without the first axis and with a seed axis: (S, B, dim).
-
-        Returns:
-            z_t and label, (S, B, 1) each.
-        """
-        args = self.args
-        rewards, masks = batch["rewards"].unsqueeze(-1), batch["masks"].unsqueeze(-1)  # (S, B, 1)
-        z_0, t = noise["return"], noise["time"]  # (S, B, 1)
-        ensemble = lambda x: to_ensemble(x, args.num_ensembles)
-        target_field = lambda s, a: self.target_critic_flow.field(ensemble(torch.cat([s, a], dim=-1)))
-        end_time = ensemble(torch.ones_like(t))  # (S, E, B, 1)
-
-        # 1. The base policy's next action a', and the target fields of (s', a').
-        next_observations = batch["next_observations"]
-        next_actions = self.flow_actions(next_observations, noise["next_action"].unsqueeze(2)).squeeze(2)  # (S, B, A)
-        next_field = target_field(next_observations, next_actions)
-
-        if args.td_target == "exact":
-            # 2. A return z' = Phi(z_0; s', a', 1). The label is the velocity of the straight way from z_0 to r + gamma z'.
-            next_return = self.clip_return(self.return_flow(next_field, ensemble(z_0), end_time)).mean(
-                dim=1
-            )  # (S, B, 1)
-            z_1 = rewards + args.gamma * masks * next_return  # (S, B, 1)
-            z_t = (1 - t) * z_0 + t * z_1  # (S, B, 1)
-            label = z_1 - z_0  # (S, B, 1)
-        else:
-            # 2. A reward-to-go z_1 of (s,a), independent of z_0. The label is the paper's Bellman equation of fields: the
-            #    next field at the same z_t and t.
-            if args.latents == "data":
-                z_1 = batch["returns"].unsqueeze(-1)  # (S, B, 1)
-            else:
-                field = target_field(batch["observations"], batch["actions"])
-                z_1 = self.clip_return(self.return_flow(field, ensemble(noise["latent"]), end_time)).mean(dim=1)
-            z_t = (1 - t) * z_0 + t * z_1  # (S, B, 1)
-            next_velocity = next_field(ensemble(z_t), ensemble(t)).mean(dim=1)  # (S, B, 1)
-            label = rewards + args.gamma * masks * next_velocity  # (S, B, 1)
-        return z_t, label
-
-    def critic_loss(self, batch, noise):
-        """L_critic of every seed (S,), and its parts for the log (S,); arguments as for flow_td."""
-        ensemble = lambda x: to_ensemble(x, self.args.num_ensembles)
-        z_t, label = self.flow_td(batch, noise)
-
-        # Regression of every field: s(z_t, t | s, a) -> label. The mean label is the mean return, since z_0 has mean zero.
-        velocity = self.critic_flow.field(ensemble(torch.cat([batch["observations"], batch["actions"]], dim=-1)))
-        v = velocity(ensemble(z_t), ensemble(noise["time"]))  # (S, E, B, 1)
-        critic_loss = (v - label.unsqueeze(1)).square().mean(dim=(1, 2, 3))  # (S,)
-        return critic_loss, {"critic/critic_loss": critic_loss, "critic/target_mean": label.mean(dim=(1, 2))}
-
-    def actor_loss(self, batch, noise):
-        """L_BC of every seed (S,), and parts for the log; arguments as for flow_td."""
-        observations, actions = batch["observations"], batch["actions"]
-
-        # Behaviour cloning by flow matching: u(s, x_t, t) -> a - x_0.
-        x_0, t = noise["policy_action"], noise["policy_time"]  # (S, B, A), (S, B, 1)
-        x_t = (1 - t) * x_0 + t * actions
-        velocity = self.actor_flow.field(observations)(x_t, t)  # (S, B, A)
-        bc_flow_loss = (velocity - (actions - x_0)).square().mean(dim=(1, 2))  # (S,)
-        return bc_flow_loss, {"actor/bc_flow_loss": bc_flow_loss}
-
-    def update(self, batch, noise, trains=("returns", "policy")):
-        """One update of every seed; returns the losses at the weights before it, {name: (S,)}.
-
-        What is not named in `trains` stays bit-equal: Adam passes over weights that have no gradient.
-        """
-        self.optimizer.zero_grad()
-        metrics = {}
-        if "returns" in trains:
-            critic_loss, critic_metrics = self.critic_loss(batch, noise)
-            critic_loss.sum().backward()
-            metrics |= critic_metrics
-        if "policy" in trains:
-            actor_loss, actor_metrics = self.actor_loss(batch, noise)
-            actor_loss.sum().backward()
-            metrics |= actor_metrics
-
-        # The EMA comes before Adam's step, so that the targets lag by one update. Untrained fields equal their targets.
-        with torch.no_grad():
-            targets, online = list(self.target_critic_flow.parameters()), list(self.critic_flow.parameters())
-            torch._foreach_lerp_(targets, online, self.args.tau)
-        self.optimizer.step()
-        return {name: value.detach() for name, value in metrics.items()}
-
-    @torch.no_grad()
-    def act(self, observations, noise):
-        """Inference: the base policy's candidates, rated and chosen by softmax: (S, N, D), (S, N, C A + C + R) -> (S, N, A).
-
-        All candidates of a state are rated with the same R start noises, so that their differences are not noise.
-        """
-        args, C, A, R = self.args, self.args.num_actions, self.action_dim, self.args.num_returns
-        action_noise, choice_noise, return_noise = noise.split([C * A, C, R], dim=-1)
-        actions = self.flow_actions(observations, action_noise.unflatten(-1, (C, A)))  # (S, N, C, A)
-        rows = observations.repeat_interleave(C, dim=1)  # (S, N*C, D)
-        returns = self.returns(rows, actions.flatten(1, 2), return_noise.repeat_interleave(C, dim=1))  # (S, N*C, R)
-        q = soft_maximum(returns, args.tau_r).unflatten(1, (-1, C))  # (S, N, C)
-        best = softmax_choice(q, args.tau_q, choice_noise)  # (S, N)
-        index = best[..., None, None].expand(-1, -1, -1, A)  # (S, N, 1, A)
-        return actions.gather(2, index).squeeze(2)
-
-
-def trajectory_ends(data):
-    """(N,) bool: True in a trajectory's last transition, which does not lead to the next row's observation."""
-    leads_on = (data["next_observations"][:-1] == data["observations"][1:]).all(dim=-1).cpu().numpy()
-    return np.append(~leads_on, True)
-
-
-def reward_to_go(data, gamma):
-    """Discounted returns along the data's trajectories, G_t = r_t + gamma mask_t G_{t+1}, cut off at each one's end.
-
-    Args:
-        data: transitions {observations, next_observations (N, D), rewards, masks (N,)} in order of time.
-        gamma: discount factor.
-
-    Returns:
-        returns, and the discount of what is cut off (0 where a success follows): (N,) arrays of float64.
-    """
-    rewards, masks = (data[key].double().cpu().numpy() for key in ("rewards", "masks"))
-    ends = trajectory_ends(data)
-    returns, cut_off = np.zeros_like(rewards), np.zeros_like(rewards)
-    value, discount = 0.0, 1.0
-    for i in reversed(range(len(rewards))):
-        if ends[i]:
-            value, discount = 0.0, 1.0
-        value = rewards[i] + gamma * masks[i] * value
-        discount *= gamma * masks[i]
-        returns[i], cut_off[i] = value, discount
-    return returns, cut_off
+def euler(velocity, x, num_steps):
+    """Carries x from t = 0 to 1 along velocity(x, t): x_{k+1} = x_k + v(x_k, k / K) / K."""
+    for k in range(num_steps):
+        x = x + velocity(x, k / num_steps) / num_steps
+    return x
 
 
 def soft_maximum(returns, tau_r):
@@ -551,10 +214,194 @@ def soft_maximum(returns, tau_r):
 def softmax_choice(q, tau_q, noise):
     """Index drawn from softmax(Q / tau_Q): (..., C), standard normal noise (..., C) -> (...).
 
-    The Gumbel trick: argmax of Q / tau_Q + g, with g = -ln(-ln Phi(noise)) a Gumbel variable.
+    The Gumbel trick: argmax of Q / tau_Q + g, with g = -ln(-ln Phi(noise)) a Gumbel variable. The noise is normal since
+    all noise of acting is.
     """
-    gumbel = -torch.log(-torch.special.log_ndtr(noise))
+    beyond = torch.erfc(noise.abs() / math.sqrt(2)) / 2  # probability of a larger |noise| on the same side, exact in tails
+    gumbel = -torch.log(-torch.where(noise < 0, beyond.log(), torch.log1p(-beyond)))
     return ((q - q.amax(dim=-1, keepdim=True)) / tau_q + gumbel).argmax(dim=-1)
+
+
+# --- Agent ---
+
+
+class Agent(nn.Module):
+    """One EVOR agent; common/stacked.py runs one per seed.
+
+    Args:
+        args: see Args.
+        obs_dim, action_dim: dimensions of observations and actions.
+        min_reward, max_reward: the dataset's extreme rewards; with 0, the return of an ended episode, they fix the range of
+            returns.
+    """
+
+    METRICS = ("critic/critic_loss", "critic/target_mean", "actor/bc_flow_loss")  # a phase's updates give a part of them
+
+    def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
+        super().__init__()
+        self.args, self.action_dim = args, action_dim
+        horizon = 1 / (1 - args.gamma)
+        self.z_min, self.z_max = min(min_reward, 0) * horizon, max(max_reward, 0) * horizon
+
+        critic_dims = (obs_dim + action_dim + 2, *args.value_hidden_dims, 1)  # inputs [s, a, z, t]
+        policy_dims = (obs_dim + action_dim + 1, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
+        self.critic_flow = MLP(critic_dims, args.value_layer_norm, (args.num_ensembles,))
+        self.actor_flow = MLP(policy_dims, args.actor_layer_norm)
+        self.target_critic_flow = copy.deepcopy(self.critic_flow).requires_grad_(False)
+
+    def draw_noise(self, generator, num_updates):
+        """Every random number of `num_updates` updates: {name: (num_updates, B, dim)}."""
+        B, A = self.args.batch_size, self.action_dim
+        device = generator.device
+        normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
+        uniform = lambda *shape: torch.rand(num_updates, *shape, generator=generator, device=device)
+        return {
+            "next_action": normal(B, A),
+            "return": normal(B, 1),
+            "time": uniform(B, 1),
+            "bc_action": normal(B, A),
+            "bc_time": uniform(B, 1),
+        } | ({"latent": normal(B, 1)} if self.samples_latents() else {})
+
+    def draw_act_noise(self, generator, num_steps):
+        """The random numbers of `num_steps` actions: (num_steps, C A + C + R), see `act`."""
+        size = self.args.num_actions * (self.action_dim + 1) + self.args.num_returns
+        return torch.randn(num_steps, size, generator=generator, device=generator.device)
+
+    def bc_velocity(self, observations, x, t):
+        """The base policy's velocity u(s, x, t): (N, D), (N, A), t (N, 1) or a float -> (N, A)."""
+        t = torch.as_tensor(t, device=x.device).expand_as(x[..., :1])
+        return self.actor_flow(observations, torch.cat([x, t], dim=-1))
+
+    def flow_actions(self, observations, noise):
+        """End points of the base policy's flow: (N, D), (N, C, A) -> (N, C, A) in [-1, 1]."""
+        C = noise.shape[1]
+        rows = observations.repeat_interleave(C, dim=0)  # (N*C, D)
+        x = euler(lambda x, t: self.bc_velocity(rows, x, t), noise.flatten(0, 1), self.args.flow_steps)  # (N*C, A)
+        return x.clamp(-1, 1).unflatten(0, (-1, C))
+
+    def field(self, fields, condition, z, t):
+        """The return fields' v_e(z, t | s, a): condition [s, a] (N, D + A), z (N, 1) or (E, N, 1), t (N, 1) or a float ->
+        (E, N, 1). `fields`: self.critic_flow or its target.
+        """
+        t = torch.as_tensor(t, device=z.device).expand_as(z)
+        return fields(condition, torch.cat([z, t], dim=-1))
+
+    def returns(self, condition, noise):
+        """Return samples, the mean of the EMA fields' end points from the same noise: (N, D + A), (N, 1) -> (N, 1).
+
+        Clipped at the end only, since what is on the way may lie outside the range of returns.
+        """
+        z = euler(lambda z, t: self.field(self.target_critic_flow, condition, z, t), noise, self.args.flow_steps)
+        return self.clip_return(z).mean(dim=0)
+
+    def clip_return(self, z):
+        """An end point kept in the range of returns."""
+        return z.clamp(self.z_min, self.z_max) if self.args.clip_flow_returns else z
+
+    def samples_latents(self):
+        """Whether z_1 is a sample of the target fields, which needs noise of its own."""
+        return self.args.td_target == "published" and self.args.latents == "target"
+
+    @torch.no_grad()  # labels are the regression's constants, and the policy is not trained by returns
+    def flow_td(self, batch, noise):
+        """Flow TD: the points z_t of the return field of (s,a), and their labels.
+
+        Args:
+            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,); for the published label with
+                latents of the data also returns (B,), see reward_to_go.
+            noise: an update's entries of draw_noise, (B, dim).
+
+        Returns:
+            z_t and label, (B, 1) each.
+        """
+        args = self.args
+        rewards, masks = batch["rewards"].unsqueeze(-1), batch["masks"].unsqueeze(-1)  # (B, 1)
+        z_0, t = noise["return"], noise["time"]  # (B, 1)
+
+        # 1. The base policy's next action a'.
+        next_observations = batch["next_observations"]
+        next_actions = self.flow_actions(next_observations, noise["next_action"].unsqueeze(1)).squeeze(1)  # (B, A)
+        next_condition = torch.cat([next_observations, next_actions], dim=-1)  # (B, D + A)
+
+        if args.td_target == "exact":
+            # 2. A return z' = Phi(z_0; s', a', 1). The label is the velocity of the straight way from z_0 to r + gamma z'.
+            z_1 = rewards + args.gamma * masks * self.returns(next_condition, z_0)  # (B, 1)
+            z_t = (1 - t) * z_0 + t * z_1  # (B, 1)
+            label = z_1 - z_0  # (B, 1)
+        else:
+            # 2. A reward-to-go z_1 of (s,a), independent of z_0. The label is the paper's Bellman equation of fields: the
+            #    next field at the same z_t and t.
+            if args.latents == "data":
+                z_1 = batch["returns"].unsqueeze(-1)  # (B, 1)
+            else:
+                condition = torch.cat([batch["observations"], batch["actions"]], dim=-1)  # (B, D + A)
+                z_1 = self.returns(condition, noise["latent"])  # (B, 1)
+            z_t = (1 - t) * z_0 + t * z_1  # (B, 1)
+            next_velocity = self.field(self.target_critic_flow, next_condition, z_t, t).mean(dim=0)  # (B, 1)
+            label = rewards + args.gamma * masks * next_velocity  # (B, 1)
+        return z_t, label
+
+    def critic_loss(self, batch, noise):
+        """L_critic, and its parts for the log; trains the return fields. Arguments as for flow_td."""
+        z_t, label = self.flow_td(batch, noise)  # (B, 1)
+
+        # Regression of every field: v(z_t, t | s, a) -> label. The mean label is the mean return, since z_0 has mean zero.
+        condition = torch.cat([batch["observations"], batch["actions"]], dim=-1)  # (B, D + A)
+        velocity = self.field(self.critic_flow, condition, z_t, noise["time"])  # (E, B, 1)
+        critic_loss = (velocity - label).square().mean()
+        return critic_loss, {"critic/critic_loss": critic_loss, "critic/target_mean": label.mean()}
+
+    def actor_loss(self, batch, noise):
+        """L_BC, and its parts for the log; trains the base policy. Arguments as for flow_td."""
+        # Behaviour cloning by flow matching: u(s, x_t, t) -> a - x_0.
+        x_0, t = noise["bc_action"], noise["bc_time"]  # (B, A), (B, 1)
+        x_t = (1 - t) * x_0 + t * batch["actions"]  # (B, A)
+        velocity = self.bc_velocity(batch["observations"], x_t, t)  # (B, A)
+        bc_flow_loss = (velocity - (batch["actions"] - x_0)).square().mean()
+        return bc_flow_loss, {"actor/bc_flow_loss": bc_flow_loss}
+
+    def ratings(self, observations, actions, noise):
+        """Q of candidate actions, rated by a soft maximum of return samples: (N, D), (N, C, A), (N, R) -> (N, C).
+
+        All candidates of a state have the same R start noises, so that their differences are not noise.
+        """
+        C, R = actions.shape[1], noise.shape[1]
+        condition = torch.cat([observations.unsqueeze(1).expand(-1, C, -1), actions], dim=-1)  # (N, C, D + A)
+        condition = condition.flatten(0, 1).repeat_interleave(R, dim=0)  # (N*C*R, D + A)
+        noise = noise.repeat_interleave(C, dim=0).view(-1, 1)  # (N*C*R, 1)
+        return soft_maximum(self.returns(condition, noise).view(-1, C, R), self.args.tau_r)
+
+    def act(self, observations, noise):
+        """Inference: the base policy's candidates, rated and chosen by softmax: (N, D), (N, C A + C + R) -> (N, A)."""
+        args, C, A, R = self.args, self.args.num_actions, self.action_dim, self.args.num_returns
+        action_noise, choice_noise, return_noise = noise.split([C * A, C, R], dim=-1)
+        actions = self.flow_actions(observations, action_noise.unflatten(-1, (C, A)))  # (N, C, A)
+        q = self.ratings(observations, actions, return_noise)  # (N, C)
+        best = softmax_choice(q, args.tau_q, choice_noise)  # (N,)
+        index = best[:, None, None].expand(-1, -1, A)  # (N, 1, A)
+        return actions.gather(1, index).squeeze(1)
+
+
+def update(agents, batch, noise, trains=("returns", "policy")):
+    """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
+
+    Args:
+        agents: the seeds' agents, see common/stacked.py.
+        batch, noise: as for Agent.flow_td, with a leading axis of seeds.
+        trains: what is not named stays bit-equal: Adam passes over weights that have no gradient.
+    """
+    agents.optimizer.zero_grad()
+    metrics = {}
+    if "returns" in trains:
+        metrics |= agents.backward("critic_loss", batch, noise, trains=("critic_flow",))
+    if "policy" in trains:
+        metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow",))
+
+    # The EMA comes before Adam's step, so that the targets lag by one update. Untrained fields equal their targets.
+    agents.ema("target_critic_flow", "critic_flow", agents.agent.args.tau)
+    agents.optimizer.step()
+    return metrics
 
 
 if __name__ == "__main__":
@@ -564,10 +411,10 @@ if __name__ == "__main__":
 
     # --- Evaluation only ---
     if args.evaluate is not None:
-        agent = Agent(args, seeds=seeds, **resumed["agent_inputs"]).to(device)
-        agent.load_state_dict(resumed["agent"])
+        agents = Stacked(lambda: Agent(args, **resumed["agent_inputs"]), seeds, device, args.learning_rate)
+        agents.load_state_dict(resumed)
         evaluator = rollout.Evaluator(args, seeds, device, Path(args.evaluate))
-        rows = evaluator(agent.act, agent.draw_act_noise, resumed["step"])
+        rows = evaluator(agents.function("act"), agents.agent.draw_act_noise, resumed["step"])
         evaluator.close()
         settings = {name: getattr(args, name) for name in INFERENCE}
         runs.append_rows(Path(args.evaluate) / "inference.csv", [settings | row for row in rows])
@@ -582,24 +429,19 @@ if __name__ == "__main__":
         dataset["returns"] = torch.as_tensor(returns, dtype=torch.float32, device=device)
     log = runs.Log(args, resumed, device, identity, Agent.METRICS)
 
-    # --- Agent ---
-    rewards = dataset["rewards"]
-    obs_dim, action_dim = dataset["observations"].shape[1], dataset["actions"].shape[1]
-    agent_inputs = dict(obs_dim=obs_dim, action_dim=action_dim)
-    agent_inputs |= dict(min_reward=rewards.min().item(), max_reward=rewards.max().item())
-    agent = Agent(args, seeds=seeds, **agent_inputs).to(device)
-    agent.make_optimizer()
+    # --- Agents, one per seed ---
     replay = Replay(dataset, args.num_seeds, args.online_timesteps)
+    agent_inputs = replay.agent_inputs()  # dimensions and extreme rewards
+    agents = Stacked(lambda: Agent(args, **agent_inputs), seeds, device, args.learning_rate)
     if resumed is not None:
-        agent.load_state_dict(resumed["agent"])
-        checkpoint.restore_optimizer(agent.optimizer, resumed["optimizer"])
+        agents.load_state_dict(resumed)
         replay.restore(resumed["replay"], count=max(0, resumed["step"] - args.total_timesteps))
 
     # --- Training: offline, then online ---
-    update = graphs.FastUpdate(
-        agent, lambda draws, trains: agent.update(replay.batch(draws), draws, trains), args.compile, args.cudagraphs
-    )
-    draw = Draws(agent, args, seeds, len(rewards), device)  # every random number of an update
+    one_update = lambda draws, trains: update(agents, replay.batch(draws), draws, trains)
+    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)
+    draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
+    act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
     explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed
     stop = runs.StopRequest()  # true after SIGTERM or Ctrl-C
@@ -608,12 +450,8 @@ if __name__ == "__main__":
 
     def save():
         """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
-        log.flush()  # stops at a non-finite loss
-        state = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "replay": replay.state()}
-        progress = {"step": step, "evaluated": evaluated, "csv_sizes": runs.csv_sizes(log.run_dir)}
-        origin = {"algorithm": arguments.algorithm(args), "args": asdict(args), "dataset": identity}
-        state["agent_inputs"] = agent_inputs  # what --evaluate needs instead of the data
-        checkpoint.save(log.run_dir, origin | progress | state)
+        progress = {"step": step, "evaluated": evaluated, "replay": replay.state(), "agent_inputs": agent_inputs}
+        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log: stops at a non-finite loss
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.
@@ -625,7 +463,7 @@ if __name__ == "__main__":
             save()
             saved = step
         if evaluation_due:
-            rows = evaluator(agent.act, agent.draw_act_noise, step, stop)
+            rows = evaluator(act, draw_act_noise, step, stop)
             log.evaluation(rows, phase="offline" if step <= args.total_timesteps else "online")
             evaluated = evaluated if rows is None else step  # None: a signal came; evaluated again after --resume
         if stop:
@@ -637,15 +475,15 @@ if __name__ == "__main__":
         online = step >= args.total_timesteps
         draws = draw(step, online)
         if online:
-            transitions = explorer(agent.act, draws.pop("act"), step, on_failure=save)
+            transitions = explorer(act, draws.pop("act"), step, on_failure=save)
             draws["count"] = replay.append(transitions)
         if not args.bc_timesteps:
             trains = ("returns", "policy")
         else:  # the base policy first, then its returns
             trains = ("policy",) if step < args.bc_timesteps else ("returns",)
-        metrics = update(draws, trains)
+        metrics = fast_update(draws, trains)
         step += 1
-        log.training(step, metrics, warm_up=update.new)
+        log.training(step, metrics, warm_up=fast_update.new)
 
     evaluator.close()
     explorer.close()

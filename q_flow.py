@@ -12,8 +12,9 @@ differentiated through the solver, there is no cloning network and no distillati
 Notation in the shapes: S seeds, E ensemble members, B batch, N rows, A action dimension, H width.
 """
 
+import copy
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -25,6 +26,7 @@ from common import arguments, checkpoint, datasets, envs, fail, graphs, rollout,
 from common.device import setup_torch
 from common.draws import Draws
 from common.replay import Replay
+from common.stacked import Stacked
 
 
 # --- Arguments ---
@@ -33,98 +35,61 @@ from common.replay import Replay
 @dataclass
 class Args:
     # General
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run directory's name"""
-    seed: int = 0
-    """first seed"""
-    num_seeds: int = 1
-    """independent agents trained side by side, with seeds seed, seed + 1, ..."""
-    torch_deterministic: bool = True
-    """use deterministic algorithms only, so that the same command gives the same numbers"""
-    cuda: bool = True
-    """train on the GPU; without one, on the CPU with a warning"""
-    track: bool = False
-    """also log to Weights & Biases, one run a seed"""
-    wandb_project_name: str = "cleanflow"
-    """Weights & Biases project"""
-    wandb_entity: Optional[str] = None
-    """Weights & Biases team or user (default: yours)"""
-    capture_video: bool = False
-    """save a video of each seed's first evaluation episode (needs OpenGL)"""
-    runs_dir: str = "runs"
-    """directory that run directories are made in"""
-    resume: Optional[str] = None
-    """run directory to continue; its arguments apply"""
-    quick: bool = False
-    """the whole pipeline small (see QUICK): generated data, small networks, minutes on two CPU cores"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run directory's name
+    seed: int = 0  # seed of the first agent
+    num_seeds: int = 1  # independent agents trained side by side, with seeds seed, seed + 1, ...
+    torch_deterministic: bool = True  # deterministic algorithms only: the same command gives the same numbers
+    cuda: bool = True  # train on the GPU; without one, on the CPU with a warning
+    track: bool = False  # also log to Weights & Biases, one run per seed
+    wandb_project_name: str = "cleanflow"  # Weights & Biases project
+    wandb_entity: Optional[str] = None  # Weights & Biases team or user (default: yours)
+    capture_video: bool = False  # save a video of each seed's first evaluation episode (needs OpenGL)
+    runs_dir: str = "runs"  # directory that run directories are made in
+    resume: Optional[str] = None  # run directory to continue; its arguments apply
+    quick: bool = False  # the whole pipeline small, in minutes on two cores: generated data, small networks (see QUICK)
 
     # Data and evaluation
-    env_id: str = "cube-single-play-singletask-v0"
-    """OGBench single-task environment with its dataset type"""
-    dataset_dir: str = "~/.ogbench/data"
-    """directory of the dataset files"""
-    dataset_path: Optional[str] = None
-    """this dataset file instead of one in dataset_dir"""
+    env_id: str = "cube-single-play-singletask-v0"  # OGBench single-task environment with its dataset type
+    dataset_dir: str = "~/.ogbench/data"  # directory of the dataset files
+    dataset_path: Optional[str] = None  # this dataset file instead of one in dataset_dir
     dataset_source: Literal["official", "generated"] = "official"
-    """official: OGBench's file, downloaded if missing; generated: made here with OGBench's scripted collectors"""
-    generated_episodes: Optional[int] = None
-    """episodes of a generated dataset (default: as many as the official one has)"""
-    success_timing: Literal["post", "pre"] = "post"
-    """judge success after the action (published scores) or before it (ogbench >= 1.2.0's default)"""
-    total_timesteps: int = 1_000_000
-    """gradient updates of the offline phase"""
-    online_timesteps: int = 0
-    """environment steps of the online phase, with an update each (0: none)"""
-    eval_interval: int = 100_000
-    """updates between evaluations; there is one after the first and after the last update of each phase too"""
-    eval_episodes: int = 50
-    """episodes an evaluation, for each seed"""
-    eval_workers: int = 0
-    """processes that step environments (0: one a core, at most 16)"""
-    log_interval: int = 5_000
-    """updates between rows of train.csv"""
-    save_interval: int = 50_000
-    """updates between checkpoints"""
+    """OGBench's file, downloaded if missing, or one made here with OGBench's scripted collectors"""
+    generated_episodes: Optional[int] = None  # episodes of a generated dataset (default: as the official one)
+    success_timing: Literal["post", "pre"] = "post"  # judge success after the action (published scores) or before it
+    total_timesteps: int = 1_000_000  # gradient updates of the offline phase
+    online_timesteps: int = 0  # environment steps of the online phase, each with an update (0: no such phase)
+    eval_interval: int = 100_000  # updates between evaluations; more after the first update and at each phase's end
+    eval_episodes: int = 50  # evaluation episodes per seed
+    eval_workers: int = 0  # processes that step environments (0: one per core, at most 16)
+    log_interval: int = 5_000  # updates between rows of train.csv
+    save_interval: int = 50_000  # updates between checkpoints
 
     # Algorithm
-    batch_size: int = 256
-    """transitions a batch B, for each seed"""
-    learning_rate: float = 3e-4
-    """Adam's learning rate"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """EMA rate of the target critic"""
+    batch_size: int = 256  # transitions per batch and seed, B
+    learning_rate: float = 3e-4  # Adam's learning rate
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # EMA rate of the target critic
     alpha: float = 1.0
     """lambda: strength of behaviour cloning; the guidance is the value's gradient over it (1e6: pure cloning)"""
-    flow_steps: int = 10
-    """Euler steps K of the flow policy"""
+    flow_steps: int = 10  # Euler steps K of the flow policy
     q_agg: Literal["mean", "min"] = "mean"
     """aggregation of values over the ensemble (the guidance is always of the mean)"""
-    num_ensembles: int = 2
-    """critics, and intermediate values"""
+    num_ensembles: int = 2  # critics, and intermediate values
     use_time_embed: bool = False
     """give the intermediate value sines and cosines of the flow time instead of the raw number"""
-    time_embed_dim: int = 16
-    """number of these sines and cosines, even"""
+    time_embed_dim: int = 16  # number of these sines and cosines, even
     actor_time_embed: bool = False
     """give the flow policy these sines and cosines too (paper) instead of the raw number (released code)"""
-    layer_norm: bool = True
-    """layer normalisation in the critic and the intermediate value"""
-    value_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
-    """hidden widths of the critic and the intermediate value"""
-    actor_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
-    """hidden widths of the flow policy"""
-    actor_layer_norm: bool = False
-    """layer normalisation in the flow policy"""
+    layer_norm: bool = True  # layer normalisation in the critic and the intermediate value
+    value_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # hidden widths of the critic and the intermediate value
+    actor_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # hidden widths of the flow policy
+    actor_layer_norm: bool = False  # layer normalisation in the flow policy
 
     # Speed
-    compile: bool = True
-    """compile the losses with torch.compile (up to two minutes when a size is new to the machine, then faster updates)"""
-    cudagraphs: bool = True
-    """replay the whole update as one CUDA graph (on a GPU)"""
+    compile: bool = True  # compile the losses: up to two minutes at first, then faster updates
+    cudagraphs: bool = True  # replay the whole update as one CUDA graph (on a GPU)
     matmul_precision: Optional[Literal["highest", "high", "medium"]] = None
-    """float32 products: highest is exact, high TF32, medium a CPU's bfloat16 (default: high on a GPU that has it, else highest)"""
+    """float32 products: highest is exact, high TF32, medium bfloat16 (default: high on a GPU with TF32, else highest)"""
 
 
 # The paper's settings for each environment; the time embedding is that of the authors' results notebook.
@@ -185,75 +150,40 @@ def parse_args(words=None):
 
 
 class MLP(nn.Module):
-    """A stack of independent networks: Linear -> GELU (tanh) -> LayerNorm for each hidden layer, then Linear.
+    """Linear, GELU and LayerNorm for each hidden layer, then Linear.
+
+    Weights are drawn Glorot-uniform from torch's global generator; biases are zero.
 
     Args:
-        stack: leading axes of every weight, (S,) for policies and (S, E) for ensembles of critics.
         dims: (inputs, hidden widths..., outputs).
         layer_norm: whether hidden layers end with LayerNorm (eps 1e-6).
+        ensemble: (E,) for E networks that see the same rows; () for one network.
     """
 
-    def __init__(self, stack, dims, layer_norm):
+    def __init__(self, dims, layer_norm, ensemble=()):
         super().__init__()
         self.layer_norm = layer_norm
-        pairs = list(zip(dims[:-1], dims[1:]))
-        self.weights = nn.ParameterList(torch.empty(*stack, i, o) for i, o in pairs)
-        self.biases = nn.ParameterList(torch.zeros(*stack, 1, o) for _, o in pairs)
+        layers = list(zip(dims[:-1], dims[1:]))
+        glorot = lambda i, o: (2 * torch.rand(*ensemble, i, o) - 1) * math.sqrt(6 / (i + o))
+        self.weights = nn.ParameterList(glorot(i, o) for i, o in layers)
+        self.biases = nn.ParameterList(torch.zeros(*ensemble, 1, o) for _, o in layers)
         norms = dims[1:-1] if layer_norm else []
-        self.scales = nn.ParameterList(torch.ones(*stack, 1, h) for h in norms)
-        self.shifts = nn.ParameterList(torch.zeros(*stack, 1, h) for h in norms)
+        self.scales = nn.ParameterList(torch.ones(*ensemble, 1, h) for h in norms)
+        self.shifts = nn.ParameterList(torch.zeros(*ensemble, 1, h) for h in norms)
 
-    def layers(self, detach=False):
-        """[(weight, bias)] of every layer; a LayerNorm's scale and shift are folded into the layer after it:
-        (norm(h) * scale + shift) W + b = norm(h) (scale W) + (shift W + b). `detach` stops gradients to the weights.
+    def forward(self, *inputs):
+        """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
+
+        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step does.
         """
-        layers = list(zip(self.weights, self.biases))
-        for i, (scale, shift) in enumerate(zip(self.scales, self.shifts), start=1):
-            weight, bias = layers[i]
-            layers[i] = (scale.mT * weight, linear(shift, weight, bias))
-        return [(weight.detach(), bias.detach()) for weight, bias in layers] if detach else layers
-
-    def hidden(self, x):
-        """What follows a hidden layer's linear part: GELU, then LayerNorm without its scale and shift."""
-        x = gelu(x)
-        return F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.layer_norm else x
-
-    def forward(self, x, detach=False):
-        """(*stack, N, inputs) -> (*stack, N, outputs)."""
-        *layers, last = self.layers(detach)
-        for weight, bias in layers:
-            x = self.hidden(linear(x, weight, bias))
-        return linear(x, *last)
-
-    def field(self, condition):
-        """The network of a flow, as a function of its state x and time t with the other inputs, the first ones, fixed;
-        what depends on these alone is computed once, here.
-
-        Args:
-            condition: (*stack, N, D).
-
-        Returns:
-            velocity(x, t): (*stack, N, X), (*stack, N, 1) -> (*stack, N, outputs).
-        """
-        (weight, bias), *layers = self.layers()
-        weight_condition, weight_xt = weight.split(
-            [condition.shape[-1], weight.shape[-2] - condition.shape[-1]], dim=-2
-        )
-        base = linear(condition, weight_condition, bias)  # (*stack, N, H)
-
-        def velocity(x, t):
-            h = linear(torch.cat([x, t], dim=-1), weight_xt, base)
-            for weight, bias in layers:
-                h = linear(self.hidden(h), weight, bias)
-            return h
-
-        return velocity
-
-
-def linear(x, weight, bias):
-    """x W + b for every index of the leading axes: (..., N, I), (..., I, O), (..., 1 or N, O) -> (..., N, O)."""
-    out = torch.bmm(x.flatten(0, -3), weight.flatten(0, -3)).add_(bias.flatten(0, -3))
-    return out.unflatten(0, x.shape[:-2])
+        parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
+        x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
+        for i in range(1, len(self.weights)):
+            x = gelu(x)
+            if self.layer_norm:
+                x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * self.scales[i - 1] + self.shifts[i - 1]
+            x = x @ self.weights[i] + self.biases[i]
+        return x
 
 
 def gelu(x):
@@ -263,20 +193,9 @@ def gelu(x):
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
 
 
-def to_ensemble(x, num_ensembles):
-    """(S, N, D) -> (S, E, N, D): every member of an ensemble sees the same rows."""
-    return x.unsqueeze(1).expand(-1, num_ensembles, -1, -1)
-
-
-def init_weights(module, seeds):
-    """Glorot-uniform weights, drawn on the CPU by each seed's own generator: the same alone, stacked and on a GPU."""
-    for s, seed in enumerate(seeds):
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in module.named_parameters():
-            if ".weights." in name:
-                bound = math.sqrt(6 / (parameter.shape[-2] + parameter.shape[-1]))
-                draw = torch.rand(parameter.shape[1:], generator=generator)
-                parameter.data[s] = (2 * draw - 1) * bound
+def aggregate(x, how):
+    """Mean or minimum over the ensemble: (E, N) -> (N,)."""
+    return x.mean(dim=0) if how == "mean" else x.amin(dim=0)
 
 
 def time_frequencies(dim):
@@ -287,7 +206,7 @@ def time_frequencies(dim):
 
 
 def embed_time(t, frequencies):
-    """[sin(f_i t), cos(f_i t)]: (..., 1), (dim / 2,) -> (..., dim)."""
+    """[sin(f_i t), cos(f_i t)]: (N, 1), (dim / 2,) -> (N, dim)."""
     return torch.cat([torch.sin(t * frequencies), torch.cos(t * frequencies)], dim=-1)
 
 
@@ -295,52 +214,32 @@ def embed_time(t, frequencies):
 
 
 class Agent(nn.Module):
-    """S independent Q-Flow agents.
+    """One Q-Flow agent; common/stacked.py runs one per seed.
 
     Args:
         args: see Args.
         obs_dim, action_dim: dimensions of observations and actions.
-        seeds: the S seeds of the initial weights.
-        min_reward, max_reward: the dataset's extreme rewards (not used: values are not bounded).
+        min_reward, max_reward: the dataset's extreme rewards (not used: Q-Flow's values are not bounded).
     """
 
-    def __init__(self, args, obs_dim, action_dim, seeds, min_reward, max_reward):
+    def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
         super().__init__()
         self.args, self.action_dim = args, action_dim
-        time_dim = args.time_embed_dim if args.use_time_embed else 1
-        policy_time_dim = args.time_embed_dim if args.actor_time_embed else 1
         self.register_buffer("frequencies", time_frequencies(args.time_embed_dim), persistent=False)
+        policy_t_dim = args.time_embed_dim if args.actor_time_embed else 1
+        value_t_dim = args.time_embed_dim if args.use_time_embed else 1
 
-        S, E = len(seeds), args.num_ensembles
-        policy_dims = (obs_dim + action_dim + policy_time_dim, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
+        E = (args.num_ensembles,)
         critic_dims = (obs_dim + action_dim, *args.value_hidden_dims, 1)  # inputs [s, a]
-        value_dims = (obs_dim + action_dim + time_dim, *args.value_hidden_dims, 1)  # inputs [s, x, emb(t)]
-        self.critic = MLP((S, E), critic_dims, args.layer_norm)
-        self.inner_value = MLP((S, E), value_dims, args.layer_norm)
-        self.actor_flow = MLP((S,), policy_dims, args.actor_layer_norm)
-        init_weights(self, seeds)
-        self.target_critic = MLP((S, E), critic_dims, args.layer_norm)
-        self.target_critic.load_state_dict(self.critic.state_dict())
-        self.target_critic.requires_grad_(False)
-
-    def make_optimizer(self):
-        """One Adam over all networks (Adam is elementwise, so several would be the same)."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        on_gpu = parameters[0].is_cuda
-        self.optimizer = torch.optim.Adam(
-            parameters, lr=self.args.learning_rate, eps=1e-8, fused=True, capturable=on_gpu
-        )
-        for p in parameters:  # Adam makes its state in the first step, which a CUDA graph would repeat
-            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
-
-    def state_tensors(self):
-        """Every tensor that an update changes."""
-        adam = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
-        return [*self.parameters(), *adam]
+        value_dims = (obs_dim + action_dim + value_t_dim, *args.value_hidden_dims, 1)  # inputs [s, x, emb(t)]
+        policy_dims = (obs_dim + action_dim + policy_t_dim, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
+        self.critic = MLP(critic_dims, args.layer_norm, E)
+        self.inner_value = MLP(value_dims, args.layer_norm, E)
+        self.actor_flow = MLP(policy_dims, args.actor_layer_norm)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
     def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates of one seed: {name: (num_updates, B, dim)}."""
+        """Every random number of `num_updates` updates: {name: (num_updates, B, dim)}."""
         B, A = self.args.batch_size, self.action_dim
         device = generator.device
         normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
@@ -354,129 +253,116 @@ class Agent(nn.Module):
         }
 
     def draw_act_noise(self, generator, num_steps):
-        """The random numbers of `num_steps` actions of one seed: (num_steps, A)."""
+        """The random numbers of `num_steps` actions: (num_steps, A)."""
         return torch.randn(num_steps, self.action_dim, generator=generator, device=generator.device)
 
-    def policy_velocity(self, observations):
-        """u(s, x, t) as a function of x (S, N, A) and t (S, N, 1): (S, N, D) -> (S, N, A)."""
-        velocity = self.actor_flow.field(observations)
-        embed = lambda t: embed_time(t, self.frequencies) if self.args.actor_time_embed else t
-        return lambda x, t: velocity(x, embed(t))
+    def velocity(self, observations, x, t):
+        """The policy's velocity u(s, x, t): (N, D), (N, A), (N, 1) -> (N, A)."""
+        t = embed_time(t, self.frequencies) if self.args.actor_time_embed else t
+        return self.actor_flow(observations, torch.cat([x, t], dim=-1))
 
     def roll_out(self, observations, x, t):
         """Carries latents from their flow time t to the action at 1: K Euler steps of min(1 / K, what is left).
 
         Args:
-            observations, x, t: (S, N, D), (S, N, A), (S, N, 1) in [0, 1].
+            observations, x, t: (N, D), (N, A), (N, 1) in [0, 1].
 
         Returns:
-            (S, N, A) in [-1, 1]; clipped at the end only.
+            (N, A) in [-1, 1]; clipped at the end only.
         """
-        velocity = self.policy_velocity(observations)
         for _ in range(self.args.flow_steps):
-            step = (1 - t).clamp(0, 1 / self.args.flow_steps)
-            x = x + step * velocity(x, t)
+            step = (1 - t).clamp(0, 1 / self.args.flow_steps)  # (N, 1)
+            x = x + step * self.velocity(observations, x, t)
             t = t + step
         return x.clamp(-1, 1)
 
     def q_values(self, critic, observations, actions):
-        """Q_e(s, a) of a critic: (S, N, D), (S, N, A) -> (S, E, N)."""
-        inputs = to_ensemble(torch.cat([observations, actions], dim=-1), self.args.num_ensembles)
-        return critic(inputs).squeeze(-1)
+        """Q_e(s, a) of a critic: (N, D), (N, A) -> (E, N)."""
+        return critic(torch.cat([observations, actions], dim=-1)).squeeze(-1)
 
-    def inner_values(self, observations, x, t, detach=False):
-        """V_e(s, x, tau): (S, N, D), (S, N, A), (S, N, 1) -> (S, E, N)."""
+    def inner_values(self, observations, x, t):
+        """The intermediate values V_e(s, x, t): (N, D), (N, A), (N, 1) -> (E, N)."""
         t = embed_time(t, self.frequencies) if self.args.use_time_embed else t
-        inputs = to_ensemble(torch.cat([observations, x, t], dim=-1), self.args.num_ensembles)
-        return self.inner_value(inputs, detach).squeeze(-1)
+        return self.inner_value(torch.cat([observations, x, t], dim=-1)).squeeze(-1)
 
     def critic_loss(self, batch, noise):
-        """L_Q + L_V of every seed (S,), and parts for the log.
+        """L_Q + L_V, and their parts for the log; trains the critics and the intermediate values.
 
         Args:
-            batch: observations, next_observations (S, B, D), actions (S, B, A), rewards, masks (S, B).
-            noise: see draw_noise, without the first axis and with a seed axis: (S, B, dim).
+            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,).
+            noise: an update's entries of draw_noise, (B, dim).
         """
         args, B = self.args, self.args.batch_size
         observations, actions, next_observations = batch["observations"], batch["actions"], batch["next_observations"]
-        t = noise["value_time"]  # (S, B, 1)
-        x = (1 - t) * noise["value_action"] + t * actions  # (S, B, A)
+        t = noise["value_time"]  # (B, 1)
+        x_t = (1 - t) * noise["value_action"] + t * actions  # (B, A)
 
-        # No gradient: targets are the regressions' fixed labels, and the policy is not trained through its solver.
+        # No gradient: targets are the regressions' fixed labels.
         with torch.no_grad():
-            # 1. One roll-out of the policy for both targets: from noise at s', and from the latents x at s.
-            both_observations = torch.cat([next_observations, observations], dim=1)  # (S, 2*B, D)
-            both_x = torch.cat([noise["next_action"], x], dim=1)  # (S, 2*B, A)
-            both_t = torch.cat([torch.zeros_like(t), t], dim=1)  # (S, 2*B, 1)
-            end_points = self.roll_out(both_observations, both_x, both_t)  # (S, 2*B, A)
-            q = aggregate(self.q_values(self.target_critic, both_observations, end_points), args.q_agg)  # (S, 2*B)
+            # 1. One roll-out of the policy for both targets: from noise at s', and from the latents x_t at s.
+            both_observations = torch.cat([next_observations, observations])  # (2*B, D)
+            both_x = torch.cat([noise["next_action"], x_t])  # (2*B, A)
+            both_t = torch.cat([torch.zeros_like(t), t])  # (2*B, 1)
+            end_points = self.roll_out(both_observations, both_x, both_t)  # (2*B, A)
+            target_q = aggregate(self.q_values(self.target_critic, both_observations, end_points), args.q_agg)  # (2*B,)
 
             # 2. TD target y = r + gamma mask Q(s', a'), and the intermediate value's label Q(s, end point).
-            next_q, inner_target = q.split(B, dim=1)  # (S, B)
-            target = batch["rewards"] + args.gamma * batch["masks"] * next_q  # (S, B)
+            next_q, inner_target = target_q.split(B)  # (B,)
+            target = batch["rewards"] + args.gamma * batch["masks"] * next_q  # (B,)
 
-        # 3. Regressions. The intermediate values are aggregated before the square, the critics are not.
-        q = self.q_values(self.critic, observations, actions)  # (S, E, B)
-        outer_loss = (q - target.unsqueeze(1)).square().mean(dim=(1, 2))  # (S,)
-        value = aggregate(self.inner_values(observations, x, t), args.q_agg)  # (S, B)
-        distillation_loss = (value - inner_target).square().mean(dim=1)  # (S,)
+        # 3. Regressions. As released, intermediate values are aggregated before the square, critics are not.
+        q = self.q_values(self.critic, observations, actions)  # (E, B)
+        outer_loss = (q - target).square().mean()
+        inner_value = aggregate(self.inner_values(observations, x_t, t), args.q_agg)  # (B,)
+        distillation_loss = (inner_value - inner_target).square().mean()
 
-        critic_loss = outer_loss + distillation_loss
-        return critic_loss, {
+        return outer_loss + distillation_loss, {
             "critic/outer_loss": outer_loss,
             "critic/distillation_loss": distillation_loss,
-            "critic/q_outer_mean": q.mean(dim=(1, 2)),
-            "critic/q_inner_mean": value.mean(dim=1),
-            "critic/target_mean": target.mean(dim=1),
+            "critic/q_outer_mean": q.mean(),
+            "critic/q_inner_mean": inner_value.mean(),
+            "critic/target_mean": target.mean(),
         }
-
-    def guidance(self, observations, x, t):
-        """g = grad_x mean_e V_e(s, x, tau): (S, N, D), (S, N, A), (S, N, 1) -> (S, N, A), a constant."""
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            value = self.inner_values(observations, x, t, detach=True).mean(dim=1)  # (S, N)
-            return torch.autograd.grad(value.sum(), x)[0]
 
     def actor_loss(self, batch, noise):
-        """L_pi of every seed (S,), and parts for the log; arguments as for critic_loss."""
-        args, observations, actions = self.args, batch["observations"], batch["actions"]
+        """L_pi, and its parts for the log; trains the policy alone. Arguments as for critic_loss."""
+        observations, actions = batch["observations"], batch["actions"]
+        x_0, t = noise["policy_action"], noise["policy_time"]  # (B, A), (B, 1)
+        x_t = (1 - t) * x_0 + t * actions  # (B, A)
 
-        # Flow matching towards the data's velocity plus guidance: u(s, x_t, t) -> sg[(a - x_0) + g / lambda].
-        x_0, t = noise["policy_action"], noise["policy_time"]  # (S, B, A), (S, B, 1)
-        x_t = (1 - t) * x_0 + t * actions
-        guidance = self.guidance(observations, x_t, t)  # (S, B, A)
-        velocity = self.policy_velocity(observations)(x_t, t)  # (S, B, A)
-        label = actions - x_0 + guidance / (args.alpha + 1e-8)
-        actor_loss = (velocity - label).square().mean(dim=(1, 2))  # (S,)
+        # 1. Guidance g = grad_x mean_e V_e(s, x_t, t). No gradient flows into it: it is a part of the label.
+        value = lambda x: self.inner_values(observations, x, t).mean(dim=0).sum()  # a row's value depends on its x only
+        guidance = torch.func.grad(value)(x_t)  # (B, A)
+
+        # 2. Flow matching towards the data's velocity plus guidance: u(s, x_t, t) -> a - x_0 + g / lambda.
+        label = (actions - x_0 + guidance / (self.args.alpha + 1e-8)).detach()  # (B, A); 1e-8 as released
+        velocity = self.velocity(observations, x_t, t)  # (B, A)
+        actor_loss = (velocity - label).square().mean()
         return actor_loss, {
             "actor/total_loss": actor_loss,
-            "actor/guidance_norm": guidance.norm(dim=-1).mean(dim=1),
+            "actor/guidance_norm": guidance.norm(dim=-1).mean(),
         }
 
-    def update(self, batch, noise):
-        """One update of every seed; returns the losses at the weights before it, {name: (S,)}."""
-        self.optimizer.zero_grad()
-        critic_loss, critic_metrics = self.critic_loss(batch, noise)
-        critic_loss.sum().backward()
-        actor_loss, actor_metrics = self.actor_loss(batch, noise)
-        actor_loss.sum().backward()
-
-        # The EMA comes before Adam's step, so that the targets lag by one update as in the released code.
-        with torch.no_grad():
-            targets, online = list(self.target_critic.parameters()), list(self.critic.parameters())
-            torch._foreach_lerp_(targets, online, self.args.tau)
-        self.optimizer.step()
-        return {name: value.detach() for name, value in (critic_metrics | actor_metrics).items()}
-
-    @torch.no_grad()
     def act(self, observations, noise):
-        """The flow policy's action: (S, N, D), (S, N, A) -> (S, N, A)."""
+        """The flow policy's action: (N, D), (N, A) -> (N, A) in [-1, 1]."""
         return self.roll_out(observations, noise, torch.zeros_like(noise[..., :1]))
 
 
-def aggregate(x, how):
-    """Mean or minimum over the ensemble: (S, E, N) -> (S, N)."""
-    return x.mean(dim=1) if how == "mean" else x.amin(dim=1)
+def update(agents, batch, noise):
+    """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
+
+    Args:
+        agents: the seeds' agents, see common/stacked.py.
+        batch, noise: as for Agent.critic_loss, with a leading axis of seeds.
+    """
+    agents.optimizer.zero_grad()
+    metrics = agents.backward("critic_loss", batch, noise, trains=("critic", "inner_value"))
+    metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow",))
+
+    # The EMA comes before Adam's step, so that the targets lag by one update as in the released code.
+    agents.ema("target_critic", "critic", agents.agent.args.tau)
+    agents.optimizer.step()
+    return metrics
 
 
 if __name__ == "__main__":
@@ -488,22 +374,19 @@ if __name__ == "__main__":
     dataset, identity = datasets.load(args, device)
     log = runs.Log(args, resumed, device, identity)
 
-    # --- Agent ---
-    rewards = dataset["rewards"]
-    obs_dim, action_dim = dataset["observations"].shape[1], dataset["actions"].shape[1]
-    agent = Agent(args, obs_dim, action_dim, seeds, rewards.min().item(), rewards.max().item()).to(device)
-    agent.make_optimizer()
+    # --- Agents, one per seed ---
     replay = Replay(dataset, args.num_seeds, args.online_timesteps)
+    agent_inputs = replay.agent_inputs()  # dimensions and extreme rewards
+    agents = Stacked(lambda: Agent(args, **agent_inputs), seeds, device, args.learning_rate)
     if resumed is not None:
-        agent.load_state_dict(resumed["agent"])
-        checkpoint.restore_optimizer(agent.optimizer, resumed["optimizer"])
+        agents.load_state_dict(resumed)
         replay.restore(resumed["replay"], count=max(0, resumed["step"] - args.total_timesteps))
 
     # --- Training: offline, then online ---
-    update = graphs.FastUpdate(
-        agent, lambda draws: agent.update(replay.batch(draws), draws), args.compile, args.cudagraphs
-    )
-    draw = Draws(agent, args, seeds, len(rewards), device)  # every random number of an update
+    one_update = lambda draws: update(agents, replay.batch(draws), draws)
+    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)
+    draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
+    act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
     explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed
     stop = runs.StopRequest()  # true after SIGTERM or Ctrl-C
@@ -512,11 +395,8 @@ if __name__ == "__main__":
 
     def save():
         """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
-        log.flush()  # stops at a non-finite loss
-        state = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "replay": replay.state()}
-        progress = {"step": step, "evaluated": evaluated, "csv_sizes": runs.csv_sizes(log.run_dir)}
-        origin = {"algorithm": arguments.algorithm(args), "args": asdict(args), "dataset": identity}
-        checkpoint.save(log.run_dir, origin | progress | state)
+        progress = {"step": step, "evaluated": evaluated, "replay": replay.state(), "agent_inputs": agent_inputs}
+        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log: stops at a non-finite loss
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.
@@ -528,7 +408,7 @@ if __name__ == "__main__":
             save()
             saved = step
         if evaluation_due:
-            rows = evaluator(agent.act, agent.draw_act_noise, step, stop)
+            rows = evaluator(act, draw_act_noise, step, stop)
             log.evaluation(rows, phase="offline" if step <= args.total_timesteps else "online")
             evaluated = evaluated if rows is None else step  # None: a signal came; evaluated again after --resume
         if stop:
@@ -540,11 +420,11 @@ if __name__ == "__main__":
         online = step >= args.total_timesteps
         draws = draw(step, online)
         if online:
-            transitions = explorer(agent.act, draws.pop("act"), step, on_failure=save)
+            transitions = explorer(act, draws.pop("act"), step, on_failure=save)
             draws["count"] = replay.append(transitions)
-        metrics = update(draws)
+        metrics = fast_update(draws)
         step += 1
-        log.training(step, metrics, warm_up=update.new)
+        log.training(step, metrics, warm_up=fast_update.new)
 
     evaluator.close()
     explorer.close()

@@ -10,11 +10,12 @@ behaviour-cloning flow and takes the best (rejection sampling); online, a distil
     python value_flows.py --env-id cube-double-play-singletask-task1-v0   # the published hyperparameters
     python value_flows.py --env-id scene-play-singletask-v0 --num-seeds 8 --online-timesteps 1000000  # then online
 
-Notation in the shapes: S seeds, E ensemble members, B batch, C candidate actions, N rows, A action dimension, H width.
+Notation
 """
 
+import copy
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -26,6 +27,7 @@ from common import arguments, checkpoint, datasets, envs, fail, graphs, pixels, 
 from common.device import setup_torch
 from common.draws import Draws
 from common.replay import Replay
+from common.stacked import Stacked
 
 
 # --- Arguments ---
@@ -34,106 +36,62 @@ from common.replay import Replay
 @dataclass
 class Args:
     # General
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run directory's name"""
-    seed: int = 0
-    """first seed"""
-    num_seeds: int = 1
-    """independent agents trained side by side, with seeds seed, seed + 1, ..."""
-    torch_deterministic: bool = True
-    """use deterministic algorithms only, so that the same command gives the same numbers"""
-    cuda: bool = True
-    """train on the GPU; without one, on the CPU with a warning"""
-    track: bool = False
-    """also log to Weights & Biases, one run a seed"""
-    wandb_project_name: str = "cleanflow"
-    """Weights & Biases project"""
-    wandb_entity: Optional[str] = None
-    """Weights & Biases team or user (default: yours)"""
-    capture_video: bool = False
-    """save a video of each seed's first evaluation episode (needs OpenGL)"""
-    runs_dir: str = "runs"
-    """directory that run directories are made in"""
-    resume: Optional[str] = None
-    """run directory to continue; its arguments apply"""
-    quick: bool = False
-    """the whole pipeline small (see QUICK): generated data, small networks, minutes on two CPU cores"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run directory's name
+    seed: int = 0  # seed of the first agent
+    num_seeds: int = 1  # independent agents trained side by side, with seeds seed, seed + 1, ...
+    torch_deterministic: bool = True  # deterministic algorithms only: the same command gives the same numbers
+    cuda: bool = True  # train on the GPU; without one, on the CPU with a warning
+    track: bool = False  # also log to Weights & Biases, one run per seed
+    wandb_project_name: str = "cleanflow"  # Weights & Biases project
+    wandb_entity: Optional[str] = None  # Weights & Biases team or user (default: yours)
+    capture_video: bool = False  # save a video of each seed's first evaluation episode (needs OpenGL)
+    runs_dir: str = "runs"  # directory that run directories are made in
+    resume: Optional[str] = None  # run directory to continue; its arguments apply
+    quick: bool = False  # the whole pipeline small, in minutes on two cores: generated data, small networks (see QUICK)
 
     # Data and evaluation
-    env_id: str = "cube-double-play-singletask-v0"
-    """OGBench single-task environment with its dataset type"""
-    dataset_dir: str = "~/.ogbench/data"
-    """directory of the dataset files"""
-    dataset_path: Optional[str] = None
-    """this dataset file instead of one in dataset_dir"""
+    env_id: str = "cube-double-play-singletask-v0"  # OGBench single-task environment with its dataset type
+    dataset_dir: str = "~/.ogbench/data"  # directory of the dataset files
+    dataset_path: Optional[str] = None  # this dataset file instead of one in dataset_dir
     dataset_source: Literal["official", "generated"] = "official"
-    """official: OGBench's file, downloaded if missing; generated: made here with OGBench's scripted collectors"""
-    generated_episodes: Optional[int] = None
-    """episodes of a generated dataset (default: as many as the official one has)"""
-    success_timing: Literal["post", "pre"] = "post"
-    """judge success after the action (published scores) or before it (ogbench >= 1.2.0's default)"""
-    total_timesteps: int = 1_000_000
-    """gradient updates of the offline phase"""
-    online_timesteps: int = 0
-    """environment steps of the online phase, with an update each (0: none)"""
-    eval_interval: int = 100_000
-    """updates between evaluations; there is one after the first and after the last update of each phase too"""
-    eval_episodes: int = 50
-    """episodes an evaluation, for each seed"""
-    eval_workers: int = 0
-    """processes that step environments (0: one a core, at most 16)"""
-    log_interval: int = 5_000
-    """updates between rows of train.csv"""
-    save_interval: int = 50_000
-    """updates between checkpoints"""
+    """OGBench's file, downloaded if missing, or one made here with OGBench's scripted collectors"""
+    generated_episodes: Optional[int] = None  # episodes of a generated dataset (default: as the official one)
+    success_timing: Literal["post", "pre"] = "post"  # judge success after the action (published scores) or before it
+    total_timesteps: int = 1_000_000  # gradient updates of the offline phase
+    online_timesteps: int = 0  # environment steps of the online phase, each with an update (0: no such phase)
+    eval_interval: int = 100_000  # updates between evaluations; more after the first update and at each phase's end
+    eval_episodes: int = 50  # evaluation episodes per seed
+    eval_workers: int = 0  # processes that step environments (0: one per core, at most 16)
+    log_interval: int = 5_000  # updates between rows of train.csv
+    save_interval: int = 50_000  # updates between checkpoints
 
     # Algorithm
-    batch_size: int = 256
-    """transitions a batch B, for each seed"""
-    learning_rate: float = 3e-4
-    """Adam's learning rate"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """EMA rate of the target return fields"""
-    alpha: float = 10.0
-    """weight of the one-step policy's distillation towards the behaviour-cloning flow"""
+    batch_size: int = 256  # transitions per batch and seed, B
+    learning_rate: float = 3e-4  # Adam's learning rate
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # EMA rate of the target return fields
+    alpha: float = 10.0  # weight of the one-step policy's distillation towards the behaviour-cloning flow
     bcfm_lambda: float = 1.0
     """weight of bootstrapped conditional flow matching (0: the paper finds that training diverges)"""
-    dcfm_lambda: float = 1.0
-    """weight of distributional conditional flow matching"""
-    confidence_weight_temp: float = 0.3
-    """temperature of the confidence weights sigmoid(-temp / deviation) + 0.5"""
-    num_samples: int = 16
-    """candidate actions C of rejection sampling (1: pure behaviour cloning)"""
-    num_flow_steps: int = 10
-    """Euler steps K of every flow: returns and actions"""
-    ret_agg: Literal["mean", "min"] = "mean"
-    """aggregation of target returns over the two fields"""
-    q_agg: Literal["mean", "min"] = "mean"
-    """aggregation of Q-values and of deviations over the two fields"""
-    clip_flow_returns: bool = True
-    """keep returns in [r_min, r_max] / (1 - gamma) after every Euler step"""
-    clip_flow_actions: bool = True
-    """keep actions in [-1, 1] after every Euler step (they always end there)"""
-    normalize_q_loss: bool = False
-    """divide the one-step policy's Q term by the mean absolute Q"""
-    value_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
-    """hidden widths of the return fields"""
-    value_layer_norm: bool = True
-    """layer normalisation in the return fields"""
-    actor_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
-    """hidden widths of both policies"""
-    actor_layer_norm: bool = True
-    """layer normalisation in both policies"""
+    dcfm_lambda: float = 1.0  # weight of distributional conditional flow matching
+    confidence_weight_temp: float = 0.3  # temperature of the confidence weights sigmoid(-temp / deviation) + 0.5
+    num_samples: int = 16  # candidate actions C of rejection sampling (1: pure behaviour cloning)
+    num_flow_steps: int = 10  # Euler steps K of every flow: returns and actions
+    ret_agg: Literal["mean", "min"] = "mean"  # aggregation of target returns over the two fields
+    q_agg: Literal["mean", "min"] = "mean"  # aggregation of Q-values and of deviations over the two fields
+    clip_flow_returns: bool = True  # keep returns in [r_min, r_max] / (1 - gamma) after every Euler step
+    clip_flow_actions: bool = True  # keep actions in [-1, 1] after every Euler step (they always end there)
+    normalize_q_loss: bool = False  # divide the one-step policy's Q term by the mean absolute Q
+    value_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # hidden widths of the return fields
+    value_layer_norm: bool = True  # layer normalisation in the return fields
+    actor_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # hidden widths of both policies
+    actor_layer_norm: bool = True  # layer normalisation in both policies
 
     # Speed
-    compile: bool = True
-    """compile the losses with torch.compile (up to two minutes when a size is new to the machine, then faster updates)"""
-    cudagraphs: bool = True
-    """replay the whole update as one CUDA graph (on a GPU)"""
+    compile: bool = True  # compile the losses: up to two minutes at first, then faster updates
+    cudagraphs: bool = True  # replay the whole update as one CUDA graph (on a GPU)
     matmul_precision: Optional[Literal["highest", "high", "medium"]] = None
-    """float32 products: highest is exact, high TF32, medium a CPU's bfloat16 (default: high on a GPU that has it, else highest)"""
+    """float32 products: highest is exact, high TF32, medium bfloat16 (default: high on a GPU with TF32, else highest)"""
 
 
 # The paper's settings where they differ from the defaults.
@@ -191,91 +149,44 @@ def parse_args(words=None):
 
 # --- Networks ---
 
-
 NUM_FIELDS = 2  # return fields E
 
 
 class MLP(nn.Module):
-    """A stack of independent networks: Linear -> GELU (tanh) -> LayerNorm for each hidden layer, then Linear.
+    """Linear, GELU and LayerNorm for each hidden layer, then Linear.
+
+    Weights are drawn Glorot-uniform from torch's global generator; biases are zero.
 
     Args:
-        stack: leading axes of every weight, (S,) for policies and (S, E) for ensembles of critics.
         dims: (inputs, hidden widths..., outputs).
         layer_norm: whether hidden layers end with LayerNorm (eps 1e-6).
+        ensemble: (E,) for E networks that see the same rows; () for one network.
     """
 
-    def __init__(self, stack, dims, layer_norm):
+    def __init__(self, dims, layer_norm, ensemble=()):
         super().__init__()
         self.layer_norm = layer_norm
-        pairs = list(zip(dims[:-1], dims[1:]))
-        self.weights = nn.ParameterList(torch.empty(*stack, i, o) for i, o in pairs)
-        self.biases = nn.ParameterList(torch.zeros(*stack, 1, o) for _, o in pairs)
+        layers = list(zip(dims[:-1], dims[1:]))
+        glorot = lambda i, o: (2 * torch.rand(*ensemble, i, o) - 1) * math.sqrt(6 / (i + o))
+        self.weights = nn.ParameterList(glorot(i, o) for i, o in layers)
+        self.biases = nn.ParameterList(torch.zeros(*ensemble, 1, o) for _, o in layers)
         norms = dims[1:-1] if layer_norm else []
-        self.scales = nn.ParameterList(torch.ones(*stack, 1, h) for h in norms)
-        self.shifts = nn.ParameterList(torch.zeros(*stack, 1, h) for h in norms)
+        self.scales = nn.ParameterList(torch.ones(*ensemble, 1, h) for h in norms)
+        self.shifts = nn.ParameterList(torch.zeros(*ensemble, 1, h) for h in norms)
 
-    def layers(self, detach=False):
-        """[(weight, bias)] of every layer; a LayerNorm's scale and shift are folded into the layer after it:
-        (norm(h) * scale + shift) W + b = norm(h) (scale W) + (shift W + b). `detach` stops gradients to the weights.
+    def forward(self, *inputs):
+        """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
+
+        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step does.
         """
-        layers = list(zip(self.weights, self.biases))
-        for i, (scale, shift) in enumerate(zip(self.scales, self.shifts), start=1):
-            weight, bias = layers[i]
-            layers[i] = (scale.mT * weight, linear(shift, weight, bias))
-        return [(weight.detach(), bias.detach()) for weight, bias in layers] if detach else layers
-
-    def hidden(self, x):
-        """What follows a hidden layer's linear part: GELU, then LayerNorm without its scale and shift."""
-        x = gelu(x)
-        return F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.layer_norm else x
-
-    def forward(self, x, detach=False):
-        """(*stack, N, inputs) -> (*stack, N, outputs)."""
-        *layers, last = self.layers(detach)
-        for weight, bias in layers:
-            x = self.hidden(linear(x, weight, bias))
-        return linear(x, *last)
-
-    def field(self, condition, repeats=1, detach=False):
-        """The network of a flow, as a function of its state x and time t with the other inputs, the first ones, fixed;
-        what depends on these alone is computed once, here.
-
-        Args:
-            condition: (*stack, N, D).
-            repeats: adjacent copies of each of its rows, for several x of one condition.
-            detach: stops gradients to the weights.
-
-        Returns:
-            velocity(x, t): (*stack, N * repeats, X), and t (*stack, N * repeats, 1) or a float -> (..., outputs);
-            velocity(x, t, dx): with the tangent dx (*stack, n, X) of the first n rows -> (the same, its derivative along
-            dx at these rows (..., n, outputs)), in forward mode.
-        """
-        (weight, bias), *layers = self.layers(detach)
-        weight_condition, weight_xt = weight.split(
-            [condition.shape[-1], weight.shape[-2] - condition.shape[-1]], dim=-2
-        )
-        base = linear(condition, weight_condition, bias).repeat_interleave(repeats, dim=-2)  # (*stack, N * repeats, H)
-
-        def velocity(x, t, dx=None):
-            t = t if torch.is_tensor(t) else torch.full_like(x[..., :1], t)
-            h = linear(torch.cat([x, t], dim=-1), weight_xt, base)
-            if dx is None:
-                for weight, bias in layers:
-                    h = linear(self.hidden(h), weight, bias)
-                return h
-            dh = dx @ weight_xt[..., :-1, :]
-            for weight, bias in layers:
-                _, dh = torch.func.jvp(self.hidden, (h[..., : dh.shape[-2], :],), (dh,))
-                h, dh = linear(self.hidden(h), weight, bias), dh @ weight
-            return h, dh
-
-        return velocity
-
-
-def linear(x, weight, bias):
-    """x W + b for every index of the leading axes: (..., N, I), (..., I, O), (..., 1 or N, O) -> (..., N, O)."""
-    out = torch.bmm(x.flatten(0, -3), weight.flatten(0, -3)).add_(bias.flatten(0, -3))
-    return out.unflatten(0, x.shape[:-2])
+        parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
+        x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
+        for i in range(1, len(self.weights)):
+            x = gelu(x)
+            if self.layer_norm:
+                x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * self.scales[i - 1] + self.shifts[i - 1]
+            x = x @ self.weights[i] + self.biases[i]
+        return x
 
 
 def gelu(x):
@@ -285,91 +196,72 @@ def gelu(x):
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
 
 
-def to_ensemble(x, num_ensembles=NUM_FIELDS):
-    """(S, N, D) -> (S, E, N, D): every member of an ensemble sees the same rows."""
-    return x.unsqueeze(1).expand(-1, num_ensembles, -1, -1)
+class Network(nn.Module):
+    """An MLP on observations and further inputs. Images are seen through an encoder of the network's own.
+
+    Args:
+        obs_dim: dimension of observations; for images their shape (H, W, channels).
+        dims: (further inputs, hidden widths..., outputs).
+        layer_norm, ensemble: of the MLP; an ensemble shares its encoder.
+    """
+
+    def __init__(self, obs_dim, dims, layer_norm, ensemble=()):
+        super().__init__()
+        is_state = isinstance(obs_dim, int)
+        self.encoder = nn.Identity() if is_state else pixels.Encoder(obs_dim)
+        obs_dim = obs_dim if is_state else pixels.Encoder.features
+        self.mlp = MLP((obs_dim + dims[0], *dims[1:]), layer_norm, ensemble)
+
+    def forward(self, condition, x, t):
+        """The network as a flow's velocity at the state x and time t, see MLP.
+
+        Args:
+            condition: encoded observations, of return fields with actions: (N, .).
+            x: (N, .) or (E, N, .).
+            t: (N, 1), or a number.
+        """
+        t = torch.as_tensor(t, device=x.device).expand_as(x[..., :1])
+        return self.mlp(condition, torch.cat([x, t], dim=-1))
 
 
-def init_weights(module, seeds):
-    """Glorot-uniform weights, drawn on the CPU by each seed's own generator: the same alone, stacked and on a GPU."""
-    for s, seed in enumerate(seeds):
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in module.named_parameters():
-            if ".weights." in name:
-                bound = math.sqrt(6 / (parameter.shape[-2] + parameter.shape[-1]))
-                draw = torch.rand(parameter.shape[1:], generator=generator)
-                parameter.data[s] = (2 * draw - 1) * bound
+def aggregate(x, how):
+    """Mean or minimum over the ensemble: (E, N, 1) -> (N, 1)."""
+    return x.mean(dim=0) if how == "mean" else x.amin(dim=0)
+
+
+def confidence_weight(deviation, temp):
+    """w = sigmoid(-temp / deviation) + 0.5, in [0.5, 1): higher where returns are uncertain; elementwise."""
+    return torch.sigmoid(-temp / deviation) + 0.5
 
 
 # --- Agent ---
 
 
 class Agent(nn.Module):
-    """S independent Value Flows agents.
+    """One Value Flows agent; common/stacked.py runs one per seed.
 
     Args:
         args: see Args.
-        obs_dim, action_dim: dimensions of observations and actions; for pixels obs_dim is the shape (H, W, channels).
-        seeds: the S seeds of the initial weights.
+        obs_dim, action_dim: dimensions of observations and actions; for images obs_dim is the shape (H, W, channels).
         min_reward, max_reward: the dataset's extreme rewards, which fix the range of returns.
     """
 
-    def __init__(self, args, obs_dim, action_dim, seeds, min_reward, max_reward):
+    def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
         super().__init__()
-        self.args, self.action_dim = args, action_dim
-        self.is_pixels = not isinstance(obs_dim, int)
-        image_shape, obs_dim = (obs_dim, pixels.Encoder.features) if self.is_pixels else (None, obs_dim)
+        self.args, self.action_dim, self.is_pixels = args, action_dim, not isinstance(obs_dim, int)
         horizon = 1 / (1 - args.gamma)
         self.z_min, self.z_max = min_reward * horizon, max_reward * horizon
 
-        S = len(seeds)
-        policy_dims = (obs_dim + action_dim, *args.actor_hidden_dims, action_dim)
-        bc_flow_dims = (obs_dim + action_dim + 1, *args.actor_hidden_dims, action_dim)
-        critic_dims = (obs_dim + action_dim + 2, *args.value_hidden_dims, 1)  # inputs [s, a, z, t]
-        self.critic_flow = MLP((S, NUM_FIELDS), critic_dims, args.value_layer_norm)
-        self.actor_flow = MLP((S,), bc_flow_dims, args.actor_layer_norm)
-        self.actor_onestep_flow = MLP((S,), policy_dims, args.actor_layer_norm)
-        init_weights(self, seeds)
-        self.target_critic_flow = MLP((S, NUM_FIELDS), critic_dims, args.value_layer_norm)
-        names = ("critic_flow", "actor_flow", "actor_onestep_flow", "target_critic_flow") if self.is_pixels else ()
-        self.encoders = nn.ModuleDict({name: pixels.Encoder(S, image_shape) for name in names})
-        pixels.init_encoders(self.encoders, seeds)
-        for target, online in self.target_pairs():
-            target.load_state_dict(online.state_dict())
-            target.requires_grad_(False)
-
-    def target_pairs(self):
-        """[(EMA target, online network)]."""
-        encoders = [(self.encoders["target_critic_flow"], self.encoders["critic_flow"])] if self.is_pixels else []
-        return [(self.target_critic_flow, self.critic_flow), *encoders]
-
-    def encode(self, network, observations):
-        """What `network` sees of observations: states as they are, pixels through its own encoder (both fields share one)."""
-        return self.encoders[network](observations) if self.is_pixels else observations
-
-    def augment(self, batch, noise):
-        """The batch with pixels shifted, a row's observation and next observation alike; states as they are."""
-        names = ("observations", "next_observations") if self.is_pixels else ()
-        return batch | {name: pixels.crop(batch[name], noise["crop"]) for name in names}
-
-    def make_optimizer(self):
-        """One Adam over all networks (Adam is elementwise, so several would be the same)."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        on_gpu = parameters[0].is_cuda
-        self.optimizer = torch.optim.Adam(
-            parameters, lr=self.args.learning_rate, eps=1e-8, fused=True, capturable=on_gpu
-        )
-        for p in parameters:  # Adam makes its state in the first step, which a CUDA graph would repeat
-            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
-
-    def state_tensors(self):
-        """Every tensor that an update changes."""
-        adam = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
-        return [*self.parameters(), *adam]
+        critic_dims = (action_dim + 2, *args.value_hidden_dims, 1)  # inputs [s, a, z, t]
+        bc_flow_dims = (action_dim + 1, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
+        onestep_dims = (action_dim, *args.actor_hidden_dims, action_dim)  # inputs [s, noise]
+        self.critic_flow = Network(obs_dim, critic_dims, args.value_layer_norm, (NUM_FIELDS,))
+        self.actor_flow = Network(obs_dim, bc_flow_dims, args.actor_layer_norm)
+        self.actor_onestep_flow = Network(obs_dim, onestep_dims, args.actor_layer_norm)
+        self.target_critic_flow = copy.deepcopy(self.critic_flow).requires_grad_(False)
 
     def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates of one seed: {name: (num_updates, B, ...)}."""
+        """Every random number of `num_updates` updates: {name: (num_updates, B, ...)}."""
         B, A, C = self.args.batch_size, self.action_dim, self.args.num_samples
         device = generator.device
         normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
@@ -377,10 +269,9 @@ class Agent(nn.Module):
         return {
             "next_action_candidates": normal(B, C, A),
             "next_q": normal(B, C, 1),
-            "weight": normal(B, 1),
+            "confidence": normal(B, 1),
             "return": normal(B, 1),
             "time": uniform(B, 1),
-            "logged_q": normal(B, 1),
             "bc_action": normal(B, A),
             "bc_time": uniform(B, 1),
             "distill": normal(B, A),
@@ -388,149 +279,156 @@ class Agent(nn.Module):
         } | ({"crop": pixels.draw_crops(generator, num_updates, B)} if self.is_pixels else {})
 
     def draw_act_noise(self, generator, num_steps):
-        """The random numbers of `num_steps` actions of one seed: (num_steps, C, A + 1)."""
+        """The random numbers of `num_steps` actions: (num_steps, C, A + 1)."""
         shape = (num_steps, self.args.num_samples, self.action_dim + 1)
         return torch.randn(shape, generator=generator, device=generator.device)
 
+    def augment(self, batch, noise):
+        """A batch of images, each row's observation and next observation shifted alike."""
+        return batch | {name: pixels.crop(batch[name], noise["crop"]) for name in ("observations", "next_observations")}
+
     def onestep_action(self, observations, noise):
-        """mu(s, n), clipped: (S, N, D), (S, N, A) -> (S, N, A)."""
-        observations = self.encode("actor_onestep_flow", observations)
-        return self.actor_onestep_flow(torch.cat([observations, noise], dim=-1)).clamp(-1, 1)
+        """mu(s, n), clipped: (N, D), (N, A) -> (N, A)."""
+        states = self.actor_onestep_flow.encoder(observations)
+        return self.actor_onestep_flow.mlp(states, noise).clamp(-1, 1)
 
     def flow_actions(self, observations, noise):
-        """End points of the cloning flow: (S, N, D), (S, N, C, A) -> (S, N, C, A) in [-1, 1]."""
-        K, C = self.args.num_flow_steps, noise.shape[2]
-        velocity = self.actor_flow.field(self.encode("actor_flow", observations), repeats=C)
-        x = noise.flatten(1, 2)  # (S, N*C, A)
+        """End points of the cloning flow: (N, D), (N, C, A) -> (N, C, A) in [-1, 1]."""
+        K, C = self.args.num_flow_steps, noise.shape[1]
+        states = self.actor_flow.encoder(observations).repeat_interleave(C, dim=0)  # (N*C, D)
+        x = noise.flatten(0, 1)  # (N*C, A)
         for k in range(K):
-            x = x + velocity(x, k / K) / K
+            x = x + self.actor_flow(states, x, k / K) / K
             x = x.clamp(-1, 1) if self.args.clip_flow_actions else x
-        return x.clamp(-1, 1).unflatten(1, (-1, C))
+        return x.clamp(-1, 1).unflatten(0, (-1, C))
 
     def clip_return(self, z):
         """C(z): z kept in [r_min, r_max] / (1 - gamma)."""
         return z.clamp(self.z_min, self.z_max) if self.args.clip_flow_returns else z
 
-    def return_flow(self, velocity, z, end_time, num_derivatives=0):
-        """Carries noise to returns, Phi(z; T): K Euler steps of T / K, and beside it the flow derivative ODE
-        dJ/dt = (dv/dz) J, J_0 = 1, of the first rows.
+    def returns(self, fields, condition, z, end_time):
+        """Carries noise to returns, Phi(z; T): K Euler steps of T / K.
 
         Args:
-            velocity: of `MLP.field`.
-            z: (S, E, N, 1), the start noise.
-            end_time: T of each row, (S, E, N, 1) in [0, 1].
-            num_derivatives: rows n that need the derivative.
+            fields: self.critic_flow or its target.
+            condition: encoded observations and actions, (N, D + A).
+            z: start noise (N, 1).
+            end_time: T in [0, 1], (N, 1) or a number.
 
         Returns:
-            z_K (S, E, N, 1) and J_K = dz_K / dz_0, its clipping left out, (S, E, n, 1).
+            (E, N, 1), each field's own.
         """
         step = end_time / self.args.num_flow_steps
-        J = torch.ones_like(z[..., :num_derivatives, :])
         for k in range(self.args.num_flow_steps):
-            v, dv = velocity(z, k * step, J)
-            z = self.clip_return(z + step * v)
-            J = J + step[..., :num_derivatives, :] * dv
-        return z, J
+            z = self.clip_return(z + step * fields(condition, z, k * step))  # (E, N, 1)
+        return z
 
-    def q_values(self, observations, actions, noise, detach=False):
-        """Q(s, a) by one Euler step, agg_j C(z + v_j(z, 0, s, a)): (S, N, D), (S, N, C, A), (S, N, C, 1) -> (S, N, C)."""
-        observations = self.encode("critic_flow", observations)
-        observations = to_ensemble(observations.detach() if detach else observations)  # (S, E, N, D)
-        velocity = self.critic_flow.field(observations, repeats=actions.shape[2], detach=detach)
-        z = to_ensemble(noise.flatten(1, 2))  # (S, E, N*C, 1)
-        v = velocity(torch.cat([to_ensemble(actions.flatten(1, 2)), z], dim=-1), 0.0)  # (S, E, N*C, 1)
-        q = aggregate(self.clip_return(z + v), self.args.q_agg)  # (S, N*C, 1)
-        return q.view(noise.shape[:3])
+    def return_derivatives(self, fields, condition, z):
+        """dPhi(z; 1)/dz by the flow derivative ODE dJ/dt = (dv/dz) J, J_0 = 1, without the clipping of returns.
+
+        Arguments as for returns, (E, N, 1) out. A row's velocity depends on its own z only, so that the gradient of the
+        velocities' sum has each row's dv/dz.
+        """
+        K = self.args.num_flow_steps
+        z, J = z.expand(NUM_FIELDS, -1, -1), 1.0  # (E, N, 1)
+        for k in range(K):
+            def summed(z):
+                v = fields(condition, z, k / K)  # (E, N, 1)
+                return v.sum(), v
+
+            dv, v = torch.func.grad(summed, has_aux=True)(z)  # (E, N, 1)
+            z, J = self.clip_return(z + v / K), J + dv * J / K
+        return J
+
+    def q_values(self, observations, actions, noise):
+        """Q(s, a) = agg_e C(z + v_e(z, 0 | s, a)): (N, D), (N, C, A), (N, C, 1) -> (N, C).
+
+        One Euler step is enough: at t = 0 the regression's solution is v(z, 0) = E[return] - z.
+        """
+        C = noise.shape[1]
+        states = self.critic_flow.encoder(observations).repeat_interleave(C, dim=0)  # (N*C, D)
+        condition = torch.cat([states, actions.flatten(0, 1)], dim=-1)  # (N*C, D + A)
+        z = noise.flatten(0, 1)  # (N*C, 1)
+        v = self.critic_flow(condition, z, 0.0)  # (E, N*C, 1)
+        return aggregate(self.clip_return(z + v), self.args.q_agg).view(-1, C)
 
     def rejection_sampling(self, observations, action_noise, q_noise):
-        """The best of C flow actions: (S, N, D), (S, N, C, A), (S, N, C, 1) -> (S, N, A)."""
-        actions = self.flow_actions(observations, action_noise)  # (S, N, C, A)
-        best = self.q_values(observations, actions, q_noise).argmax(dim=2)  # (S, N)
-        index = best[..., None, None].expand(-1, -1, -1, actions.shape[3])  # (S, N, 1, A)
-        return actions.gather(2, index).squeeze(2)
+        """The best of C flow actions: (N, D), (N, C, A), (N, C, 1) -> (N, A)."""
+        actions = self.flow_actions(observations, action_noise)  # (N, C, A)
+        best = self.q_values(observations, actions, q_noise).argmax(dim=1)  # (N,)
+        index = best[:, None, None].expand(-1, -1, actions.shape[2])  # (N, 1, A)
+        return actions.gather(1, index).squeeze(1)
 
     def critic_loss(self, batch, noise):
-        """L_critic of every seed (S,), and its parts for the log, (S,) or (S, B).
+        """L_critic, and its parts for the log; trains the return fields.
 
         Args:
-            batch: observations, next_observations (S, B, D), actions (S, B, A), rewards, masks (S, B).
-            noise: see draw_noise, without the first axis and with a seed axis: (S, B, ...).
+            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,).
+            noise: an update's entries of draw_noise, (B, ...).
         """
-        args, B = self.args, self.args.batch_size
+        args, target = self.args, self.target_critic_flow
         observations, actions, next_observations = batch["observations"], batch["actions"], batch["next_observations"]
-        rewards, masks = batch["rewards"].unsqueeze(-1), batch["masks"].unsqueeze(-1)  # (S, B, 1)
-        t, eps = noise["time"], noise["return"]  # (S, B, 1)
+        rewards, masks = batch["rewards"].unsqueeze(-1), batch["masks"].unsqueeze(-1)  # (B, 1)
+        t, eps = noise["time"], noise["return"]  # (B, 1)
 
         # No gradient through steps 1 to 3: they make the regression's fixed weights and labels.
         with torch.no_grad():
             # 1. The next action, by rejection sampling.
             next_actions = self.rejection_sampling(
                 next_observations, noise["next_action_candidates"], noise["next_q"]
-            )  # (S, B, A)
+            )  # (B, A)
 
-            # 2. Three flows of the target fields as one integration: Phi(e_w; s, a, 1) with its derivative,
-            #    Phi(eps; s', a', 1) and Phi(eps; s', a', t).
-            next_states = self.encode("target_critic_flow", next_observations)  # (S, B, D)
-            next_condition = torch.cat([next_states, next_actions], dim=-1)  # (S, B, D + A)
-            condition = torch.cat([self.encode("target_critic_flow", observations), actions], dim=-1)  # (S, B, D + A)
-            condition = torch.cat([condition, next_condition, next_condition], dim=1)  # (S, 3*B, D + A)
-            z = torch.cat([noise["weight"], eps, eps], dim=1)  # (S, 3*B, 1)
-            end_time = torch.cat([torch.ones_like(t), torch.ones_like(t), t], dim=1)  # (S, 3*B, 1)
-            velocity = self.target_critic_flow.field(to_ensemble(condition))
-            z, J = self.return_flow(velocity, to_ensemble(z), to_ensemble(end_time), num_derivatives=B)
-            _, next_return, next_z = aggregate(z, args.ret_agg).split(B, dim=1)  # (S, B, 1)
-            deviation = aggregate(J.abs(), args.q_agg)  # (S, B, 1)
+            # 2. Confidence weight w in [0.5, 1), from the derivative of the return flow of (s, a).
+            condition = torch.cat([target.encoder(observations), actions], dim=-1)  # (B, D + A)
+            derivatives = self.return_derivatives(target, condition, noise["confidence"])  # (E, B, 1)
+            deviation = aggregate(derivatives.abs(), args.q_agg)  # (B, 1)
+            weight = confidence_weight(deviation, args.confidence_weight_temp)  # (B, 1)
 
-            # 3. Confidence weight w in [0.5, 1), BCFM's return G, DCFM's label f.
-            weight = confidence_weight(deviation, args.confidence_weight_temp)  # (S, B, 1)
-            bcfm_return = rewards + args.gamma * masks * next_return  # (S, B, 1)
-            velocity = self.target_critic_flow.field(to_ensemble(next_condition))
-            dcfm_label = aggregate(velocity(to_ensemble(next_z), to_ensemble(t)), args.ret_agg)  # (S, B, 1)
+            # 3. Flows of (s', a') from eps: to time 1 for BCFM's return G, to time t for DCFM's z' and label f.
+            next_condition = torch.cat([target.encoder(next_observations), next_actions], dim=-1)  # (B, D + A)
+            next_return = aggregate(self.returns(target, next_condition, eps, 1.0), args.ret_agg)  # (B, 1)
+            bcfm_return = rewards + args.gamma * masks * next_return  # (B, 1)
+            next_z = aggregate(self.returns(target, next_condition, eps, t), args.ret_agg)  # (B, 1)
+            dcfm_label = aggregate(target(next_condition, next_z, t), args.ret_agg)  # (B, 1)
 
-        # 4. Flow matching at two points of the same (s, a, t). BCFM: v(t G + (1 - t) eps, t) -> G - eps.
-        #    DCFM: v(r + gamma mask z', t) -> f, without gamma and mask on f.
-        z_bcfm = t * bcfm_return + (1 - t) * eps  # (S, B, 1)
-        z_dcfm = rewards + args.gamma * masks * next_z  # (S, B, 1)
-        z = torch.stack([z_bcfm, z_dcfm], dim=2).flatten(1, 2)  # (S, B*2, 1)
-        labels = torch.stack([bcfm_return - eps, dcfm_label], dim=2)  # (S, B, 2, 1)
-        condition = torch.cat([self.encode("critic_flow", observations), actions], dim=-1)  # (S, B, D + A)
-        velocity = self.critic_flow.field(to_ensemble(condition), repeats=2)
-        v = velocity(to_ensemble(z), to_ensemble(t.repeat_interleave(2, dim=1)))  # (S, E, B*2, 1)
-        errors = (v.unflatten(2, (-1, 2)) - labels.unsqueeze(1)).square().sum(dim=(1, 4))  # (S, B, 2)
-        bcfm_loss, dcfm_loss = errors.unbind(dim=2)  # (S, B)
-        row_losses = args.bcfm_lambda * bcfm_loss + args.dcfm_lambda * dcfm_loss  # (S, B)
-        critic_loss = (weight.squeeze(-1) * row_losses).mean(dim=1)  # (S,)
+        # 4. Flow matching at two points of the same (s, a, t), as released summed over the fields.
+        #    BCFM: v(t G + (1 - t) eps, t) -> G - eps. DCFM: v(r + gamma mask z', t) -> f, without gamma and mask on f.
+        condition = torch.cat([self.critic_flow.encoder(observations), actions], dim=-1)  # (B, D + A)
+        bcfm_velocity = self.critic_flow(condition, t * bcfm_return + (1 - t) * eps, t)  # (E, B, 1)
+        dcfm_velocity = self.critic_flow(condition, rewards + args.gamma * masks * next_z, t)  # (E, B, 1)
+        bcfm_loss = (bcfm_velocity - (bcfm_return - eps)).square().sum(dim=0)  # (B, 1)
+        dcfm_loss = (dcfm_velocity - dcfm_label).square().sum(dim=0)  # (B, 1)
+        critic_loss = (weight * (args.bcfm_lambda * bcfm_loss + args.dcfm_lambda * dcfm_loss)).mean()
         return critic_loss, {
             "critic/critic_loss": critic_loss,
-            "critic/bcfm_loss": bcfm_loss,
-            "critic/dcfm_loss": dcfm_loss,
-            "critic/weight": weight.squeeze(-1),
-            "critic/q_std": deviation.squeeze(-1),
-            "critic/target_mean": bcfm_return.squeeze(-1),
+            "critic/bcfm_loss": bcfm_loss.mean(),
+            "critic/dcfm_loss": dcfm_loss.mean(),
+            "critic/weight": weight.mean(),
+            "critic/q_std": deviation.mean(),
+            "critic/target_mean": bcfm_return.mean(),
         }
 
     def actor_loss(self, batch, noise):
-        """L_actor of every seed (S,), and its parts for the log; arguments as for critic_loss."""
+        """L_actor, and its parts for the log; trains both policies. Arguments as for critic_loss."""
         args, observations, actions = self.args, batch["observations"], batch["actions"]
 
         # 1. Behaviour cloning by flow matching: u(s, x_t, t) -> a - x_0.
-        x_0, t = noise["bc_action"], noise["bc_time"]  # (S, B, A), (S, B, 1)
-        x_t = (1 - t) * x_0 + t * actions
-        velocity = self.actor_flow.field(self.encode("actor_flow", observations))(x_t, t)  # (S, B, A)
-        bc_flow_loss = (velocity - (actions - x_0)).square().mean(dim=(1, 2))  # (S,)
+        x_0, t = noise["bc_action"], noise["bc_time"]  # (B, A), (B, 1)
+        x_t = (1 - t) * x_0 + t * actions  # (B, A)
+        velocity = self.actor_flow(self.actor_flow.encoder(observations), x_t, t)  # (B, A)
+        bc_flow_loss = (velocity - (actions - x_0)).square().mean()
 
         # 2. Distillation: mu(s, n) -> the cloning flow's action from the same n. No gradient to the flow: the teacher.
         with torch.no_grad():
-            flow_actions = self.flow_actions(observations, noise["distill"].unsqueeze(2)).squeeze(2)  # (S, B, A)
-        policy_actions = self.onestep_action(observations, noise["distill"])  # (S, B, A)
-        distill_loss = (policy_actions - flow_actions).square().mean(dim=(1, 2))  # (S,)
+            flow_actions = self.flow_actions(observations, noise["distill"].unsqueeze(1)).squeeze(1)  # (B, A)
+        policy_actions = self.onestep_action(observations, noise["distill"])  # (B, A)
+        distill_loss = (policy_actions - flow_actions).square().mean()
 
-        # 3. Policy improvement: maximise Q(s, mu(s, n)). Detached critic weights: this loss moves the policy alone.
-        q_noise = noise["actor_q"].unsqueeze(2)  # (S, B, 1, 1)
-        q = self.q_values(observations, policy_actions.unsqueeze(2), q_noise, detach=True).squeeze(2)  # (S, B)
-        q_loss = -q.mean(dim=1)  # (S,)
+        # 3. Policy improvement: maximise Q(s, mu(s, n)).
+        q = self.q_values(observations, policy_actions.unsqueeze(1), noise["actor_q"].unsqueeze(1))  # (B, 1)
+        q_loss = -q.mean()
         if args.normalize_q_loss:
-            q_loss = q_loss / q.abs().mean(dim=1).detach()  # a scale, not something to optimise
+            q_loss = q_loss / q.abs().mean().detach()  # a scale, not something to optimise
 
         actor_loss = bc_flow_loss + args.alpha * distill_loss + q_loss
         return actor_loss, {
@@ -540,52 +438,32 @@ class Agent(nn.Module):
             "actor/q_loss": q_loss,
         }
 
-    def update(self, batch, noise):
-        """One update of every seed; returns the losses at the weights before it, {name: (S,)}."""
-        batch = self.augment(batch, noise)
-        self.optimizer.zero_grad()
-        critic_loss, critic_metrics = self.critic_loss(batch, noise)
-        critic_loss.sum().backward()
-        actor_loss, actor_metrics = self.actor_loss(batch, noise)
-        actor_loss.sum().backward()
-
-        # The EMA comes before Adam's step, so that the targets lag by one update as in the released code.
-        with torch.no_grad():
-            for target, online in self.target_pairs():
-                torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), self.args.tau)
-        self.optimizer.step()
-        metrics = (critic_metrics | actor_metrics).items()
-        return {
-            name: value.detach().flatten(1).mean(dim=1) if value.ndim > 1 else value.detach() for name, value in metrics
-        }
-
-    @torch.no_grad()
-    def statistics(self, batch, noise):
-        """What only a log line needs, at the present weights: {name: (S,)}."""
-        batch = self.augment(batch, noise)
-        q_noise = noise["logged_q"].unsqueeze(2)  # (S, B, 1, 1)
-        q = self.q_values(batch["observations"], batch["actions"].unsqueeze(2), q_noise)  # (S, B, 1)
-        return {"critic/q_mean": q.mean(dim=(1, 2))}
-
-    @torch.no_grad()
     def act(self, observations, noise):
-        """Rejection sampling, the offline phase's policy: (S, N, D), (S, N, C, A + 1) -> (S, N, A)."""
+        """Rejection sampling, the offline phase's policy: (N, D), (N, C, A + 1) -> (N, A)."""
         return self.rejection_sampling(observations, noise[..., :-1], noise[..., -1:])
 
-    @torch.no_grad()
     def act_online(self, observations, noise):
         """The one-step policy, which explores and is evaluated in the online phase; arguments as for act."""
-        return self.onestep_action(observations, noise[:, :, 0, :-1])
+        return self.onestep_action(observations, noise[:, 0, :-1])
 
 
-def aggregate(x, how):
-    """Mean or minimum over the ensemble: (S, E, N, 1) -> (S, N, 1)."""
-    return x.mean(dim=1) if how == "mean" else x.amin(dim=1)
+def update(agents, batch, noise):
+    """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
 
+    Args:
+        agents: the seeds' agents, see common/stacked.py.
+        batch, noise: as for Agent.critic_loss, with a leading axis of seeds.
+    """
+    if agents.agent.is_pixels:
+        batch = agents.function("augment")(batch, noise)
+    agents.optimizer.zero_grad()
+    metrics = agents.backward("critic_loss", batch, noise, trains=("critic_flow",))
+    metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow", "actor_onestep_flow"))
 
-def confidence_weight(deviation, temp):
-    """w = sigmoid(-temp / deviation) + 0.5, in [0.5, 1): higher where returns are uncertain; elementwise."""
-    return torch.sigmoid(-temp / deviation) + 0.5
+    # The EMA comes before Adam's step, so that the targets lag by one update as in the released code.
+    agents.ema("target_critic_flow", "critic_flow", agents.agent.args.tau)
+    agents.optimizer.step()
+    return metrics
 
 
 if __name__ == "__main__":
@@ -597,26 +475,21 @@ if __name__ == "__main__":
     dataset, identity = datasets.load(args, device)
     log = runs.Log(args, resumed, device, identity)
 
-    # --- Agent ---
-    rewards = dataset["rewards"]
-    is_pixels, action_dim = envs.is_pixels(args.env_id), dataset["actions"].shape[1]
-    obs_dim = (64, 64, 3 * pixels.NUM_FRAMES) if is_pixels else dataset["observations"].shape[1]
-    agent = Agent(args, obs_dim, action_dim, seeds, rewards.min().item(), rewards.max().item()).to(device)
-    agent.make_optimizer()
+    # --- Agents, one per seed ---
     replay = Replay(dataset, args.num_seeds, args.online_timesteps)
+    agent_inputs = replay.agent_inputs()  # dimensions and extreme rewards
+    agents = Stacked(lambda: Agent(args, **agent_inputs), seeds, device, args.learning_rate)
     if resumed is not None:
-        agent.load_state_dict(resumed["agent"])
-        checkpoint.restore_optimizer(agent.optimizer, resumed["optimizer"])
+        agents.load_state_dict(resumed)
         replay.restore(resumed["replay"], count=max(0, resumed["step"] - args.total_timesteps))
 
     # --- Training: offline, then online ---
-    update = graphs.FastUpdate(
-        agent, lambda draws: agent.update(replay.batch(draws), draws), args.compile, args.cudagraphs
-    )
-    draw = Draws(agent, args, seeds, len(rewards), device)  # every random number of an update
-    evaluator = rollout.Evaluator(
-        args, seeds, device, log.run_dir, pixels.NUM_FRAMES if is_pixels else 1
-    )  # episodes in worker processes
+    one_update = lambda draws: update(agents, replay.batch(draws), draws)
+    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)
+    draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
+    act, act_online, draw_act_noise = agents.function("act"), agents.function("act_online"), agents.agent.draw_act_noise
+    frame_stack = pixels.NUM_FRAMES if envs.is_pixels(args.env_id) else 1
+    evaluator = rollout.Evaluator(args, seeds, device, log.run_dir, frame_stack)  # episodes in worker processes
     explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed
     stop = runs.StopRequest()  # true after SIGTERM or Ctrl-C
     step, evaluated = (resumed["step"], resumed["evaluated"]) if resumed is not None else (0, 0)
@@ -624,11 +497,8 @@ if __name__ == "__main__":
 
     def save():
         """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
-        log.flush()  # stops at a non-finite loss
-        state = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "replay": replay.state()}
-        progress = {"step": step, "evaluated": evaluated, "csv_sizes": runs.csv_sizes(log.run_dir)}
-        origin = {"algorithm": arguments.algorithm(args), "args": asdict(args), "dataset": identity}
-        checkpoint.save(log.run_dir, origin | progress | state)
+        progress = {"step": step, "evaluated": evaluated, "replay": replay.state(), "agent_inputs": agent_inputs}
+        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log: stops at a non-finite loss
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.
@@ -640,9 +510,9 @@ if __name__ == "__main__":
             save()
             saved = step
         if evaluation_due:
-            phase, policy = ("offline", agent.act) if step <= args.total_timesteps else ("online", agent.act_online)
-            rows = evaluator(policy, agent.draw_act_noise, step, stop)
-            log.evaluation(rows, phase)
+            offline = step <= args.total_timesteps
+            rows = evaluator(act if offline else act_online, draw_act_noise, step, stop)
+            log.evaluation(rows, phase="offline" if offline else "online")
             evaluated = evaluated if rows is None else step  # None: a signal came; evaluated again after --resume
         if stop:
             stop.leave(log.run_dir, step)
@@ -653,12 +523,11 @@ if __name__ == "__main__":
         online = step >= args.total_timesteps
         draws = draw(step, online)
         if online:
-            transitions = explorer(agent.act_online, draws.pop("act"), step, on_failure=save)
+            transitions = explorer(act_online, draws.pop("act"), step, on_failure=save)
             draws["count"] = replay.append(transitions)
-        statistics = agent.statistics(replay.batch(draws), draws) if log.row_due(step + 1) else None
-        metrics = update(draws)
+        metrics = fast_update(draws)
         step += 1
-        log.training(step, metrics, warm_up=update.new, statistics=statistics)
+        log.training(step, metrics, warm_up=fast_update.new)
 
     evaluator.close()
     explorer.close()

@@ -43,13 +43,6 @@ def save(run_dir, payload):
         raise SystemExit(f"error: could not save a checkpoint in {run_dir} ({error}); {kept}") from None
 
 
-def restore_optimizer(optimizer, saved):
-    """Loads the moments of a checkpoint's Adam, `saved`, but not its settings: they belong to this process's device (an
-    Adam of a CPU run, not `capturable`, could not go on in a CUDA graph).
-    """
-    optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
-
-
 def load(run_dir, flag="--resume"):
     """The latest whole checkpoint of a run; a damaged one is reported and the previous one used. `flag`: whose argument
     run_dir is, for messages.

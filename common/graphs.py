@@ -6,21 +6,22 @@ from common import warn
 
 
 class FastUpdate:
-    """An agent's update, its losses compiled and, on a GPU, the whole of it replayed as one CUDA graph.
+    """An update of the agents, its losses compiled and, on a GPU, the whole of it replayed as one CUDA graph.
 
-    Where compiling or capturing fails, a warning says so and the updates go on without it.
+    Where compiling or capturing fails, a warning says so and the updates continue without it.
 
     Args:
-        agent: has critic_loss, actor_loss and state_tensors.
-        update: function of a dictionary of tensors and of options (strings, or tuples of them) that updates the agent and
+        agents: of common/stacked.py.
+        update: function of a dictionary of tensors and of options (strings, or tuples of them) that updates the agents and
             returns a dictionary of tensors.
         compile, cudagraphs: the run's flags.
     """
 
-    def __init__(self, agent, update, compile, cudagraphs):
-        self.agent, self.update = agent, update
-        self.compiled = compile and compile_losses(agent)
-        self.captured = cudagraphs and next(agent.parameters()).is_cuda
+    def __init__(self, agents, update, compile, cudagraphs):
+        self.agents, self.update = agents, update
+        device = agents.state_tensors()[0].device
+        agents.compiled = compile and can_compile(device)
+        self.captured = cudagraphs and device.type == "cuda"
         self.known = {}  # an update for each set of inputs and options
         self.new = False  # whether the last call compiled or captured, and so took longer than an update does
 
@@ -35,19 +36,18 @@ class FastUpdate:
 
     def _first(self, update, draws):
         """The update to call from now on, and what its first call returns."""
-        state = self.agent.state_tensors()
-        saved = [tensor.detach().clone() for tensor in state] if self.compiled or self.captured else []
+        state = self.agents.state_tensors()
+        saved = [tensor.detach().clone() for tensor in state] if self.agents.compiled or self.captured else []
         while True:
             try:
                 fast = capture(update, draws, state, self.captured)
                 return fast, fast(draws)
             except Exception as error:  # torch has an exception for each way of failing
-                if not (self.compiled or self.captured) or "ried to allocate" in str(error):
+                if not (self.agents.compiled or self.captured) or "ried to allocate" in str(error):
                     raise
                 by_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-                if self.compiled and (by_compiler or not self.captured):
-                    self.compiled, flag = False, "compile"
-                    del self.agent.critic_loss, self.agent.actor_loss  # the class' own stand below
+                if self.agents.compiled and (by_compiler or not self.captured):
+                    self.agents.compiled, flag = False, "compile"
                 else:
                     self.captured, flag = False, "cudagraphs"
                 with torch.no_grad():
@@ -55,19 +55,18 @@ class FastUpdate:
                         tensor.copy_(value)
                 reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
                 warn(
-                    f"--{flag} fails here ({reason}); updates go on without it, more slowly (--no-{flag} silences this)"
+                    f"--{flag} fails here ({reason}); updates continue without it, more slowly (--no-{flag} silences this)"
                 )
 
 
-def compile_losses(agent, announce=True):
-    """Compiles an agent's critic_loss and actor_loss with torch.compile, which joins chains of elementwise operations.
+def can_compile(device, announce=True):
+    """Whether torch.compile works here, tried on a small function; if not, a warning says why.
 
-    Compiling happens in the first update: up to two minutes, a few seconds where torch finds its cache from an earlier run
-    (TORCHINDUCTOR_CACHE_DIR, by default in the system's temporary directory). Without a working compiler, which is tried
-    on a small function first, the losses stay as they are, with a warning. Returns whether they are compiled.
+    The losses themselves are compiled in the first update: up to two minutes, a few seconds where torch finds its cache
+    from an earlier run (TORCHINDUCTOR_CACHE_DIR, by default in the system's temporary directory).
     """
     try:
-        torch.compile(lambda x: 2 * x + 1)(torch.zeros(2, device=next(agent.parameters()).device))
+        torch.compile(lambda x: 2 * x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # a missing compiler, Triton, header or right: torch has an exception for each
         reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
         warn(
@@ -79,7 +78,6 @@ def compile_losses(agent, announce=True):
             "compiling the losses in the first update: up to two minutes, less another time (--no-compile: none)",
             flush=True,
         )
-    agent.critic_loss, agent.actor_loss = torch.compile(agent.critic_loss), torch.compile(agent.actor_loss)
     return True
 
 

@@ -1,4 +1,4 @@
-"""Pixel observations (`visual-*`): frame stacks of a dataset's batch, random crops, and the IMPALA encoder with a seed axis.
+"""Pixel observations (`visual-*`): frame stacks of a dataset's batch, random crops, and the IMPALA encoder.
 
 Frames are 64x64x3 uint8; three of them, stacked on the channel axis, are an observation.
 """
@@ -54,69 +54,46 @@ def draw_crops(generator, num_updates, batch_size):
 
 
 def crop(images, shifts):
-    """Pads by edge replication and crops back at an offset: images (S, B, H, W, C), shifts (S, B, 2) -> the same shape."""
-    S, B, H, W, _ = images.shape
+    """Pads by edge replication and crops back at an offset: images (B, H, W, C), shifts (B, 2) -> the same shape."""
+    B, H, W, _ = images.shape
     device = images.device
-    rows = (torch.arange(H, device=device) + shifts[..., :1] - PADDING).clamp(0, H - 1)  # (S, B, H)
-    columns = (torch.arange(W, device=device) + shifts[..., 1:] - PADDING).clamp(0, W - 1)  # (S, B, W)
-    seeds, batch = torch.arange(S, device=device).view(S, 1, 1, 1), torch.arange(B, device=device).view(1, B, 1, 1)
-    return images[seeds, batch, rows.unsqueeze(-1), columns.unsqueeze(-2)]
+    rows = (torch.arange(H, device=device) + shifts[:, :1] - PADDING).clamp(0, H - 1)  # (B, H)
+    columns = (torch.arange(W, device=device) + shifts[:, 1:] - PADDING).clamp(0, W - 1)  # (B, W)
+    batch = torch.arange(B, device=device).view(B, 1, 1)
+    return images[batch, rows.unsqueeze(-1), columns.unsqueeze(-2)]
 
 
 class Encoder(nn.Module):
-    """IMPALA's small encoder, one a seed: three stages (conv 3x3, max-pool 3x3 of stride 2, residual block of two
-    convolutions) of widths 16, 32, 32, then ReLU, Linear, GELU.
+    """IMPALA's small encoder: three stages (conv 3x3, max-pool 3x3 of stride 2, residual block of two convolutions) of
+    widths 16, 32, 32, then ReLU, Linear, GELU. Weights are drawn Glorot-uniform from torch's global generator.
 
     Args:
-        num_seeds: S independent encoders.
         shape: (H, W, C) of an observation, H and W divisible by 8.
     """
 
     features = 512
 
-    def __init__(self, num_seeds, shape):
+    def __init__(self, shape):
         super().__init__()
         H, W, channels = shape
         pairs = []
         for width in (16, 32, 32):
             pairs += [(channels, width), (width, width), (width, width)]
             channels = width
-        self.kernels = nn.ParameterList(torch.empty(num_seeds, o, i, 3, 3) for i, o in pairs)
-        self.kernel_biases = nn.ParameterList(torch.zeros(num_seeds, o) for _, o in pairs)
-        self.weight = nn.Parameter(torch.empty(num_seeds, H // 8 * (W // 8) * channels, self.features))
-        self.bias = nn.Parameter(torch.zeros(num_seeds, 1, self.features))
+        rows = H // 8 * (W // 8) * channels
+        glorot = lambda fans, *shape: (2 * torch.rand(shape) - 1) * math.sqrt(6 / fans)
+        self.kernels = nn.ParameterList(glorot(9 * (i + o), o, i, 3, 3) for i, o in pairs)
+        self.kernel_biases = nn.ParameterList(torch.zeros(o) for _, o in pairs)
+        self.weight = nn.Parameter(glorot(rows + self.features, rows, self.features))
+        self.bias = nn.Parameter(torch.zeros(self.features))
 
     def forward(self, images):
-        """(S, N, H, W, C) uint8 -> (S, N, 512)."""
-        S, N = images.shape[:2]
-        x = images.permute(1, 0, 4, 2, 3).flatten(1, 2) / 255.0  # (N, S*C, H, W)
-
-        def convolution(x, i):
-            return F.conv2d(x, self.kernels[i].flatten(0, 1), self.kernel_biases[i].flatten(), padding=1, groups=S)
-
+        """(N, H, W, C) uint8 -> (N, 512)."""
+        x = images.permute(0, 3, 1, 2) / 255.0  # (N, C, H, W)
+        convolution = lambda x, i: F.conv2d(x, self.kernels[i], self.kernel_biases[i], padding=1)
         for first in (0, 3, 6):
             x = convolution(x, first)
             x = F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-torch.inf), 3, 2)  # "same" padding of an even size
             x = x + convolution(F.relu(convolution(F.relu(x), first + 1)), first + 2)
-        x = F.relu(x).unflatten(1, (S, -1)).transpose(0, 1).flatten(2)  # (S, N, H/8 * W/8 * 32)
-        return F.gelu(torch.baddbmm(self.bias, x, self.weight), approximate="tanh")
-
-
-def init_encoders(encoders, seeds):
-    """Glorot-uniform weights and zero biases, drawn on the CPU by each seed's own generator, one encoder after the other.
-
-    Args:
-        encoders: a module that holds them.
-        seeds: the S seeds; the stream is another than the one of the other networks' weights.
-    """
-    for s, seed in enumerate(seeds):
-        generator = torch.Generator().manual_seed(seed + 2**32)
-        for name, parameter in encoders.named_parameters():
-            if "kernels." in name:  # (S, out, in, 3, 3)
-                fans = 9 * (parameter.shape[1] + parameter.shape[2])
-            elif name.endswith("weight"):
-                fans = parameter.shape[1] + parameter.shape[2]
-            else:
-                continue
-            draw = torch.rand(parameter.shape[1:], generator=generator)
-            parameter.data[s] = (2 * draw - 1) * math.sqrt(6 / fans)
+        x = F.relu(x).flatten(1)  # (N, 32 * H/8 * W/8)
+        return F.gelu(x @ self.weight + self.bias, approximate="tanh")

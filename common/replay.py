@@ -26,6 +26,17 @@ class Replay:
         M = min(online_timesteps, self.capacity)
         self.rows = {key: value.new_zeros(num_seeds, M, *value.shape[1:]) for key, value in dataset.items()}
 
+    def agent_inputs(self):
+        """What an agent must know of the data: dimensions of observations (of images the shape of a frame stack) and of
+        actions, extreme offline rewards.
+        """
+        data = self.dataset
+        obs_shape, rewards = tuple(data["observations"].shape[1:]), data["rewards"]
+        if len(obs_shape) > 1:
+            obs_shape = (*obs_shape[:-1], obs_shape[-1] * pixels.NUM_FRAMES)
+        dims = {"obs_dim": obs_shape[0] if len(obs_shape) == 1 else obs_shape, "action_dim": data["actions"].shape[1]}
+        return dims | {"min_reward": rewards.min().item(), "max_reward": rewards.max().item()}
+
     def append(self, transitions):
         """Adds one online transition of every seed, {key: (S, ...)}; returns how many each seed has, on the device."""
         for key, rows in self.rows.items():

@@ -158,7 +158,7 @@ class Log:
     """
 
     def __init__(self, args, resumed, device, identity, columns=None):
-        self.args, self.columns = args, columns
+        self.args, self.columns, self.identity = args, columns, identity
         self.seeds = list(range(args.seed, args.seed + args.num_seeds))
         self.run_dir = start_run(args, resumed, device, identity)
         print(describe(args, self.run_dir, identity, device), flush=True)
@@ -248,6 +248,14 @@ class Log:
         """Shows the bar, if this has not happened yet."""
         if self.bar is None:
             self.bar = progress_bar(self.args.total_timesteps + self.args.online_timesteps, step, "training")
+
+    def state(self):
+        """What a checkpoint needs of the run, once all its losses are known to be finite: where it comes from, and the
+        sizes of its csv files.
+        """
+        self.flush()
+        origin = {"algorithm": algorithm(self.args), "args": dataclasses.asdict(self.args), "dataset": self.identity}
+        return origin | {"csv_sizes": csv_sizes(self.run_dir)}
 
     def close(self):
         """Ends the bar and the Weights & Biases runs, and says how the run ended."""

@@ -26,6 +26,7 @@ import floq  # noqa: E402
 import q_flow  # noqa: E402
 import value_flows  # noqa: E402
 from common import envs  # noqa: E402
+from common.stacked import Stacked  # noqa: E402
 
 ALGORITHMS = {"floq": floq, "value_flows": value_flows, "q_flow": q_flow, "evor": evor}
 ENV_ID = "pointmaze-medium-navigate-singletask-task4-v0"  # the shortest task
@@ -197,21 +198,30 @@ def small_args(algorithm, **changes):
     return replace(ALGORITHMS[algorithm].Args(), **small | SMALL_ARGS[algorithm] | changes)
 
 
-def make_agent(args, seeds=(0,), obs_dim=5, action_dim=3, min_reward=-1.0, max_reward=0.0):
-    """The agent of `args`' algorithm with its optimizer; the EMA targets are made different from the online networks."""
-    agent = sys.modules[type(args).__module__].Agent(args, obs_dim, action_dim, list(seeds), min_reward, max_reward)
-    for s, seed in enumerate(seeds):
-        generator = torch.Generator().manual_seed(seed + 100)
-        for name, parameter in agent.named_parameters():
-            if "target_" in name:  # encoders' too
-                parameter.data[s] += 0.1 * torch.randn(parameter.shape[1:], generator=generator)
-    agent.make_optimizer()
+def make_agent(args, seed=0, obs_dim=5, action_dim=3, min_reward=-1.0, max_reward=0.0):
+    """One agent of `args`' algorithm; the EMA targets are made different from the online networks."""
+    torch.manual_seed(seed)
+    agent = sys.modules[type(args).__module__].Agent(args, obs_dim, action_dim, min_reward, max_reward)
+    for name, parameter in agent.named_parameters():
+        if name.startswith("target_"):
+            parameter.data += 0.1 * torch.randn(parameter.shape)
     return agent
 
 
-def gradients(agent):
-    """{name: gradient} of the parameters that a backward pass has reached."""
-    return {name: p.grad for name, p in agent.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+def make_agents(args, seeds=(0,), device="cpu", **sizes):
+    """The same agents, one per seed, stacked."""
+    return Stacked(lambda: make_agent(args, torch.initial_seed(), **sizes), seeds, device, args.learning_rate)
+
+
+def update(agents, batch, noise, **options):
+    """The update of the agents' algorithm."""
+    return sys.modules[type(agents.agent).__module__].update(agents, batch, noise, **options)
+
+
+def gradients(agents):
+    """{name: gradient} of the parameters that a backward pass has reached; agents: stacked, or one agent."""
+    named = agents.parameters if isinstance(agents, Stacked) else dict(agents.named_parameters())
+    return {name: p.grad for name, p in named.items() if p.grad is not None and p.grad.abs().max() > 0}
 
 
 def networks(names):
@@ -219,17 +229,19 @@ def networks(names):
     return {name.split(".")[0] for name in names}
 
 
-def random_inputs(agent, seeds=(0,), update=0, obs_dim=5, action_dim=3):
-    """A random batch and its noise, each seed's a function of (seed, update): tensors (S, rows, ...)."""
-    batches, noises = [], []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(1000 * seed + update)
-        normal = lambda *shape: torch.randn(*shape, generator=generator)
-        B = agent.args.batch_size
-        batch = {"observations": normal(B, obs_dim), "next_observations": normal(B, obs_dim)}
-        batch["actions"] = normal(B, action_dim).clamp(-1, 1)
-        batch["rewards"] = -(torch.rand(B, generator=generator) > 0.3).float()
-        batches.append(batch | {"masks": (torch.rand(B, generator=generator) > 0.3).float()})
-        noises.append({name: value[0] for name, value in agent.draw_noise(generator, 1).items()})
-    stack = lambda dictionaries: {name: torch.stack([d[name] for d in dictionaries]) for name in dictionaries[0]}
-    return stack(batches), stack(noises)
+def random_inputs(agent, seed=0, update=0, obs_dim=5, action_dim=3):
+    """A random batch and its noise for one agent, functions of (seed, update): tensors (rows, ...)."""
+    generator = torch.Generator().manual_seed(1000 * seed + update)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    B = agent.args.batch_size
+    batch = {"observations": normal(B, obs_dim), "next_observations": normal(B, obs_dim)}
+    batch["actions"] = normal(B, action_dim).clamp(-1, 1)
+    batch["rewards"] = -(torch.rand(B, generator=generator) > 0.3).float()
+    batch["masks"] = (torch.rand(B, generator=generator) > 0.3).float()
+    return batch, {name: value[0] for name, value in agent.draw_noise(generator, 1).items()}
+
+
+def stacked_inputs(agents, seeds=(0,), update=0):
+    """The batches and noise of random_inputs for several seeds: tensors (S, rows, ...)."""
+    each = [random_inputs(agents.agent, seed, update) for seed in seeds]
+    return [{name: torch.stack([seed[i][name] for seed in each]) for name in each[0][i]} for i in range(2)]

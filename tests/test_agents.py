@@ -1,4 +1,4 @@
-"""What every algorithm has in common: the MLP, initial weights, whose gradients go where, EMA, targets, seed axis."""
+"""What every algorithm has in common: the MLP, initial weights, whose gradients go where, EMA, targets, stacked seeds."""
 
 import math
 import shutil
@@ -8,12 +8,23 @@ import pytest
 import torch
 
 from common import draws, graphs
-from conftest import ALGORITHMS, gradients, make_agent, networks, random_inputs, small_args
+from common.stacked import Stacked
+from conftest import (
+    ALGORITHMS,
+    gradients,
+    make_agent,
+    make_agents,
+    networks,
+    random_inputs,
+    small_args,
+    stacked_inputs,
+    update,
+)
 
 pytestmark = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 CRITICS = {
-    "floq": {"floq", "critic"},
+    "floq": {"critic_flow", "critic"},
     "value_flows": {"critic_flow"},
     "q_flow": {"critic", "inner_value"},
     "evor": {"critic_flow"},
@@ -25,7 +36,7 @@ POLICIES = {
     "evor": {"actor_flow"},
 }
 TARGETS = {
-    "floq": ("target_floq", "floq"),
+    "floq": ("target_critic_flow", "critic_flow"),
     "value_flows": ("target_critic_flow", "critic_flow"),
     "q_flow": ("target_critic", "critic"),
     "evor": ("target_critic_flow", "critic_flow"),
@@ -33,7 +44,7 @@ TARGETS = {
 # The network that each part of the losses moves, alone.
 MOVED_BY = {
     "floq": {
-        "critic/floq_loss": "floq",
+        "critic/floq_loss": "critic_flow",
         "critic/distilled_critic_loss": "critic",
         "actor/bc_flow_loss": "actor_bc_flow",
         "actor/distill_loss": "actor_onestep_flow",
@@ -59,75 +70,90 @@ MOVED_BY = {
 
 
 def test_mlp_equals_the_plain_formula(algorithm):
-    mlp = ALGORITHMS[algorithm].MLP((2, 3), (4, 8, 8, 1), layer_norm=True)
+    mlp = ALGORITHMS[algorithm].MLP((4, 8, 8, 1), layer_norm=True, ensemble=(3,))
     with torch.no_grad():
         for parameter in mlp.parameters():
             parameter.normal_()
-    x = torch.randn(2, 3, 5, 4)
-    h = x
-    for i in range(2):
-        h = torch.nn.functional.gelu(h @ mlp.weights[i] + mlp.biases[i], approximate="tanh")
-        h = (h - h.mean(-1, keepdim=True)) / torch.sqrt(h.var(-1, unbiased=False, keepdim=True) + 1e-6)
-        h = h * mlp.scales[i] + mlp.shifts[i]
-    torch.testing.assert_close(mlp(x), h @ mlp.weights[2] + mlp.biases[2], rtol=1e-4, atol=1e-4)
+    for x in (torch.randn(5, 4), torch.randn(3, 5, 4)):  # rows that all networks share, and each one's own
+        h = x
+        for i in range(2):
+            h = torch.nn.functional.gelu(h @ mlp.weights[i] + mlp.biases[i], approximate="tanh")
+            h = (h - h.mean(-1, keepdim=True)) / torch.sqrt(h.var(-1, unbiased=False, keepdim=True) + 1e-6)
+            h = h * mlp.scales[i] + mlp.shifts[i]
+        expected = h @ mlp.weights[2] + mlp.biases[2]
+        torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mlp(x[..., :3], x[..., 3:]), expected, rtol=1e-4, atol=1e-4)
+    shared, own = torch.randn(5, 3), torch.randn(3, 5, 1)
+    expected = mlp(torch.cat([shared.expand(3, -1, -1), own], dim=-1))
+    torch.testing.assert_close(mlp(shared, own), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_are_glorot_uniform_with_zero_biases(algorithm):
-    module = ALGORITHMS[algorithm]
-    mlp = module.MLP((2, 2), (64, 256, 1), layer_norm=True)
-    module.init_weights(torch.nn.ModuleDict({"mlp": mlp}), [0, 1])
+    mlp = ALGORITHMS[algorithm].MLP((64, 256, 1), layer_norm=True, ensemble=(2,))
     bound = math.sqrt(6 / (64 + 256))
-    for member in mlp.weights[0].flatten(0, 1):
+    for member in mlp.weights[0]:
         assert member.abs().max() <= bound
         np.testing.assert_allclose(member.std().item(), bound / math.sqrt(3), rtol=0.02)
-    assert not torch.equal(mlp.weights[0][0, 0], mlp.weights[0][0, 1])
     assert not torch.equal(mlp.weights[0][0], mlp.weights[0][1])
     assert all((bias == 0).all() for bias in mlp.biases)
 
 
 def test_targets_start_as_copies(algorithm):
-    agent = ALGORITHMS[algorithm].Agent(small_args(algorithm), 5, 3, [0, 1], -1.0, 0.0)
+    agent = ALGORITHMS[algorithm].Agent(small_args(algorithm), 5, 3, -1.0, 0.0)
     target, online = (getattr(agent, name) for name in TARGETS[algorithm])
     for a, b in zip(target.parameters(), online.parameters()):
         assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+        assert b.requires_grad and not a.requires_grad
 
 
 # --- Gradients and EMA ---
 
 
-def test_critic_loss_moves_only_the_critics(algorithm):
-    agent = make_agent(small_args(algorithm))
-    agent.critic_loss(*random_inputs(agent))[0].sum().backward()
-    assert networks(gradients(agent)) == CRITICS[algorithm]
+def backward(algorithm, agents, loss):
+    """One loss's part of the update alone."""
+    trains = (CRITICS if loss == "critic_loss" else POLICIES)[algorithm]
+    return agents.backward(loss, *stacked_inputs(agents), trains=trains)
 
 
-def test_actor_loss_moves_only_the_policies(algorithm):
-    agent = make_agent(small_args(algorithm))
-    agent.actor_loss(*random_inputs(agent))[0].sum().backward()
-    assert networks(gradients(agent)) == POLICIES[algorithm]
+def test_the_update_trains_with_each_loss_its_own_networks(algorithm, monkeypatch):
+    agents, calls = make_agents(small_args(algorithm)), []
+    original = agents.backward
+    watch = lambda loss, *inputs, trains: calls.append((loss, set(trains))) or original(loss, *inputs, trains=trains)
+    monkeypatch.setattr(agents, "backward", watch)
+    update(agents, *stacked_inputs(agents))
+    assert calls == [("critic_loss", CRITICS[algorithm]), ("actor_loss", POLICIES[algorithm])]
+
+
+@pytest.mark.parametrize("loss", ["critic_loss", "actor_loss"])
+def test_a_loss_moves_the_networks_that_it_trains_and_no_other(algorithm, loss):
+    agents = make_agents(small_args(algorithm))
+    backward(algorithm, agents, loss)
+    assert networks(gradients(agents)) == (CRITICS if loss == "critic_loss" else POLICIES)[algorithm]
 
 
 def test_each_part_of_the_losses_moves_one_network(algorithm):
+    """With every network it reaches allowed to move, but those that the other loss trains."""
     for part, network in MOVED_BY[algorithm].items():
         agent = make_agent(small_args(algorithm))
-        loss = agent.critic_loss if part.startswith("critic/") else agent.actor_loss
-        loss(*random_inputs(agent))[1][part].sum().backward()
+        loss = "critic_loss" if part.startswith("critic/") else "actor_loss"
+        trained = (CRITICS if loss == "critic_loss" else POLICIES)[algorithm]
+        for name, parameter in agent.named_parameters():
+            parameter.requires_grad_(name.split(".")[0] in trained)
+        getattr(agent, loss)(*random_inputs(agent))[1][part].backward()
         assert networks(gradients(agent)) == {network}, part
 
 
 def test_every_weight_of_online_networks_moves_and_targets_only_by_ema(algorithm):
-    agent = make_agent(small_args(algorithm, tau=0.3))
-    target, online = (getattr(agent, name) for name in TARGETS[algorithm])
-    before = {name: p.detach().clone() for name, p in agent.named_parameters()}
-    agent.update(*random_inputs(agent))
-    for name, parameter in agent.named_parameters():
+    agents = make_agents(small_args(algorithm, tau=0.3))
+    before = {name: p.detach().clone() for name, p in agents.parameters.items()}
+    update(agents, *stacked_inputs(agents))
+    target, online = TARGETS[algorithm]
+    for name, parameter in agents.parameters.items():
         assert not torch.equal(parameter, before[name]), name
         # The EMA takes the weights before the step: targets lag by one update, as in the released code.
-        if name.startswith(TARGETS[algorithm][0]):
-            was = before[name.replace(*TARGETS[algorithm])]
-            torch.testing.assert_close(parameter, 0.3 * was + 0.7 * before[name])
-    assert all(p.is_leaf and not p.requires_grad for p in target.parameters())  # no graph that grows
-    assert all(p.requires_grad for p in online.parameters())
+        if name.startswith(target + "."):
+            torch.testing.assert_close(parameter, 0.3 * before[name.replace(target, online)] + 0.7 * before[name])
+        assert parameter.is_leaf and parameter.requires_grad == (not name.startswith(target + "."))
 
 
 # --- Targets ---
@@ -137,19 +163,18 @@ def test_terminal_rows_have_their_reward_as_target(algorithm):
     agent = make_agent(small_args(algorithm))
     batch, noise = random_inputs(agent)
     batch["masks"] = torch.zeros_like(batch["masks"])
-    target = agent.critic_loss(batch, noise)[1]["critic/target_mean"]  # value_flows: of every row, (S, B)
+    target = agent.critic_loss(batch, noise)[1]["critic/target_mean"]
     rewards = batch["rewards"] - (noise["return"].squeeze(-1) if algorithm == "evor" else 0)  # evor's is a velocity
-    expected = rewards if algorithm == "value_flows" else rewards.mean(dim=1)
-    torch.testing.assert_close(target, expected)
+    torch.testing.assert_close(target, rewards.mean())
 
 
 # --- Random numbers ---
 
 UNIFORM = {
-    "floq": {"next_return_ratio", "return_ratio", "time", "bc_time"},
+    "floq": {"next_start", "start", "time", "bc_time"},
     "value_flows": {"time", "bc_time"},
     "q_flow": {"value_time", "policy_time"},
-    "evor": {"time", "policy_time"},
+    "evor": {"time", "bc_time"},
 }
 
 
@@ -181,7 +206,7 @@ def test_random_numbers_are_normal_or_uniform_and_independent(algorithm):
 STACKED = {
     "floq": [
         {},
-        dict(normalize_q_loss=True, train_at_zero_only=True, q_agg="min", use_resnets=True, time_embedding="fourier"),
+        dict(normalize_q_loss=True, train_at_zero_only=True, q_agg="min", time_embedding="fourier"),
         dict(use_prob_embed=False, layer_norm=False, actor_layer_norm=True, noise_samples=1, flow_num_ensembles=3),
     ],
     "value_flows": [
@@ -197,69 +222,116 @@ STACKED = {
 
 
 def test_stacked_seeds_equal_each_seed_alone(algorithm):
+    """The update's losses and weights, and actions."""
     seeds = (3, 4, 5)
     for changes in STACKED[algorithm]:
         args = small_args(algorithm, **changes)
-        stacked = make_agent(args, seeds)
-        alone = [make_agent(args, (seed,)) for seed in seeds]
-        for update in range(3):
-            out = stacked.update(*random_inputs(stacked, seeds, update))
+        stacked, alone = make_agents(args, seeds), [make_agents(args, (seed,)) for seed in seeds]
+        for number in range(3):
+            out = update(stacked, *stacked_inputs(stacked, seeds, number))
             for s, seed in enumerate(seeds):
-                single = alone[s].update(*random_inputs(alone[s], (seed,), update))
-                for name, value in single.items():
+                for name, value in update(alone[s], *stacked_inputs(alone[s], (seed,), number)).items():
                     torch.testing.assert_close(out[name][s], value[0], rtol=1e-4, atol=1e-5)
+        noise = torch.stack([stacked.agent.draw_act_noise(torch.Generator().manual_seed(s), 7) for s in seeds])
+        observations = torch.randn(3, 7, 5)
+        actions = stacked.function("act")(observations, noise)
         for s in range(3):
-            for stacked_parameter, parameter in zip(stacked.parameters(), alone[s].parameters()):
-                torch.testing.assert_close(stacked_parameter[s], parameter[0], rtol=0, atol=1e-5)
+            own = alone[s].function("act")(observations[s : s + 1], noise[s : s + 1])
+            torch.testing.assert_close(actions[s], own[0], rtol=1e-4, atol=1e-5)
+            for name, parameter in stacked.parameters.items():
+                torch.testing.assert_close(parameter[s], alone[s].parameters[name][0], rtol=0, atol=1e-5)
+
+
+def test_one_stacked_agent_is_the_agent_itself(algorithm):
+    """Losses and actions of the vectorised agent are those of the plain module."""
+    args = small_args(algorithm)
+    agent, agents = make_agent(args, 3), make_agents(args, (3,))
+    batch, noise = random_inputs(agent, 3)
+    for loss in ("critic_loss", "actor_loss"):
+        _, metrics = getattr(agent, loss)(batch, noise)
+        for name, value in agents.function(loss)(*stacked_inputs(agents, (3,)))[1].items():
+            torch.testing.assert_close(value[0], metrics[name], rtol=1e-5, atol=1e-6)
+    noise = agent.draw_act_noise(torch.Generator(), 7)
+    observations = torch.randn(7, 5)
+    acted = agents.function("act")(observations.unsqueeze(0), noise.unsqueeze(0))
+    torch.testing.assert_close(acted[0], agent.act(observations, noise), rtol=1e-5, atol=1e-6)
+    assert not acted.requires_grad
+
+
+def test_a_file_of_ones_own_may_use_any_module(algorithm):
+    """Layers of torch start from the seed like the files' own, and train."""
+    module = ALGORITHMS[algorithm]
+
+    class Mine(module.Agent):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.extra = torch.nn.Linear(2, 3)
+
+        def critic_loss(self, batch, noise):
+            loss, metrics = super().critic_loss(batch, noise)
+            return loss + self.extra(batch["actions"][:, :2]).square().mean(), metrics
+
+    args = small_args(algorithm)
+    agents = Stacked(lambda: Mine(args, 5, 3, -1.0, 0.0), (3, 4), "cpu", 1e-3)
+    alone = Stacked(lambda: Mine(args, 5, 3, -1.0, 0.0), (4,), "cpu", 1e-3)
+    weight = agents.parameters["extra.weight"]
+    assert weight.shape == (2, 3, 2) and torch.equal(weight[1], alone.parameters["extra.weight"][0])
+    assert weight.abs().min() > 0 and not torch.equal(weight[0], weight[1])
+    agents.backward("critic_loss", *stacked_inputs(agents, (3, 4)), trains=("extra",))
+    assert set(gradients(agents)) == {"extra.weight", "extra.bias"}
 
 
 @pytest.mark.parametrize("online", [False, True])
 def test_stacked_seeds_start_and_draw_as_each_seed_alone(algorithm, online):
-
     args, seeds = small_args(algorithm), [3, 4, 5]
-    stacked = make_agent(args, seeds)
-    chunk = draws.draw_chunk(stacked, args, seeds, 1000, 7, "cpu", online)
+    stacked = make_agents(args, seeds)
+    chunk = draws.draw_chunk(stacked.agent, args, seeds, 1000, 7, "cpu", online)
     for s, seed in enumerate(seeds):
-        alone = make_agent(args, (seed,))
-        for stacked_parameter, parameter in zip(stacked.parameters(), alone.parameters()):
-            assert torch.equal(stacked_parameter[s], parameter[0])
-        for name, value in draws.draw_chunk(alone, args, [seed], 1000, 7, "cpu", online).items():
+        alone = make_agents(args, (seed,))
+        for name, parameter in stacked.parameters.items():
+            assert torch.equal(parameter[s], alone.parameters[name][0]), name
+        for name, value in draws.draw_chunk(alone.agent, args, [seed], 1000, 7, "cpu", online).items():
             assert torch.equal(chunk[name][:, s], value[:, 0]), name
     name = next(name for name in chunk if name not in ("indices", "act"))
     assert not torch.equal(chunk[name][:, 0], chunk[name][:, 1])
-    later = draws.draw_chunk(stacked, args, seeds, 1000, 8, "cpu", online)
+    later = draws.draw_chunk(stacked.agent, args, seeds, 1000, 8, "cpu", online)
     assert not torch.equal(chunk["indices"], later["indices"])
     assert ("act" in chunk) == online and chunk["indices"].shape == (50, 3, 6)
+
+
+def test_a_checkpoint_of_other_networks_is_refused_by_name(algorithm):
+    small, large = make_agents(small_args(algorithm)), make_agents(small_args(algorithm, actor_hidden_dims=(16, 17)))
+    with pytest.raises(RuntimeError, match=r"do not fit this agent: actor_\w+\.(mlp\.)?"):
+        large.load_state_dict(small.state_dict())
+    saved = small.state_dict()
+    saved["agent"] = {name: value for name, value in saved["agent"].items() if not name.endswith("biases.0")}
+    with pytest.raises(RuntimeError, match="biases.0"):
+        small.load_state_dict(saved)
 
 
 # --- Other ways to run the update ---
 
 
+def split_inputs(agents, batch_names):
+    """The update as a function of batch and noise in one dictionary."""
+    pick = lambda inputs, inside: {k: v for k, v in inputs.items() if (k in batch_names) == inside}
+    return lambda inputs: update(agents, pick(inputs, True), pick(inputs, False))
+
+
 @pytest.mark.gpu
 def test_graph_replay_equals_eager_updates_and_uses_fresh_noise(algorithm):
-    agents = [make_agent(small_args(algorithm), (0, 1)).cuda() for _ in range(2)]
-    for agent in agents:
-        agent.make_optimizer()
-    on_gpu = lambda update: [{k: v.cuda() for k, v in d.items()} for d in random_inputs(agents[0], (0, 1), update)]
-
-    def update_with(agent):
-        split = lambda inputs: (
-            {k: inputs[k] for k in batch_names},
-            {k: v for k, v in inputs.items() if k not in batch_names},
-        )
-        return lambda inputs: agent.update(*split(inputs))
-
+    agents = [make_agents(small_args(algorithm), (0, 1), "cuda") for _ in range(2)]
+    on_gpu = lambda n: [{k: v.cuda() for k, v in d.items()} for d in stacked_inputs(agents[0], (0, 1), n)]
     batch, noise = on_gpu(0)
-    batch_names = set(batch)
-    eager = update_with(agents[0])
-    replay = graphs.capture(update_with(agents[1]), batch | noise, agents[1].state_tensors())
-    for update in range(100):
-        batch, noise = on_gpu(update)
+    eager, captured = (split_inputs(a, set(batch)) for a in agents)
+    replay = graphs.capture(captured, batch | noise, agents[1].state_tensors())
+    for number in range(100):
+        batch, noise = on_gpu(number)
         expected = eager(batch | noise)
         for name, value in replay(batch | noise).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-3)
-    for a, b in zip(agents[0].parameters(), agents[1].parameters()):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    for name, parameter in agents[0].parameters.items():
+        torch.testing.assert_close(parameter, agents[1].parameters[name], rtol=0, atol=1e-4)
     # The same batch with other noise gives another loss: nothing random is frozen in the graph.
     first = {name: value.clone() for name, value in replay(batch | noise).items()}
     second = replay(batch | on_gpu(7)[1])
@@ -274,12 +346,12 @@ def test_compiled_losses_equal_eager_ones(algorithm):
         "q_flow": dict(flow_steps=2),
         "evor": dict(flow_steps=2),
     }
-    args = small_args(algorithm, **few_steps[algorithm])
-    eager, compiled = make_agent(args), make_agent(args)
-    graphs.compile_losses(compiled)
-    for update in range(3):
-        expected = eager.update(*random_inputs(eager, update=update))
-        for name, value in compiled.update(*random_inputs(compiled, update=update)).items():
+    args, seeds = small_args(algorithm, **few_steps[algorithm]), (0, 1)
+    eager, compiled = make_agents(args, seeds), make_agents(args, seeds)
+    compiled.compiled = True
+    for number in range(3):
+        expected = update(eager, *stacked_inputs(eager, seeds, number))
+        for name, value in update(compiled, *stacked_inputs(compiled, seeds, number)).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
-    for a, b in zip(compiled.parameters(), eager.parameters()):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    for name, parameter in compiled.parameters.items():
+        torch.testing.assert_close(parameter, eager.parameters[name], rtol=0, atol=1e-5)

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from common import pixels
-from conftest import ALGORITHMS
+from common.stacked import Stacked
+from conftest import ALGORITHMS, update
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 CASES = [path for method in ALGORITHMS for path in sorted(PARITY_DIR.glob(f"{method}*.npz"))]
@@ -27,7 +28,7 @@ SAME_NAME = {
     "floq": (
         "tau", "q_agg", "alpha", "actor_flow_steps", "critic_flow_steps", "normalize_q_loss", "flow_num_ensembles",
         "distill_num_ensembles", "noise_samples", "noise_coverage", "num_bins", "sigma", "reward_offset", "layer_norm",
-        "actor_layer_norm", "use_prob_embed", "use_resnets", "num_transformations", "train_at_zero_only",
+        "actor_layer_norm", "use_prob_embed", "train_at_zero_only",
     ),
     "value_flows": (
         "tau", "ret_agg", "q_agg", "clip_flow_actions", "clip_flow_returns", "confidence_weight_temp", "dcfm_lambda",
@@ -56,32 +57,32 @@ def make_recorded_agent(meta, seeds):
     module = ALGORITHMS[method]
     args = replace(module.Args(), **settings)
     obs_dim = tuple(meta["obs_shape"]) if "obs_shape" in meta else meta["obs_dim"]
-    agent = module.Agent(args, obs_dim, meta["action_dim"], seeds, *rewards)
-    agent.make_optimizer()
-    return agent
+    make_agent = lambda: module.Agent(args, obs_dim, meta["action_dim"], *rewards)
+    return Stacked(make_agent, seeds, "cpu", args.learning_rate)
 
 
-def parameter_of(agent, key):
+# Recorded names of networks and noise that have another name here.
+NETWORKS = {"floq": "critic_flow", "target_floq": "target_critic_flow"}
+NOISE = {"next_return_ratio": "next_start", "return_ratio": "start", "weight": "confidence"}
+
+
+def parameter_of(agents, key):
     """The parameter, or the ensemble member's part, that `params_*/<network>/.../<layer>/<kind>` names: (S, ...)."""
     _, network, *inner, layer, kind = key.split("/")
     member = re.fullmatch(r"(target_critic_flow|critic_flow)([12])", network)  # value_flows: two recorded networks
+    network = member[1] if member else NETWORKS.get(network, network)
     name, index = layer.split("_")
     if inner and inner[0] == "encoder":  # both fields share the first one's
-        encoder = agent.encoders[member[1] if member else network]
+        encoder = f"{network}.encoder."
         if name == "Dense":
-            return (encoder.weight if kind == "kernel" else encoder.bias).data
+            return agents.parameters[encoder + ("weight" if kind == "kernel" else "bias")].data
         index = 3 * int(inner[1].removeprefix("stack_blocks_")) + int(index)
         if kind == "bias":
-            return encoder.kernel_biases[index].data
-        return encoder.kernels[index].data.permute(0, 3, 4, 2, 1)  # as recorded: (S, 3, 3, in, out)
-    module = getattr(agent, member[1] if member else network)
-    module = getattr(module, "mlp", module)
-    lists = {
-        "kernel": module.weights,
-        "bias": module.biases if name == "Dense" else module.shifts,
-        "scale": module.scales,
-    }
-    parameter = lists[kind][int(index)].data
+            return agents.parameters[f"{encoder}kernel_biases.{index}"].data
+        return agents.parameters[f"{encoder}kernels.{index}"].data.permute(0, 3, 4, 2, 1)  # recorded (3, 3, in, out)
+    kinds = {"kernel": "weights", "bias": "biases" if name == "Dense" else "shifts", "scale": "scales"}
+    mlp = f"{network}.mlp" if f"{network}.mlp.weights.0" in agents.parameters else network
+    parameter = agents.parameters[f"{mlp}.{kinds[kind]}.{index}"].data
     return parameter[:, int(member[2]) - 1] if member else parameter
 
 
@@ -93,6 +94,7 @@ def in_our_order(key, array):
 
 # Recorded, but neither a loss nor logged here.
 NOT_LOGGED = re.compile("grad/.*|actor/mse|actor/q|critic/q_(max|min|std_max|std_min)")
+NOT_LOGGED_BY = {"value_flows": "critic/q_mean"}
 # Means of values of either sign, whose terms cancel: they are as exact as the terms are, not as they are themselves.
 CANCELLING = ("actor/q_loss", "critic/q_mean", "critic/q_outer_mean", "critic/q_inner_mean")
 
@@ -113,39 +115,36 @@ def test_parity(path, num_seeds):
     with np.load(path) as file:
         data = {key: in_our_order(key, file[key]) for key in file.files}
     meta = json.loads(str(data["meta"]))
-    agent = make_recorded_agent(meta, list(range(num_seeds)))
+    agents = make_recorded_agent(meta, list(range(num_seeds)))
     stack = lambda array: torch.as_tensor(array).unsqueeze(0).repeat(num_seeds, *[1] * array.ndim)
     before = [key for key in data if key.startswith("params_before/")]
     for key in before:
-        parameter = parameter_of(agent, key)
+        parameter = parameter_of(agents, key)
         parameter.copy_(stack(data[key]).reshape(parameter.shape))
-    assert sum(parameter_of(agent, key).numel() for key in before) == sum(p.numel() for p in agent.parameters())
-    assert len({parameter_of(agent, key).data_ptr() for key in before}) == len(before)
+    assert sum(parameter_of(agents, key).numel() for key in before) == sum(p.numel() for p in agents.parameters.values())
+    assert len({parameter_of(agents, key).data_ptr() for key in before}) == len(before)
 
-    for update in range(meta["updates"]):
+    for number in range(meta["updates"]):
         pick = lambda kind: {
-            k.split("/")[-1]: stack(v) for k, v in data.items() if k.startswith(f"update{update}/{kind}/")
+            k.split("/")[-1]: stack(v) for k, v in data.items() if k.startswith(f"update{number}/{kind}/")
         }
-        batch, noise = pick("batch"), pick("noise")
+        batch, noise = pick("batch"), {NOISE.get(name, name): value for name, value in pick("noise").items()}
         if "obs_shape" in meta:  # recorded without crops
             noise["crop"] = torch.full((num_seeds, meta["B"], 2), pixels.PADDING)
-        rows = {}
-        if meta["method"] == "value_flows":  # losses recorded for each row, and what only a log line needs
-            rows = agent.critic_loss(batch, noise)[1] | agent.statistics(batch, noise)
-        out = agent.update(batch, noise)
-        recorded = {k.split("/out/")[1]: v for k, v in data.items() if k.startswith(f"update{update}/out/")}
+        out = update(agents, batch, noise)
+        recorded = {k.split("/out/")[1]: v for k, v in data.items() if k.startswith(f"update{number}/out/")}
         recorded = {name: value for name, value in recorded.items() if not NOT_LOGGED.fullmatch(name)}
+        recorded.pop(NOT_LOGGED_BY.get(meta["method"]), None)
         assert recorded
-        for name, value in recorded.items():
-            mine = rows[name] if value.ndim or name not in out else out[name]
-            assert mine.shape == (num_seeds, *value.shape)
+        for name, value in recorded.items():  # value_flows: some are recorded for each row
             atol = 1e-4 * term_size(recorded) if name in CANCELLING else 0
-            message = f"{name}, update {update}"
-            np.testing.assert_allclose(mine.detach(), stack(value), rtol=1e-4, atol=atol, err_msg=message)
+            message = f"{name}, update {number}"
+            expected = stack(np.asarray(value.mean(dtype=np.float64)))
+            np.testing.assert_allclose(out[name], expected, rtol=1e-4, atol=atol, err_msg=message)
 
     weights, off = 0, 0
     for key in [key for key in data if key.startswith("params_after")]:
-        parameter = parameter_of(agent, key).reshape(num_seeds, -1).numpy()
+        parameter = parameter_of(agents, key).reshape(num_seeds, -1).numpy()
         parameter = parameter[:, :: 17 if key.startswith("params_after_every17/") else 1]
         differences = np.abs(parameter - data[key].reshape(1, -1))
         assert differences.max() <= 2 * meta["updates"] * meta["lr"], key  # Adam's steps there and back

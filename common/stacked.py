@@ -1,0 +1,125 @@
+"""S agents in one process: an agent is written for one seed, and torch.vmap runs it for all of them at once."""
+
+import torch
+from torch import nn
+
+
+class Stacked:
+    """S independent agents, whose weights differ by a leading seed axis (S, ...).
+
+    Losses of different seeds are summed, so that no gradient of one reaches another.
+
+    Args:
+        make_agent: function without arguments that makes an agent, its weights drawn from torch's global generator. Its
+            buffers must not depend on the seed.
+        seeds: the S seeds of the initial weights; an agent's do not depend on the other seeds or on the device.
+        device: torch device.
+        learning_rate: Adam's.
+
+    Attributes:
+        agent: the first of the agents.
+        parameters: {name of an agent's parameter: (S, ...)}; those whose `requires_grad` is False are left to `ema`.
+        optimizer: one Adam for all of them (Adam is elementwise, so several would be the same).
+        compiled: whether losses run through torch.compile.
+    """
+
+    def __init__(self, make_agent, seeds, device, learning_rate):
+        agents = []
+        for seed in seeds:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                agents.append(make_agent())
+        self.agent, self.compiled, self.functions = agents[0].to(device), False, {}
+        self.parameters = {}
+        for name, first in self.agent.named_parameters():
+            stack = torch.stack([agent.get_parameter(name).detach().to(device) for agent in agents])  # (S, ...)
+            self.parameters[name] = nn.Parameter(stack, requires_grad=first.requires_grad)
+            first.data = stack[0]
+
+        trained = [p for p in self.parameters.values() if p.requires_grad]
+        on_gpu = trained[0].is_cuda
+        self.optimizer = torch.optim.Adam(trained, lr=learning_rate, eps=1e-8, fused=True, capturable=on_gpu)
+        for p in trained:  # Adam makes its state in the first step, which a CUDA graph would repeat
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+
+    def backward(self, loss, batch, noise, trains):
+        """Adds the gradient of a loss to the weights of the networks that it trains; all other weights are constants.
+
+        Args:
+            loss: name of the agent's method that maps batch and noise to (loss, {name: value}).
+            batch, noise: {name: (S, ...)}.
+            trains: names of the networks, the attributes of the agent.
+
+        Returns:
+            {name: (S, ...)}, the loss' values at the present weights.
+        """
+        parameters = {
+            name: p if name.split(".")[0] in trains else p.detach() for name, p in self.parameters.items()
+        }
+        losses, metrics = self._stack(loss, self.compiled)(parameters, batch, noise)
+        losses.sum().backward()
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def ema(self, target, online, tau):
+        """Moves the network `target` towards the network `online`: w <- (1 - tau) w + tau w_online."""
+        of = lambda network: [p for name, p in self.parameters.items() if name.split(".")[0] == network]
+        with torch.no_grad():
+            torch._foreach_lerp_(of(target), of(online), tau)  # all weights in one launch
+
+    def function(self, method):
+        """The agent's method `method` for all seeds, without gradients: inputs and outputs have a leading axis S."""
+        return torch.no_grad()(lambda *inputs: self._stack(method, compiled=False)(self.parameters, *inputs))
+
+    def _stack(self, method, compiled):
+        """f(parameters, inputs) -> what the agent's method returns for these inputs, with a leading axis S throughout."""
+        if (method, compiled) not in self.functions:
+            caller = _Caller(self.agent, method)
+
+            def one_agent(parameters, *inputs):
+                named = {f"agent.{name}": value for name, value in parameters.items()}
+                return torch.func.functional_call(caller, named, inputs)
+
+            stacked = torch.vmap(one_agent)
+            self.functions[method, compiled] = torch.compile(stacked) if compiled else stacked
+        return self.functions[method, compiled]
+
+    def state_tensors(self):
+        """Every tensor that an update changes."""
+        adam = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        return [*self.parameters.values(), *adam]
+
+    def state_dict(self):
+        """Weights and Adam's moments for a checkpoint: {"agent": {name: (S, ...)}, "optimizer": ...}."""
+        weights = {name: p.detach() for name, p in self.parameters.items()}
+        return {"agent": weights, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, saved):
+        """Takes over a checkpoint's weights and, if it has them, moments; Adam's settings stay, which belong to this
+        process's device.
+
+        Raises:
+            RuntimeError: for weights of other names or shapes.
+        """
+        weights = saved["agent"]
+        wrong = sorted(weights.keys() ^ self.parameters.keys())
+        wrong += [name for name, p in self.parameters.items() if name in weights and weights[name].shape != p.shape]
+        if wrong:
+            raise RuntimeError(f"the checkpoint's weights do not fit this agent: {', '.join(wrong)}")
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(weights[name])
+        if "optimizer" in saved:
+            settings = {"param_groups": self.optimizer.state_dict()["param_groups"]}
+            self.optimizer.load_state_dict(saved["optimizer"] | settings)
+
+
+class _Caller(nn.Module):
+    """A method of an agent as a module, which is what torch.func.functional_call calls."""
+
+    def __init__(self, agent, method):
+        super().__init__()
+        self.agent, self.method = agent, method
+
+    def forward(self, *inputs):
+        return getattr(self.agent, self.method)(*inputs)
