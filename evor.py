@@ -270,7 +270,7 @@ class Agent(nn.Module):
 
     def bc_velocity(self, observations, x, t):
         """The base policy's velocity u(s, x, t): (N, D), (N, A), t (N, 1) or a float -> (N, A)."""
-        t = torch.as_tensor(t, device=x.device).expand_as(x[..., :1])
+        t = t if torch.is_tensor(t) else torch.full_like(x[:, :1], t)
         return self.actor_flow(observations, torch.cat([x, t], dim=-1))
 
     def flow_actions(self, observations, noise):
@@ -284,7 +284,7 @@ class Agent(nn.Module):
         """The return fields' v_e(z, t | s, a): condition [s, a] (N, D + A), z (N, 1) or (E, N, 1), t (N, 1) or a float ->
         (E, N, 1). `fields`: self.critic_flow or its target.
         """
-        t = torch.as_tensor(t, device=z.device).expand_as(z)
+        t = t.expand_as(z) if torch.is_tensor(t) else torch.full_like(z, t)
         return fields(condition, torch.cat([z, t], dim=-1))
 
     def returns(self, condition, noise):
@@ -438,7 +438,7 @@ if __name__ == "__main__":
         replay.restore(resumed["replay"], count=max(0, resumed["step"] - args.total_timesteps))
 
     # --- Training: offline, then online ---
-    one_update = lambda draws, trains: update(agents, replay.batch(draws), draws, trains)
+    one_update = lambda draws, trains: update(agents, *replay.inputs(draws), trains)
     fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise

@@ -260,7 +260,7 @@ class ValueFlow(nn.Module):
 
     def forward(self, observations, actions, z, t):
         """(N, D), (N, A), z (N, 1) or (E, N, 1), t (N, 1) or a float -> (E, N, 1)."""
-        t = torch.as_tensor(t, device=z.device).expand_as(z)
+        t = t.expand_as(z) if torch.is_tensor(t) else torch.full_like(z, t)
         if self.args.use_prob_embed:
             z_embedding = hl_gauss(z, self.edges, self.args.sigma)  # (..., N, bins)
         else:
@@ -325,7 +325,7 @@ class Agent(nn.Module):
 
     def bc_velocity(self, observations, x, t):
         """The cloning flow's velocity u(s, x, t): (N, D), (N, A), t (N, 1) or a float -> (N, A)."""
-        t = torch.as_tensor(t, device=x.device).expand_as(x[..., :1])
+        t = t if torch.is_tensor(t) else torch.full_like(x[:, :1], t)
         return self.actor_bc_flow(observations, torch.cat([x, t], dim=-1))
 
     def start_noise(self, uniform):
@@ -456,7 +456,7 @@ if __name__ == "__main__":
         replay.restore(resumed["replay"], count=max(0, resumed["step"] - args.total_timesteps))
 
     # --- Training: offline, then online ---
-    one_update = lambda draws: update(agents, replay.batch(draws), draws)
+    one_update = lambda draws: update(agents, *replay.inputs(draws))
     fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise

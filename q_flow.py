@@ -383,7 +383,7 @@ if __name__ == "__main__":
         replay.restore(resumed["replay"], count=max(0, resumed["step"] - args.total_timesteps))
 
     # --- Training: offline, then online ---
-    one_update = lambda draws: update(agents, replay.batch(draws), draws)
+    one_update = lambda draws: update(agents, *replay.inputs(draws))
     fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise

@@ -220,7 +220,7 @@ class Network(nn.Module):
             x: (N, .) or (E, N, .).
             t: (N, 1), or a number.
         """
-        t = torch.as_tensor(t, device=x.device).expand_as(x[..., :1])
+        t = t.expand_as(x[..., :1]) if torch.is_tensor(t) else torch.full_like(x[..., :1], t)
         return self.mlp(condition, torch.cat([x, t], dim=-1))
 
 
@@ -484,7 +484,7 @@ if __name__ == "__main__":
         replay.restore(resumed["replay"], count=max(0, resumed["step"] - args.total_timesteps))
 
     # --- Training: offline, then online ---
-    one_update = lambda draws: update(agents, replay.batch(draws), draws)
+    one_update = lambda draws: update(agents, *replay.inputs(draws))
     fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
     act, act_online, draw_act_noise = agents.function("act"), agents.function("act_online"), agents.agent.draw_act_noise

@@ -37,6 +37,7 @@ from tqdm import tqdm
 from common import draws, fail, graphs, num_cores, rollout, warn
 from common.device import setup_torch
 from common.replay import Replay
+from common.stacked import Stacked
 
 OBS_DIM, ACTION_DIM = 28, 5  # cube-single's
 RESULTS = Path(__file__).parent / "results"
@@ -136,15 +137,14 @@ def prepare(algorithm, num_seeds, precision, cuda, quick):
 
     def make_update(variant):
         compiled, captured = VARIANTS[variant]
-        agent = module.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0).to(device)
-        agent.make_optimizer()
-        chunk = draws.draw_chunk(agent, args, seeds, N, 0, device)
+        make_agent = lambda: module.Agent(args, OBS_DIM, ACTION_DIM, -1.0, 0.0)
+        agents = Stacked(make_agent, seeds, device, args.learning_rate)
+        chunk = draws.draw_chunk(agents.agent, args, seeds, N, 0, device)
         inputs, numbers = lambda i: {name: value[i % draws.CHUNK] for name, value in chunk.items()}, itertools.count()
-        if compiled:
-            graphs.compile_losses(agent, announce=False)
+        agents.compiled = compiled and graphs.can_compile(device, announce=False)
         replay = Replay(dataset, num_seeds, 0)
-        update = lambda inputs: agent.update(replay.batch(inputs), inputs)
-        update = graphs.capture(update, inputs(0), agent.state_tensors(), captured)
+        update = lambda inputs: module.update(agents, *replay.inputs(inputs))
+        update = graphs.capture(update, inputs(0), agents.state_tensors(), captured)
         return lambda: update(inputs(next(numbers)))
 
     return device, torch.cuda.synchronize if cuda else lambda: None, make_update
@@ -285,12 +285,14 @@ def measure_evaluation(algorithm, num_seeds, cuda):
     args = module.Args(env_id="cube-single-play-singletask-v0", cuda=cuda and torch.cuda.is_available())
     device = setup_torch(args)
     seeds = list(range(num_seeds))
-    agent = module.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0).to(device)
+    make_agent = lambda: module.Agent(args, OBS_DIM, ACTION_DIM, -1.0, 0.0)
+    agents = Stacked(make_agent, seeds, device, args.learning_rate)
+    act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     marks = [time.perf_counter()]
     workers = rollout.start_workers(args.env_id, num_seeds, args.eval_episodes)
     marks.append(time.perf_counter())
     for step in range(3):
-        rollout.evaluate(workers, agent.act, agent.draw_act_noise, seeds, args.eval_episodes, step, device)
+        rollout.evaluate(workers, act, draw_act_noise, seeds, args.eval_episodes, step, device)
         marks.append(time.perf_counter())
     num_workers = len(workers.processes)
     rollout.stop_workers(workers)

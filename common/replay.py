@@ -54,6 +54,10 @@ class Replay:
             self.rows[key][:, : rows.shape[1]] = rows
         self.count = count
 
+    def inputs(self, draws):
+        """What an update takes: the batch that the draws of `draws.Draws` choose, and the noise that they also hold."""
+        return self.batch(draws), {name: value for name, value in draws.items() if name not in ("indices", "count")}
+
     def batch(self, draws):
         """A batch of transitions, uniform over the offline and, in the online phase, the online ones.
 

@@ -1,5 +1,7 @@
 """S agents in one process: an agent is written for one seed, and torch.vmap runs it for all of them at once."""
 
+import types
+
 import torch
 from torch import nn
 
@@ -17,7 +19,7 @@ class Stacked:
         learning_rate: Adam's.
 
     Attributes:
-        agent: the first of the agents.
+        agent: one of the agents as it began, which says what all have in common (it does not train).
         parameters: {name of an agent's parameter: (S, ...)}; those whose `requires_grad` is False are left to `ema`.
         optimizer: one Adam for all of them (Adam is elementwise, so several would be the same).
         compiled: whether losses run through torch.compile.
@@ -29,12 +31,12 @@ class Stacked:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 agents.append(make_agent())
-        self.agent, self.compiled, self.functions = agents[0].to(device), False, {}
+        self.agent, self.compiled, self.functions = agents[0], False, {}
         self.parameters = {}
         for name, first in self.agent.named_parameters():
-            stack = torch.stack([agent.get_parameter(name).detach().to(device) for agent in agents])  # (S, ...)
+            stack = torch.stack([agent.get_parameter(name).detach() for agent in agents]).to(device)  # (S, ...)
             self.parameters[name] = nn.Parameter(stack, requires_grad=first.requires_grad)
-            first.data = stack[0]
+        self.buffers = {name: buffer.to(device) for name, buffer in self.agent.named_buffers()}
 
         trained = [p for p in self.parameters.values() if p.requires_grad]
         on_gpu = trained[0].is_cuda
@@ -77,11 +79,23 @@ class Stacked:
             caller = _Caller(self.agent, method)
 
             def one_agent(parameters, *inputs):
-                named = {f"agent.{name}": value for name, value in parameters.items()}
+                named = {f"agent.{name}": value for name, value in (parameters | self.buffers).items()}
                 return torch.func.functional_call(caller, named, inputs)
 
-            stacked = torch.vmap(one_agent)
-            self.functions[method, compiled] = torch.compile(stacked) if compiled else stacked
+            vectorised = torch.vmap(one_agent)
+
+            def stacked(parameters, *inputs):
+                return vectorised(parameters, *inputs)
+
+            if compiled:
+                # torch keeps a few compiled forms per code object, so each loss has its own. An agent's code and settings
+                # do not change once it trains, so only tensors are checked for changes at each call.
+                code = stacked.__code__.replace(co_name=method)
+                options = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+                stacked = torch.compile(
+                    types.FunctionType(code, globals(), method, None, stacked.__closure__), options=options
+                )
+            self.functions[method, compiled] = stacked
         return self.functions[method, compiled]
 
     def state_tensors(self):

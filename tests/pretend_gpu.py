@@ -22,6 +22,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from common.replay import Replay  # noqa: E402
+from common.stacked import Stacked  # noqa: E402
 from conftest import ALGORITHMS, small_args  # noqa: E402
 
 S, ACTION_DIM, N = 2, 3, 50  # seeds, dimension of an action, transitions of the dataset
@@ -59,23 +60,14 @@ class Strict(TorchDispatchMode):
         return out
 
 
-def to_device(agent, device):
-    """Module.to, which cannot exchange fake tensors."""
-    for module in agent.modules():
-        for name, parameter in list(module._parameters.items()):
-            moved = torch.nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
-            module._parameters[name] = moved
-        for name, buffer in list(module._buffers.items()):
-            module._buffers[name] = buffer.to(device)
-
-
 def check(algorithm, online=False, pixels=False, mistake=lambda x: None, device="pretend:0"):
     """An update and an action of two seeds and, online, a transition of theirs into the replay buffer."""
     args, generator = small_args(algorithm), torch.Generator()
     obs_dim = FRAME_STACK if pixels else STATE[0]
-    agent = importlib.import_module(algorithm).Agent(args, obs_dim, ACTION_DIM, list(range(S)), -1.0, 0.0)
-    to_device(agent, device)
-    agent.make_optimizer()
+    module = importlib.import_module(algorithm)
+    make_agent = lambda: module.Agent(args, obs_dim, ACTION_DIM, -1.0, 0.0)
+    agents = Stacked(make_agent, range(S), device, args.learning_rate)
+    agent = agents.agent
 
     observations = torch.zeros(N, *FRAME, dtype=torch.uint8) if pixels else torch.rand(N, *STATE)
     dataset = {"observations": observations, "next_observations": observations, "actions": torch.rand(N, ACTION_DIM)}
@@ -93,13 +85,13 @@ def check(algorithm, online=False, pixels=False, mistake=lambda x: None, device=
 
     with Strict() as strict:
         mistake(dataset["rewards"])
-        metrics = agent.update(replay.batch(inputs), inputs)
+        metrics = module.update(agents, *replay.inputs(inputs))
         metrics = torch.stack(tuple(metrics.values()))
-        actions = agent.act(now, act_noise).squeeze(1)
+        actions = agents.function("act")(now, act_noise).squeeze(1)
         if online:
             replay.append({key: value[:S] for key, value in dataset.items()} | {"actions": actions})
     assert strict.operations > 500, strict.operations
-    for tensor in (metrics, actions, *agent.state_tensors(), *replay.rows.values()):
+    for tensor in (metrics, actions, *agents.state_tensors(), *replay.rows.values()):
         assert tensor.device.type == "pretend", tensor
 
 
@@ -118,5 +110,6 @@ def main():
 
 if __name__ == "__main__":
     _setup_privateuseone_for_python_backend(rename="pretend")
+    FakeTensorMode.__deepcopy__ = lambda mode, memo: mode  # a deep copy of a fake tensor belongs to the same mode
     with FakeTensorMode():
         main()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common import graphs
-from conftest import ALGORITHMS, ROOT, make_agent, random_inputs, small_args
+from conftest import ALGORITHMS, ROOT, make_agents, small_args, stacked_inputs, update
 
 
 @pytest.fixture(scope="module")
@@ -85,27 +85,27 @@ def test_capturing_leaves_the_agent_as_it_was_and_replays_take_fresh_inputs(algo
         monkeypatch.setattr(torch.cuda, name, PretendStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendGraph)
-    eager, captured = (make_agent(small_args(algorithm), (0, 1)) for _ in range(2))
-    batch, noise = random_inputs(eager, (0, 1), 0)
+    eager, captured = (make_agents(small_args(algorithm), (0, 1)) for _ in range(2))
+    batch, noise = stacked_inputs(eager, (0, 1), 0)
     calls = []
 
-    def update(inputs):
+    def capturing(inputs):
         calls.append(PretendStream.graph is not None)
         split = [{name: inputs[name] for name in names} for names in (batch, noise)]
         graph = PretendStream.graph
         if graph is None:
-            return captured.update(*split)
-        graph.update, graph.inputs = update, inputs  # while capturing, nothing is computed
+            return update(captured, *split)
+        graph.update, graph.inputs = capturing, inputs  # while capturing, nothing is computed
         graph.outputs = {name: torch.full_like(value, torch.nan) for name, value in shapes.items()}
         return graph.outputs
 
-    shapes = make_agent(small_args(algorithm), (0, 1)).update(batch, noise)
+    shapes = update(make_agents(small_args(algorithm), (0, 1)), batch, noise)
     inputs = {name: value.as_subclass(OnGpu) for name, value in (batch | noise).items()}
-    replay = graphs.capture(update, inputs, captured.state_tensors())
+    replay = graphs.capture(capturing, inputs, captured.state_tensors())
     assert calls == [False, False, False, True]
     for number in range(3):
-        batch, noise = random_inputs(eager, (0, 1), number)
-        expected = eager.update(batch, noise)
+        batch, noise = stacked_inputs(eager, (0, 1), number)
+        expected = update(eager, batch, noise)
         for name, value in replay(batch | noise).items():
             assert torch.equal(value, expected[name]), (name, number)
     for a, b in zip(eager.state_tensors(), captured.state_tensors()):
@@ -120,29 +120,29 @@ def graph_break(message):
     return type("BackendCompilerFailed", (RuntimeError,), {"__module__": "torch._dynamo.exc"})(message)
 
 
-def fast_update(agent, compiled=False, captured=False):
+def fast_update(agents, batch_names, compiled=False, captured=False):
     """A FastUpdate whose compilation and capture are stand-ins."""
-    split = lambda inputs: (inputs, inputs)
-    fast = graphs.FastUpdate(agent, lambda inputs: agent.update(*split(inputs)), compile=False, cudagraphs=False)
-    fast.compiled, fast.captured = compiled, captured
+    pick = lambda inputs, inside: {name: x for name, x in inputs.items() if (name in batch_names) == inside}
+    split = lambda inputs: (pick(inputs, True), pick(inputs, False))
+    fast = graphs.FastUpdate(agents, lambda inputs: update(agents, *split(inputs)), compile=False, cudagraphs=False)
+    agents.compiled, fast.captured = compiled, captured
     return fast
 
 
 @pytest.mark.parametrize("compiled, captured", [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("when", ["first call", "after an update"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_updates_go_on_when_compiling_or_capturing_fails(algorithm, compiled, captured, when, monkeypatch, capsys):
+def test_updates_continue_when_compiling_or_capturing_fails(algorithm, compiled, captured, when, monkeypatch, capsys):
     """The failed attempt leaves no trace in weights and optimizer, and the updates are the eager ones."""
-    eager, agent = (make_agent(small_args(algorithm), (0, 1)) for _ in range(2))
-    fast = fast_update(agent, compiled, captured)
-    if compiled:
+    eager, agents = (make_agents(small_args(algorithm), (0, 1)) for _ in range(2))
+    batch, noise = stacked_inputs(eager, (0, 1))
+    fast = fast_update(agents, set(batch), compiled, captured)
 
-        def broken(batch, noise):
-            raise graph_break("inductor cannot\nmore lines")
+    def broken(*inputs):
+        raise graph_break("inductor cannot\nmore lines")
 
-        agent.critic_loss = agent.actor_loss = broken
-        if when == "after an update":  # one loss is compiled already
-            agent.critic_loss = type(agent).critic_loss.__get__(agent)
+    def compile(function, options):  # one loss is compiled already, in the second case
+        return function if when == "after an update" and function.__name__ == "critic_loss" else broken
 
     def capture(update, inputs, state, enabled=True):
         if enabled:
@@ -151,45 +151,47 @@ def test_updates_go_on_when_compiling_or_capturing_fails(algorithm, compiled, ca
             raise RuntimeError("operation not permitted when stream is capturing")
         return update
 
+    monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(graphs, "capture", capture)
     for number in range(3):
-        batch, noise = random_inputs(eager, (0, 1), number)
-        expected = eager.update(batch, noise)
+        batch, noise = stacked_inputs(eager, (0, 1), number)
+        expected = update(eager, batch, noise)
         for name, value in fast(batch | noise).items():
             assert torch.equal(value, expected[name]), (name, number)
         assert fast.new == (number == 0)
-    for a, b in zip(eager.state_tensors(), agent.state_tensors()):
+    for a, b in zip(eager.state_tensors(), agents.state_tensors()):
         assert torch.equal(a, b)
     warnings = capsys.readouterr().err
-    assert ("--compile fails here (inductor cannot); updates go on" in warnings) == compiled
+    assert ("--compile fails here (inductor cannot); updates continue" in warnings) == compiled
     assert ("--cudagraphs fails here (operation not permitted when stream is capturing)" in warnings) == captured
 
 
-def test_other_failures_are_not_hidden():
-    agent = make_agent(small_args("evor"))
+def test_other_failures_are_not_hidden(monkeypatch):
+    agents = make_agents(small_args("evor"))
+    batch, noise = stacked_inputs(agents)
 
-    def wrong(batch, noise):
+    def wrong(agent, batch, noise):
         raise ValueError("a mistake in the loss")
 
-    agent.critic_loss = agent.actor_loss = wrong
-    batch, noise = random_inputs(agent)
+    monkeypatch.setattr(type(agents.agent), "critic_loss", wrong)
     with pytest.raises(ValueError, match="a mistake in the loss"):
-        fast_update(agent)(batch | noise)
+        fast_update(agents, set(batch))(batch | noise)
 
-    def too_large(batch, noise):
+    def too_large(agent, batch, noise):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
 
-    agent.critic_loss = agent.actor_loss = too_large
+    monkeypatch.setattr(type(agents.agent), "critic_loss", too_large)
+    monkeypatch.setattr(torch, "compile", lambda function, options: function)
     with pytest.raises(RuntimeError, match="tried to allocate"):  # which is explained, see device.explain_out_of_memory
-        fast_update(agent, compiled=True)(batch | noise)
+        fast_update(agents, set(batch), compiled=True)(batch | noise)
 
 
 def test_one_graph_for_each_set_of_inputs_and_options(monkeypatch):
     captured = []
     monkeypatch.setattr(graphs, "capture", lambda update, draws, state, on: captured.append(sorted(draws)) or update)
-    agent = make_agent(small_args("evor"))
+    agents = make_agents(small_args("evor"))
     seen = []
-    fast = graphs.FastUpdate(agent, lambda draws, trains: seen.append(trains) or {}, compile=False, cudagraphs=True)
+    fast = graphs.FastUpdate(agents, lambda draws, trains: seen.append(trains) or {}, compile=False, cudagraphs=True)
     for draws, trains in (("a", "p"), ("a", "p"), ("a", "r"), ("ab", "r"), ("a", "p"), ("ab", "r")):
         fast(dict.fromkeys(draws, 0), (trains,))
     assert captured == [["a"], ["a"], ["a", "b"]]

@@ -8,7 +8,18 @@ import math
 import pytest
 import torch
 
-from conftest import ENV_ID, SMALL_FLAGS, assert_refused, make_agent, only_run, random_inputs, run
+from conftest import (
+    ENV_ID,
+    SMALL_FLAGS,
+    assert_refused,
+    make_agent,
+    make_agents,
+    only_run,
+    random_inputs,
+    run,
+    stacked_inputs,
+    update,
+)
 from conftest import small_args as small_args_of
 from evor import softmax_choice, soft_maximum
 
@@ -62,40 +73,39 @@ def test_choice_is_uniform_when_hot_and_greedy_when_cold():
         assert (softmax_choice(q, cold, noise) == q.argmax(dim=-1)).float().mean() > 0.999
     counts = torch.bincount(softmax_choice(q, 1e9, noise).flatten(), minlength=5)
     assert (counts - 12_000).abs().max() < 5 * 12_000**0.5
-    extreme = torch.tensor([[-12.0, 0.0, 12.0]])  # noise at the edges of what float32 can draw
-    assert softmax_choice(torch.zeros(1, 3), 1.0, extreme).item() == 2
+    extreme = torch.tensor([[-12.0, 0.0, 12.0], [-12.0, -11.0, 3.0], [-12.0, 6.0, 5.9]])  # beyond what float32 draws
+    assert softmax_choice(torch.zeros(3, 3), 1.0, extreme).tolist() == [2, 2, 1]
 
 
 def test_act_takes_the_best_rated_candidate():
-    agent = make_agent(small_args(tau_q=1e-6, tau_r=2.0), seeds=(0, 1), min_reward=-100.0)
-    observations, noise = torch.randn(2, 6, 5), torch.randn(2, 6, 4 * 3 + 4 + 4)
+    agent = make_agent(small_args(tau_q=1e-6, tau_r=2.0), min_reward=-100.0)
+    observations, noise = torch.randn(12, 5), torch.randn(12, 4 * 3 + 4 + 4)
     acted = agent.act(observations, noise)
-    assert acted.shape == (2, 6, 3) and agent.draw_act_noise(torch.Generator(), 7).shape == (7, 20)
-    candidates = agent.flow_actions(observations, noise[..., :12].unflatten(-1, (4, 3)))
-    for s, n in itertools.product(range(2), range(6)):
+    assert acted.shape == (12, 3) and agent.draw_act_noise(torch.Generator(), 7).shape == (7, 20)
+    candidates = agent.flow_actions(observations, noise[:, :12].unflatten(-1, (4, 3)))
+    for n in range(12):
         ratings = []
         for c in range(4):
-            pair = torch.cat([observations[s, n], candidates[s, n, c]])
+            pair = torch.cat([observations[n], candidates[n, c]])
             returns = []
-            for start in noise[s, n, 16:]:  # the same start noises for every candidate
+            for start in noise[n, 16:]:  # the same start noises for every candidate
                 ends = []
                 for e in range(2):
                     z = start
                     for k in range(5):
                         inputs = torch.cat([pair, z.view(1), torch.tensor([k / 5])])
-                        stacked = inputs.expand(2, 2, 1, -1)
-                        z = z + agent.target_critic_flow(stacked)[s, e, 0, 0] / 5
+                        z = z + agent.target_critic_flow(inputs.unsqueeze(0))[e, 0, 0] / 5
                     ends.append(z.clamp(-100 / 0.01, 0))  # clipped at the end only
                 returns.append(torch.stack(ends).mean())
             returns = torch.stack(returns)
             ratings.append(2.0 * (torch.logsumexp(returns / 2.0, dim=0) - math.log(4)))
-        torch.testing.assert_close(acted[s, n], candidates[s, n, torch.stack(ratings).argmax()])
+        torch.testing.assert_close(acted[n], candidates[n, torch.stack(ratings).argmax()])
 
 
 def test_one_candidate_is_the_base_policy():
     agent = make_agent(small_args(num_actions=1))
-    observations, noise = torch.randn(1, 6, 5), torch.randn(1, 6, 3 + 1 + 4)
-    expected = agent.flow_actions(observations, noise[..., None, :3]).squeeze(2)
+    observations, noise = torch.randn(6, 5), torch.randn(6, 3 + 1 + 4)
+    expected = agent.flow_actions(observations, noise[:, None, :3]).squeeze(1)
     torch.testing.assert_close(agent.act(observations, noise), expected)
 
 
@@ -105,40 +115,37 @@ def test_choices_among_rated_candidates_follow_the_temperature():
         agent = make_agent(small_args(tau_q=tau_q, tau_r=2.0), min_reward=-100.0)
         with torch.no_grad():
             agent.target_critic_flow.weights[-1].mul_(30)  # ratings that differ by more than the temperature
-        observations, noise = torch.randn(1, 200, 5), torch.randn(1, 200, 4 * 3 + 4 + 4)
-        candidates = agent.flow_actions(observations, noise[..., :12].unflatten(-1, (4, 3)))
-        rated = candidates.flatten(1, 2)
-        starts = noise[..., 16:].repeat_interleave(4, dim=1)
-        q = soft_maximum(agent.returns(observations.repeat_interleave(4, dim=1), rated, starts), 2.0).view(1, 200, 4)
-        best = softmax_choice(q, tau_q, noise[..., 12:16])
+        observations, noise = torch.randn(200, 5), torch.randn(200, 4 * 3 + 4 + 4)
+        candidates = agent.flow_actions(observations, noise[:, :12].unflatten(-1, (4, 3)))
+        q = agent.ratings(observations, candidates, noise[:, 16:])
+        best = softmax_choice(q, tau_q, noise[:, 12:16])
         assert (best != q.argmax(dim=-1)).any()
-        expected = candidates.gather(2, best[..., None, None].expand(-1, -1, -1, 3)).squeeze(2)
-        torch.testing.assert_close(agent.act(observations, noise), expected)
+        torch.testing.assert_close(agent.act(observations, noise), candidates[torch.arange(200), best])
 
 
 # --- Base policy ---
 
 
 def test_base_policy_is_euler_integration_clipped_at_the_end():
-    agent = make_agent(small_args(), seeds=(0, 1))
+    agent = make_agent(small_args())
     with torch.no_grad():
-        agent.actor_flow.biases[-1].copy_(torch.tensor([3.0, -0.2, 0.1]).expand_as(agent.actor_flow.biases[-1]))
-    observations, noise = torch.randn(2, 6, 5), torch.randn(2, 6, 4, 3)
+        agent.actor_flow.biases[-1].copy_(torch.tensor([[3.0, -0.2, 0.1]]))
+    observations, noise = torch.randn(6, 5), torch.randn(6, 4, 3)
     actions = agent.flow_actions(observations, noise)
     for c in range(4):
-        x = noise[:, :, c]
+        x = noise[:, c]
         for k in range(5):
-            x = x + agent.actor_flow(torch.cat([observations, x, torch.full((2, 6, 1), k / 5)], dim=-1)) / 5
-        torch.testing.assert_close(actions[:, :, c], x.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+            x = x + agent.actor_flow(torch.cat([observations, x, torch.full((6, 1), k / 5)], dim=-1)) / 5
+        torch.testing.assert_close(actions[:, c], x.clamp(-1, 1), rtol=1e-4, atol=1e-5)
     assert (actions == 1).any() and actions.min() >= -1
 
 
 def test_cloning_loss_is_flow_matching_towards_the_data():
-    agent = make_agent(small_args(), seeds=(0, 1))
-    batch, noise = random_inputs(agent, seeds=(0, 1))
-    x_0, t, a = noise["policy_action"], noise["policy_time"], batch["actions"]
+    agent = make_agent(small_args())
+    batch, noise = random_inputs(agent)
+    x_0, t, a = noise["bc_action"], noise["bc_time"], batch["actions"]
     u = agent.actor_flow(torch.cat([batch["observations"], t * a + (1 - t) * x_0, t], dim=-1))
-    expected = (u - (a - x_0)).square().mean(dim=(1, 2))
+    expected = (u - (a - x_0)).square().mean()
     torch.testing.assert_close(agent.actor_loss(batch, noise)[0], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -148,9 +155,9 @@ def test_cloning_loss_is_flow_matching_towards_the_data():
 VARIANTS = [("exact", "data"), ("published", "data"), ("published", "target")]
 
 
-def evor_inputs(agent, **sizes):
+def evor_inputs(agent):
     """A random batch with rewards-to-go of the data, and its noise."""
-    batch, noise = random_inputs(agent, **sizes)
+    batch, noise = random_inputs(agent)
     batch["returns"] = -3 * torch.rand(batch["rewards"].shape)
     return batch, noise
 
@@ -187,17 +194,17 @@ def test_flow_td_and_its_loss_equal_the_formulas_written_out(td_target, latents,
     batch, noise = evor_inputs(agent)
     s, a, s_next, r, mask = (batch[k] for k in ("observations", "actions", "next_observations", "rewards", "masks"))
     r, mask, z_0, t = r.unsqueeze(-1), mask.unsqueeze(-1), noise["return"], noise["time"]
-    both = lambda x: x.unsqueeze(1).expand(-1, 2, -1, -1)
+    both = lambda x: x.expand(2, -1, -1)
 
-    def field(net, s, a, z, t):  # every member at its own z: (1, E, B, 1)
+    def field(net, s, a, z, t):  # every member at its own z: (E, B, 1)
         return net(torch.cat([both(torch.cat([s, a], dim=-1)), z, t], dim=-1))
 
-    def end_point(s, a, z):  # (1, B, 1), the mean of the target fields' end points from the same start
+    def end_point(s, a, z):  # (B, 1), the mean of the target fields' end points from the same start
         z = both(z)
         for k in range(5):
             z = z + field(agent.target_critic_flow, s, a, z, torch.full_like(z, k / 5)) / 5
         assert not torch.equal(z, z.clamp(-0.4, 0.3))
-        return (z.clamp(-0.4, 0.3) if clip else z).mean(dim=1)
+        return (z.clamp(-0.4, 0.3) if clip else z).mean(dim=0)
 
     with torch.no_grad():
         a_next = noise["next_action"]
@@ -210,20 +217,20 @@ def test_flow_td_and_its_loss_equal_the_formulas_written_out(td_target, latents,
         else:
             z_1 = batch["returns"].unsqueeze(-1) if latents == "data" else end_point(s, a, noise["latent"])
             z_t = t * z_1 + (1 - t) * z_0
-            label = r + 0.99 * mask * field(agent.target_critic_flow, s_next, a_next, both(z_t), both(t)).mean(dim=1)
+            label = r + 0.99 * mask * field(agent.target_critic_flow, s_next, a_next, both(z_t), both(t)).mean(dim=0)
         v = field(agent.critic_flow, s, a, both(z_t), both(t))
-        loss = (v - both(label)).square().mean(dim=(1, 2, 3))
+        loss = (v - label).square().mean()
     for mine, expected in zip(agent.flow_td(batch, noise), (z_t, label)):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
     mine, metrics = agent.critic_loss(batch, noise)
     torch.testing.assert_close(mine, loss, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(metrics["critic/target_mean"], label.mean(dim=(1, 2)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(metrics["critic/target_mean"], label.mean(), rtol=1e-4, atol=1e-5)
 
 
 def test_latents_of_the_target_fields_are_independent_of_the_start_noise():
     agent = make_agent(small_args(td_target="published", latents="target", batch_size=4_000))
     _, noise = evor_inputs(agent)
-    correlation = torch.corrcoef(torch.cat([noise["return"], noise["latent"]], dim=-1)[0].T)[0, 1]
+    correlation = torch.corrcoef(torch.cat([noise["return"], noise["latent"]], dim=-1).T)[0, 1]
     assert correlation.abs() < 5 / 4_000**0.5
     for latents, td_target in (("data", "published"), ("target", "exact"), ("data", "exact")):
         agent = make_agent(small_args(td_target=td_target, latents=latents))
@@ -239,8 +246,8 @@ def test_the_published_label_of_a_known_return_makes_its_velocity(latents):
     batch, noise = evor_inputs(agent)
     label = agent.flow_td(batch, noise)[1]
     torch.testing.assert_close(label.squeeze(-1), batch["rewards"] + 0.99 * batch["masks"] * -7.0)
-    returns = agent.returns(batch["observations"], batch["actions"], torch.tensor([[[0.5, -1.5]]]).expand(1, 6, 2))
-    torch.testing.assert_close(returns, torch.tensor([[[-6.5, -8.5]]]).expand(1, 6, 2))
+    returns = agent.returns(torch.randn(2, 8), torch.tensor([[0.5], [-1.5]]))
+    torch.testing.assert_close(returns, torch.tensor([[-6.5], [-8.5]]))
 
 
 def test_the_range_of_returns_has_zero_in_it():
@@ -286,35 +293,32 @@ def test_targets_are_constants_of_the_target_fields_and_the_policy(td_target, la
 @pytest.mark.parametrize("frozen, trained", [("policy", "returns"), ("returns", "policy")])
 def test_a_phase_leaves_the_other_networks_bit_equal(frozen, trained):
     """Also after Adam has moments for them."""
-    agent = make_agent(small_args(), seeds=(0, 1))
-    agent.target_critic_flow.load_state_dict(agent.critic_flow.state_dict())
-    agent.update(*random_inputs(agent, seeds=(0, 1)))
-    agent.target_critic_flow.load_state_dict(agent.critic_flow.state_dict())
+    agents, seeds = make_agents(small_args(), (0, 1)), (0, 1)
+    update(agents, *stacked_inputs(agents, seeds))
+    agents.ema("target_critic_flow", "critic_flow", 1.0)
     networks = {"policy": ("actor_flow",), "returns": ("critic_flow", "target_critic_flow")}
-    before = {name: value.clone() for name, value in agent.state_dict().items()}
-    steps = {name: agent.optimizer.state[p]["step"].clone() for name, p in agent.named_parameters() if p.requires_grad}
-    for update in range(1, 4):
-        metrics = agent.update(*random_inputs(agent, seeds=(0, 1), update=update), trains=(trained,))
+    before = {name: p.detach().clone() for name, p in agents.parameters.items()}
+    steps = lambda: {n: agents.optimizer.state[p]["step"].item() for n, p in agents.parameters.items() if p.requires_grad}
+    steps_before = steps()
+    for number in range(1, 4):
+        metrics = update(agents, *stacked_inputs(agents, seeds, number), trains=(trained,))
         assert all(name.startswith("actor/" if trained == "policy" else "critic/") for name in metrics)
-    for name, value in agent.state_dict().items():
+    for name, parameter in agents.parameters.items():
         still = name.split(".")[0] in networks[frozen]
-        assert torch.equal(value, before[name]) == still, name
-    for name, p in agent.named_parameters():
-        if name in steps:
-            assert agent.optimizer.state[p]["step"] - steps[name] == (
-                0 if name.split(".")[0] in networks[frozen] else 3
-            )
+        assert torch.equal(parameter, before[name]) == still, name
+    for name, step in steps().items():
+        assert step - steps_before[name] == (0 if name.split(".")[0] in networks[frozen] else 3)
 
 
 def test_phases_in_one_update_each_equal_an_update_of_both():
     """Neither loss reads what the other trains within an update, so an update of both is the two phases' updates."""
-    agents = [make_agent(small_args()) for _ in range(3)]
-    batch, noise = random_inputs(agents[0])
-    agents[0].update(batch, noise)
-    agents[1].update(batch, noise, trains=("policy",))
-    agents[2].update(batch, noise, trains=("returns",))
-    for name, value in agents[0].state_dict().items():
-        other = agents[1 if name.startswith("actor_flow") else 2].state_dict()[name]
+    agents = [make_agents(small_args()) for _ in range(3)]
+    batch, noise = stacked_inputs(agents[0])
+    update(agents[0], batch, noise)
+    update(agents[1], batch, noise, trains=("policy",))
+    update(agents[2], batch, noise, trains=("returns",))
+    for name, value in agents[0].parameters.items():
+        other = agents[1 if name.startswith("actor_flow") else 2].parameters[name]
         assert torch.equal(value, other), name
 
 
@@ -356,7 +360,7 @@ def test_returns_are_clipped_to_their_range():
     for clip, expected in ((True, -100.0), (False, None)):
         agent = make_agent(small_args(clip_flow_returns=clip), min_reward=-1.0)
         constant_target_field(agent, -5_000.0)
-        returns = agent.returns(torch.randn(1, 3, 5), torch.randn(1, 3, 3), torch.randn(1, 3, 4))
+        returns = agent.returns(torch.randn(12, 8), torch.randn(12, 1))
         assert (returns == expected).all() if clip else (returns < -4_000).all()
 
 

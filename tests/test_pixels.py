@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import value_flows
 from common import datasets, envs, pixels
 from common.replay import Replay
-from conftest import ROOT, gradients, make_agent, small_args
+from conftest import ROOT, gradients, make_agent, make_agents, small_args, update
 
 SHAPE = (16, 16, 9)
 
@@ -54,16 +54,14 @@ def test_batches_stack_frames_as_the_environments_wrapper_does():
 
 
 def test_crop_equals_padding_by_edge_replication_and_cutting():
-    images = torch.randint(256, (2, 4, 16, 16, 9), dtype=torch.uint8)
-    shifts = torch.randint(7, (2, 4, 2))
-    shifts[0, 0], shifts[0, 1], shifts[0, 2] = torch.tensor([3, 3]), torch.tensor([0, 6]), torch.tensor([6, 0])
+    images = torch.randint(256, (4, 16, 16, 9), dtype=torch.uint8)
+    shifts = torch.tensor([[3, 3], [0, 6], [6, 0], [2, 5]])
     cropped = pixels.crop(images, shifts)
-    for s in range(2):
-        for b in range(4):
-            padded = np.pad(images[s, b].numpy(), ((3, 3), (3, 3), (0, 0)), mode="edge")
-            y, x = shifts[s, b].tolist()
-            assert np.array_equal(cropped[s, b].numpy(), padded[y : y + 16, x : x + 16])
-    assert torch.equal(cropped[0, 0], images[0, 0])
+    for b in range(4):
+        padded = np.pad(images[b].numpy(), ((3, 3), (3, 3), (0, 0)), mode="edge")
+        y, x = shifts[b].tolist()
+        assert np.array_equal(cropped[b].numpy(), padded[y : y + 16, x : x + 16])
+    assert torch.equal(cropped[0], images[0])
 
 
 def test_half_of_the_batches_are_shifted_and_a_batchs_rows_differ():
@@ -76,126 +74,123 @@ def test_half_of_the_batches_are_shifted_and_a_batchs_rows_differ():
     assert (counts - 1 / 7).abs().max() < 0.01 and (moving[:, 0] != moving[:, 1]).any()
 
 
-def test_encoder_equals_one_written_out_for_each_seed():
-    encoder = pixels.Encoder(2, SHAPE)
-    pixels.init_encoders(encoder, [3, 4])
+def test_encoder_equals_one_written_out():
+    encoder = pixels.Encoder(SHAPE)
     with torch.no_grad():
         for bias in [*encoder.kernel_biases, encoder.bias]:
             bias.normal_()
-    images = torch.randint(256, (2, 5, *SHAPE), dtype=torch.uint8)
+    images = torch.randint(256, (5, *SHAPE), dtype=torch.uint8)
     out = encoder(images)
-    assert out.shape == (2, 5, 512)
-    for s in range(2):
-        x = images[s].permute(0, 3, 1, 2).float() / 255
-        for stage in range(3):
-            i = 3 * stage
-            x = F.conv2d(x, encoder.kernels[i][s], encoder.kernel_biases[i][s], padding=1)
-            # "same" pooling of an even size: windows start at 0, 2, 4, ...; the last one is cut off at the edge.
-            x = F.unfold(F.pad(x, (0, 1, 0, 1), value=-1e9), 3, stride=2).unflatten(1, (-1, 9)).amax(dim=2)
-            x = x.unflatten(2, (int(x.shape[2] ** 0.5), -1))
-            h = F.conv2d(F.relu(x), encoder.kernels[i + 1][s], encoder.kernel_biases[i + 1][s], padding=1)
-            x = x + F.conv2d(F.relu(h), encoder.kernels[i + 2][s], encoder.kernel_biases[i + 2][s], padding=1)
-        x = F.gelu(F.relu(x).flatten(1) @ encoder.weight[s] + encoder.bias[s], approximate="tanh")
-        torch.testing.assert_close(out[s], x, rtol=1e-4, atol=1e-4)
+    assert out.shape == (5, 512)
+    x = images.permute(0, 3, 1, 2).float() / 255
+    for i in (0, 3, 6):
+        x = F.conv2d(x, encoder.kernels[i], encoder.kernel_biases[i], padding=1)
+        # "same" pooling of an even size: windows start at 0, 2, 4, ...; the last one is cut off at the edge.
+        x = F.unfold(F.pad(x, (0, 1, 0, 1), value=-1e9), 3, stride=2).unflatten(1, (-1, 9)).amax(dim=2)
+        x = x.unflatten(2, (int(x.shape[2] ** 0.5), -1))
+        h = F.conv2d(F.relu(x), encoder.kernels[i + 1], encoder.kernel_biases[i + 1], padding=1)
+        x = x + F.conv2d(F.relu(h), encoder.kernels[i + 2], encoder.kernel_biases[i + 2], padding=1)
+    x = F.gelu(F.relu(x).flatten(1) @ encoder.weight + encoder.bias, approximate="tanh")
+    torch.testing.assert_close(out, x, rtol=1e-4, atol=1e-4)
 
 
-def test_encoder_weights_are_glorot_uniform_and_each_seeds_own():
-    stacked, alone = pixels.Encoder(2, SHAPE), pixels.Encoder(1, SHAPE)
-    pixels.init_encoders(stacked, [3, 4])
-    pixels.init_encoders(alone, [4])
-    for a, b in zip(stacked.parameters(), alone.parameters()):
-        assert torch.equal(a[1], b[0])
-    kernel = stacked.kernels[-1][0]
-    bound = (6 / (9 * 64)) ** 0.5
-    assert kernel.abs().max() <= bound and abs(kernel.std() - bound / 3**0.5) < 0.002
-    assert all((bias == 0).all() for bias in [*stacked.kernel_biases, stacked.bias])
+def test_encoder_weights_are_glorot_uniform():
+    encoder = pixels.Encoder(SHAPE)
+    for weight, fans in ((encoder.kernels[-1], 9 * 64), (encoder.weight, 128 + 512)):
+        bound = (6 / fans) ** 0.5
+        assert weight.abs().max() <= bound and abs(weight.std() - bound / 3**0.5) < 0.002
+    assert all((bias == 0).all() for bias in [*encoder.kernel_biases, encoder.bias])
+
+
+NETWORKS = ("critic_flow", "actor_flow", "actor_onestep_flow", "target_critic_flow")
 
 
 def test_every_network_starts_with_an_encoder_of_its_own_and_targets_with_a_copy():
-    agent = value_flows.Agent(small_args("value_flows"), SHAPE, 3, [0, 1], -1.0, 0.0)
-    weights = {name: encoder.weight for name, encoder in agent.encoders.items()}
+    agent = value_flows.Agent(small_args("value_flows"), SHAPE, 3, -1.0, 0.0)
+    weights = {name: getattr(agent, name).encoder.weight for name in NETWORKS}
     assert torch.equal(weights["target_critic_flow"], weights["critic_flow"])
-    own = [weights[name] for name in ("critic_flow", "actor_flow", "actor_onestep_flow")]
+    own = [weights[name] for name in NETWORKS[:3]]
     assert not any(torch.equal(own[i], own[j]) for i in range(3) for j in range(i))
 
 
-def image_inputs(agent, num_seeds, update=0):
-    """A random batch of images with its noise."""
-    generator = torch.Generator().manual_seed(update)
-    S, B = num_seeds, agent.args.batch_size
-    image = lambda: torch.randint(256, (S, B, *SHAPE), dtype=torch.uint8, generator=generator)
-    batch = {"observations": image(), "next_observations": image(), "masks": torch.ones(S, B)}
-    batch |= {"actions": torch.rand(S, B, 3, generator=generator) * 2 - 1, "rewards": -torch.ones(S, B)}
-    noise = [agent.draw_noise(torch.Generator().manual_seed(100 * update + s), 1) for s in range(S)]
-    return batch, {name: torch.stack([n[name][0] for n in noise]) for name in noise[0]}
+def image_inputs(agent, seeds, number=0):
+    """Random batches of images with their noise, stacked over the seeds."""
+    B, batches, noises = agent.args.batch_size, [], []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(100 * number + seed)
+        image = lambda: torch.randint(256, (B, *SHAPE), dtype=torch.uint8, generator=generator)
+        batch = {"observations": image(), "next_observations": image(), "masks": torch.ones(B)}
+        batches.append(batch | {"actions": torch.rand(B, 3, generator=generator) * 2 - 1, "rewards": -torch.ones(B)})
+        noises.append({name: value[0] for name, value in agent.draw_noise(generator, 1).items()})
+    stack = lambda dictionaries: {name: torch.stack([d[name] for d in dictionaries]) for name in dictionaries[0]}
+    return stack(batches), stack(noises)
+
+
+def moved_encoders(agents):
+    return {name.split(".")[0] for name in gradients(agents) if ".encoder." in name}
 
 
 def test_value_flows_on_images_moves_each_networks_own_encoder():
-    agent = make_agent(small_args("value_flows"), seeds=(0, 1), obs_dim=SHAPE)
-    batch, noise = image_inputs(agent, 2)
-    agent.critic_loss(batch, noise)[0].sum().backward()
-    moved = {".".join(name.split(".")[:2]) for name in gradients(agent) if name.startswith("encoders")}
-    assert moved == {"encoders.critic_flow"}
-    agent.zero_grad()
-    agent.actor_loss(batch, noise)[0].sum().backward()
-    moved = {".".join(name.split(".")[:2]) for name in gradients(agent) if name.startswith("encoders")}
-    assert moved == {"encoders.actor_flow", "encoders.actor_onestep_flow"}
+    agents = make_agents(small_args("value_flows"), (0, 1), obs_dim=SHAPE)
+    batch, noise = image_inputs(agents.agent, (0, 1))
+    agents.backward("critic_loss", batch, noise, trains=("critic_flow",))
+    assert moved_encoders(agents) == {"critic_flow"}
+    agents.optimizer.zero_grad()
+    agents.backward("actor_loss", batch, noise, trains=("actor_flow", "actor_onestep_flow"))
+    assert moved_encoders(agents) == {"actor_flow", "actor_onestep_flow"}
 
-    before = {name: p.detach().clone() for name, p in agent.named_parameters()}
-    metrics = agent.update(batch, noise)
+    before = {name: p.detach().clone() for name, p in agents.parameters.items()}
+    metrics = update(agents, batch, noise)
     assert all(torch.isfinite(value).all() for value in metrics.values())
-    target, online = "encoders.target_critic_flow.", "encoders.critic_flow."
-    for name, parameter in agent.named_parameters():
-        if name.startswith(target):
-            expected = before[name].lerp(before[name.replace(target, online)], agent.args.tau)
+    for name, parameter in agents.parameters.items():
+        if name.startswith("target_critic_flow.encoder."):
+            expected = before[name].lerp(before[name.removeprefix("target_")], agents.agent.args.tau)
             torch.testing.assert_close(parameter, expected)
-    actions = agent.act(batch["observations"], torch.randn(2, agent.args.batch_size, 4, 4))
-    assert actions.shape == (2, agent.args.batch_size, 3)
+    B = agents.agent.args.batch_size
+    assert agents.function("act")(batch["observations"], torch.randn(2, B, 4, 4)).shape == (2, B, 3)
 
 
-def test_each_network_sees_the_shifted_images_through_its_own_encoder(monkeypatch):
-    agent = make_agent(small_args("value_flows"), seeds=(0, 1), obs_dim=SHAPE)
-    assert not torch.equal(agent.encoders["target_critic_flow"].weight, agent.encoders["critic_flow"].weight)
-    batch, noise = image_inputs(agent, 2)
-    noise["crop"] = torch.randint(7, noise["crop"].shape)
-    shifted = {name: pixels.crop(batch[name], noise["crop"]) for name in ("observations", "next_observations")}
-    names = {id(encoder): name for name, encoder in agent.encoders.items()}
+def test_each_network_sees_images_through_its_own_encoder(monkeypatch):
+    agent = make_agent(small_args("value_flows"), obs_dim=SHAPE)
+    batch, noise = ({name: value[0] for name, value in inputs.items()} for inputs in image_inputs(agent, (0,)))
+    names = {id(getattr(agent, name).encoder): name for name in NETWORKS}
     seen, forward = set(), pixels.Encoder.forward
 
     def watched(encoder, images):
-        which = [name for name, image in shifted.items() if torch.equal(images, image)]
+        which = [name for name in ("observations", "next_observations") if torch.equal(images, batch[name])]
         seen.add((names[id(encoder)], *which))
         return forward(encoder, images)
 
     monkeypatch.setattr(pixels.Encoder, "forward", watched)
-    batch_shifted = batch | shifted
-    agent.critic_loss(batch_shifted, noise)
+    agent.critic_loss(batch, noise)
     online, target = "critic_flow", "target_critic_flow"
     now, later = "observations", "next_observations"
-    critic = {("actor_flow", later), (online, later), (target, later), (target, now), (online, now)}
-    assert seen == critic
+    assert seen == {("actor_flow", later), (online, later), (target, later), (target, now), (online, now)}
     seen.clear()
-    agent.actor_loss(batch_shifted, noise)
-    actor = {("actor_flow", now), ("actor_onestep_flow", now), (online, now)}
-    assert seen == actor
-    seen.clear()
-    agent.statistics(batch, noise)
-    assert seen == {(online, now)}
-    seen.clear()
-    agent.update(batch, noise)
-    assert seen == critic | actor
+    agent.actor_loss(batch, noise)
+    assert seen == {("actor_flow", now), ("actor_onestep_flow", now), (online, now)}
+
+
+def test_an_update_is_that_of_the_shifted_images():
+    args, seeds = small_args("value_flows"), (0, 1)
+    shifted, plain = (make_agents(args, seeds, obs_dim=SHAPE) for _ in range(2))
+    batch, noise = image_inputs(shifted.agent, seeds)
+    noise["crop"] = torch.randint(7, noise["crop"].shape)
+    crops = {n: torch.stack([pixels.crop(x, s) for x, s in zip(batch[n], noise["crop"])]) for n in list(batch)[:2]}
+    expected = update(plain, batch | crops, noise | {"crop": torch.full_like(noise["crop"], pixels.PADDING)})
+    for name, value in update(shifted, batch, noise).items():
+        torch.testing.assert_close(value, expected[name])
 
 
 def test_on_images_the_losses_are_those_of_states_with_the_encoders_outputs():
-    images = make_agent(small_args("value_flows"), seeds=(0, 1), obs_dim=SHAPE)
-    states = make_agent(small_args("value_flows"), seeds=(0, 1), obs_dim=512)
-    states.load_state_dict({name: v for name, v in images.state_dict().items() if not name.startswith("encoders")})
-    first = images.encoders["critic_flow"].state_dict()
-    for encoder in images.encoders.values():
-        encoder.load_state_dict(first)
-    batch, noise = image_inputs(images, 2)
+    images = make_agent(small_args("value_flows"), obs_dim=SHAPE)
+    states = make_agent(small_args("value_flows"), obs_dim=512)
+    states.load_state_dict({name: v for name, v in images.state_dict().items() if ".encoder." not in name})
+    for name in NETWORKS[1:]:
+        getattr(images, name).encoder.load_state_dict(images.critic_flow.encoder.state_dict())
+    batch, noise = ({name: value[0] for name, value in inputs.items()} for inputs in image_inputs(images, (0,)))
     with torch.no_grad():
-        encoded = {name: images.encoders["critic_flow"](batch[name]) for name in ("observations", "next_observations")}
+        encoded = {name: images.critic_flow.encoder(batch[name]) for name in ("observations", "next_observations")}
     for loss in ("critic_loss", "actor_loss"):
         mine, expected = getattr(images, loss)(batch, noise)[1], getattr(states, loss)(batch | encoded, noise)[1]
         for name, value in mine.items():
@@ -203,14 +198,12 @@ def test_on_images_the_losses_are_those_of_states_with_the_encoders_outputs():
 
 
 def test_stacked_seeds_on_images_equal_each_seed_alone():
-    args = small_args("value_flows")
-    stacked = make_agent(args, seeds=(0, 1), obs_dim=SHAPE)
-    batch, noise = image_inputs(stacked, 2)
-    out = stacked.update(batch, noise)
-    for s in range(2):
-        alone = make_agent(args, seeds=(s,), obs_dim=SHAPE)
-        pick = lambda tensors: {name: value[s : s + 1] for name, value in tensors.items()}
-        for name, value in alone.update(pick(batch), pick(noise)).items():
+    args, seeds = small_args("value_flows"), (0, 1)
+    stacked = make_agents(args, seeds, obs_dim=SHAPE)
+    out = update(stacked, *image_inputs(stacked.agent, seeds))
+    for s, seed in enumerate(seeds):
+        alone = make_agents(args, (seed,), obs_dim=SHAPE)
+        for name, value in update(alone, *image_inputs(alone.agent, (seed,))).items():
             torch.testing.assert_close(out[name][s], value[0], rtol=1e-3, atol=1e-4)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common import envs, rollout
+from common.stacked import Stacked
 from conftest import ENV_ID, make_expert, small_args
 
 
@@ -93,11 +94,12 @@ def test_a_network_acts_the_same_on_any_number_of_workers(start):
     import floq
 
     args = small_args("floq", actor_hidden_dims=(256, 256), block_width=16)
-    agents = {n: floq.Agent(args, 2, 2, list(range(10, 10 + n)), -1.0, 0.0) for n in (1, 2)}
+    make_agent = lambda: floq.Agent(args, 2, 2, -1.0, 0.0)
+    act = {n: Stacked(make_agent, range(10, 10 + n), "cpu", 1e-3).function("act") for n in (1, 2)}
 
     def rows(num_workers, num_seeds):
         workers = start(num_episodes=9, num_workers=num_workers, num_seeds=num_seeds)
-        return evaluate(workers, agents[num_seeds].act, num_episodes=9)
+        return evaluate(workers, act[num_seeds], num_episodes=9)
 
     expected = rows(2, 2)
     assert rows(1, 2) == rows(3, 2) == expected

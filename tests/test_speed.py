@@ -6,7 +6,7 @@ import torch
 from benchmarks import speed
 from common import device as devices
 from common import graphs
-from conftest import ALGORITHMS, make_agent, random_inputs, small_args
+from conftest import ALGORITHMS, make_agents, small_args, stacked_inputs, update
 
 ROW = dict(
     machine="abacus, 2 cores", size="quick", algorithm="evor", num_seeds=1, precision="highest", variant="compile",
@@ -30,13 +30,12 @@ def test_operations_are_those_counted_by_hand(same_precision):
     K, E, B, H, D, A = 5, 2, 256, 256, 28, 5
     policy = (D * H, (A + 1) * H, H * H, H * H, H * A)  # weights: of s, of x and t, of the other layers
     critic = ((D + A) * H, 2 * H, H * H, H * H, H)
-    fold = 2 * (H * H + H * H + H)  # a LayerNorm's shift through the layer after it
-    next_action = 2 * B * (policy[0] + K * sum(policy[1:]))
-    next_return = E * (2 * B * (critic[0] + K * sum(critic[1:])) + fold)
-    regression = E * (2 * B * sum(critic) + fold)
+    next_action = 2 * B * K * sum(policy)  # eager: the product of s once per step
+    next_return = E * 2 * B * K * sum(critic)
+    regression = E * 2 * B * sum(critic)
     cloning = 2 * B * sum(policy)
     # Backward: every product twice, for its two factors, but those of the inputs, which are no parameters.
-    backward = E * (2 * B * (2 * sum(critic) - critic[0] - critic[1]) + 2 * fold)
+    backward = E * 2 * B * (2 * sum(critic) - critic[0] - critic[1])
     backward += 2 * B * (2 * sum(policy) - policy[0] - policy[1])
     expected = (next_action + next_return + regression + cloning + backward) / 1e9
     assert abs(row["gflop_per_update"] - expected) < 1e-3 * expected, (row["gflop_per_update"], expected)
@@ -49,10 +48,10 @@ def test_a_profile_divides_the_whole_time_of_an_update(same_precision):
     shares = [row[name] for name in (*speed.GROUPS, "gaps")]
     assert abs(sum(shares) - 1) < 0.01 and min(shares) >= 0 and row["products"] > 0.1 and row["the rest"] > 0.1
     assert row["operations"]["Adam"] >= 1 and row["operations"]["compiled loops"] == 0
-    agent = make_agent(small_args("evor", flow_steps=5, value_hidden_dims=(8,) * 3, actor_hidden_dims=(8,) * 3))
+    agents = make_agents(small_args("evor", flow_steps=5, value_hidden_dims=(8,) * 3, actor_hidden_dims=(8,) * 3))
     with torch.profiler.profile() as profiler:  # as many products as an update of as many layers and steps has
-        agent.update(*random_inputs(agent))
-    products = sum(event.count for event in profiler.key_averages() if event.key == "aten::bmm")
+        update(agents, *stacked_inputs(agents))
+    products = sum(event.count for event in profiler.key_averages() if event.key in ("aten::bmm", "aten::mm"))
     assert row["operations"]["products"] == products
     assert speed.profile_table([row]).splitlines()[2].startswith("| quick | evor | 1 | eager, highest | ")
 
@@ -104,10 +103,9 @@ def test_without_a_compiler_the_losses_stay_and_a_warning_says_so(monkeypatch, c
         raise RuntimeError("\nno C++ compiler was found\nmore lines")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    agent = make_agent(small_args("evor"))
-    losses = agent.critic_loss, agent.actor_loss
-    graphs.compile_losses(agent)
-    assert (agent.critic_loss, agent.actor_loss) == losses
+    agents = make_agents(small_args("evor"))
+    graphs.FastUpdate(agents, None, compile=True, cudagraphs=False)
+    assert not agents.compiled
     assert "--compile: torch.compile fails here (no C++ compiler was found)" in capsys.readouterr().err
 
 
