@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import arguments, checkpoint, datasets, envs, fail, graphs, rollout, runs
+from common import arguments, checkpoint, datasets, envs, fail, graphs, rollout, runs, stacked
 from common.device import setup_torch
 from common.draws import Draws
 from common.replay import Replay
@@ -411,8 +411,7 @@ if __name__ == "__main__":
 
     # --- Evaluation only ---
     if args.evaluate is not None:
-        agents = Stacked(lambda: Agent(args, **resumed["agent_inputs"]), seeds, device, args.learning_rate)
-        agents.load_state_dict(resumed)
+        agents = stacked.load(Agent, args, resumed, device)
         evaluator = rollout.Evaluator(args, seeds, device, Path(args.evaluate))
         rows = evaluator(agents.function("act"), agents.agent.draw_act_noise, resumed["step"])
         evaluator.close()

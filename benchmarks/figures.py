@@ -23,7 +23,8 @@ import tyro
 
 import evor
 import value_flows
-from common import checkpoint, collect, datasets, envs, fail
+from common import checkpoint, collect, datasets, envs, fail, stacked
+from common import returns as returns_of
 from common.device import setup_torch
 
 NEIGHBOURS = 200  # data pairs whose Monte-Carlo returns stand beside a learned distribution
@@ -55,44 +56,46 @@ def nearest(data, index, candidates, num):
     return candidates[distances.argsort()[:num].numpy()]
 
 
-@torch.no_grad()
-def return_samples(agent, pairs, noise):
-    """Each seed's end points of the target return flow, and Value Flows' confidence weights.
+def end_points(agent, condition, noise):
+    """An agent's returns from start noises, aggregated over the fields as in training, and their confidence weights (zeros
+    for EVOR): (N, D + A), (N, 1) -> (N, 1), (N, 1).
+    """
+    if isinstance(agent, evor.Agent):
+        returns = agent.returns(condition, noise)
+        return returns, torch.zeros_like(returns)
+    fields, args = agent.target_critic_flow, agent.args
+    returns = value_flows.aggregate(agent.returns(fields, condition, noise, 1.0), args.ret_agg)
+    deviation = value_flows.aggregate(agent.return_derivatives(fields, condition, noise).abs(), args.q_agg)
+    return returns, value_flows.confidence_weight(deviation, args.confidence_weight_temp)
+
+
+def return_samples(agents, pairs, noise):
+    """Each seed's samples of the target return flow, and Value Flows' confidence weights (zeros for EVOR).
 
     Args:
-        agent: a value_flows.Agent or evor.Agent of S seeds.
+        agents: stacked agents of value_flows.py or evor.py, S seeds.
         pairs: (N, D + A), observations with their actions.
-        noise: (S or 1, N * n, 1), n start noises for each pair.
+        noise: (N * n, 1), n start noises for each pair.
 
     Returns:
-        returns (S, N, n), each the aggregate of the fields' end points as in training; weights (S, N, n), None for EVOR.
+        returns and weights, (S, N, n) each.
     """
-    S = agent.critic_flow.weights[0].shape[0]
-    noise = noise.expand(S, -1, -1)
-    if isinstance(agent, evor.Agent):
-        observations, actions = pairs.expand(S, -1, -1).split(
-            [pairs.shape[1] - agent.action_dim, agent.action_dim], dim=-1
-        )
-        return agent.returns(observations, actions, noise.view(S, len(pairs), -1)), None
-    condition = pairs.repeat_interleave(noise.shape[1] // len(pairs), dim=0).expand(S, -1, -1)  # (S, N*n, D + A)
-    velocity = agent.target_critic_flow.field(value_flows.to_ensemble(condition))
-    z = value_flows.to_ensemble(noise)  # (S, E, N*n, 1)
-    z, J = agent.return_flow(velocity, z, torch.ones_like(z), num_derivatives=z.shape[2])
-    deviation = value_flows.aggregate(J.abs(), agent.args.q_agg)
-    weights = value_flows.confidence_weight(deviation, agent.args.confidence_weight_temp)
-    return [x.view(S, len(pairs), -1) for x in (value_flows.aggregate(z, agent.args.ret_agg), weights)]
+    S = len(next(iter(agents.parameters.values())))
+    condition = pairs.repeat_interleave(len(noise) // len(pairs), dim=0)  # (N*n, D + A)
+    samples = agents.function(end_points)(condition.expand(S, -1, -1), noise.expand(S, -1, -1))
+    return [x.view(S, len(pairs), -1) for x in samples]
 
 
-def learned_returns(agent, s, observations, actions, num_samples):
-    """Seed s's return samples (N, num_samples) and mean confidence weights (N,), None for EVOR, at (N, D), (N, A)."""
+def learned_returns(agents, s, observations, actions, num_samples):
+    """Seed s's return samples (N, num_samples) and mean confidence weights (N,), zeros for EVOR, at (N, D), (N, A)."""
     generator = torch.Generator().manual_seed(0)
     returns, weights = [], []
     for pairs in torch.cat([observations, actions], dim=-1).split(max(1, 20_000 // num_samples)):
-        noise = torch.randn(1, len(pairs) * num_samples, 1, generator=generator)
-        samples, weight = return_samples(agent, pairs, noise)
+        noise = torch.randn(len(pairs) * num_samples, 1, generator=generator)
+        samples, weight = return_samples(agents, pairs, noise)
         returns.append(samples[s])
-        weights.append(None if weight is None else weight[s].mean(dim=1))
-    return torch.cat(returns).numpy(), None if weights[0] is None else torch.cat(weights).numpy()
+        weights.append(weight[s].mean(dim=1))
+    return torch.cat(returns).numpy(), torch.cat(weights).numpy()
 
 
 def agreement(learned, returns):
@@ -107,7 +110,7 @@ def agreement(learned, returns):
 
 def longest_way_to_success(data):
     """Row numbers of the validation trajectory's part that ends with the first success after the longest way."""
-    ends = evor.trajectory_ends(data)
+    ends = returns_of.trajectory_ends(data)
     start, best = 0, range(0)
     for i, mask in enumerate(data["masks"].tolist()):
         if mask == 0:
@@ -117,21 +120,21 @@ def longest_way_to_success(data):
     return np.array(best) if len(best) else np.arange(min(1000, len(data["masks"])))
 
 
-def draw(agent, s, data, num_samples, title, output):
+def draw(agents, s, data, num_samples, title, output):
     """Draws the figure of seed s from validation transitions; returns what it shows, as numbers."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    returns, cut_off = evor.reward_to_go(data, agent.args.gamma)
+    returns, cut_off = returns_of.reward_to_go(data, agents.agent.args.gamma)
     known = cut_off < TAIL
     candidates = np.flatnonzero(known)
     if len(candidates) < NEIGHBOURS:
         fail(f"only {len(candidates)} validation transitions have a known return; {NEIGHBOURS} are needed")
     by_return = candidates[returns[candidates].argsort()]
     picked = [int(by_return[int(q * (len(by_return) - 1))]) for q in (0.2, 0.6, 0.9, 0.99)]
-    learned, _ = learned_returns(agent, s, data["observations"][picked], data["actions"][picked], num_samples)
+    learned, _ = learned_returns(agents, s, data["observations"][picked], data["actions"][picked], num_samples)
 
     figure = plt.figure(figsize=(11, 6.4), layout="constrained")
     grid = figure.add_gridspec(2, 4)
@@ -151,7 +154,7 @@ def draw(agent, s, data, num_samples, title, output):
 
     way = longest_way_to_success(data)
     learned, weights = learned_returns(
-        agent, s, data["observations"][way], data["actions"][way], max(1, num_samples // 10)
+        agents, s, data["observations"][way], data["actions"][way], max(1, num_samples // 10)
     )
     axes = figure.add_subplot(grid[1, :2])
     axes.fill_between(range(len(way)), *np.quantile(learned, (0.05, 0.95), axis=1), alpha=0.3, label="learned, 5-95%")
@@ -160,7 +163,7 @@ def draw(agent, s, data, num_samples, title, output):
     axes.set(xlabel="step of one trajectory, until its success", ylabel="return")
     axes.legend(fontsize="x-small")
     axes = figure.add_subplot(grid[1, 2:])
-    if weights is not None:
+    if weights.any():
         axes.plot(weights, color="tab:orange", label="confidence weight w")
         axes.set(xlabel="step of the same trajectory", ylabel="w, in [0.5, 1)")
         deviation = axes.twinx()
@@ -169,7 +172,7 @@ def draw(agent, s, data, num_samples, title, output):
         axes.legend(fontsize="x-small", loc="upper left")
     else:
         pairs = candidates[:: max(1, len(candidates) // NUM_PAIRS)]
-        means = learned_returns(agent, s, data["observations"][pairs], data["actions"][pairs], 32)[0].mean(axis=1)
+        means = learned_returns(agents, s, data["observations"][pairs], data["actions"][pairs], 32)[0].mean(axis=1)
         correlation, bias, error = agreement(means, returns[pairs])
         label = f"{len(pairs):,} pairs: rank correlation {correlation:.2f}, bias {bias:.1f}, mean absolute error {error:.1f}"
         print(label)
@@ -202,18 +205,15 @@ if __name__ == "__main__":
         args.env_id, options.dataset_dir or args.dataset_dir, args.dataset_path, args.dataset_source,
         args.generated_episodes,
     )  # fmt: skip
-    dataset, identity = datasets.load_dataset(path, args.env_id, "cpu", args.dataset_path is None)
+    _, identity = datasets.load_dataset(path, args.env_id, "cpu", args.dataset_path is None)
     if identity["sha256"] != payload["dataset"]["sha256"]:
         fail(f"{path} is not the dataset of the run in {options.run}, which is {payload['dataset']}")
     validation_path = collect.val_path(Path(path))
     validation, _ = datasets.load_dataset(validation_path, args.env_id, "cpu", args.dataset_path is None)
     setup_torch(module.Args(cuda=False))
-    rewards = dataset["rewards"]
-    obs_dim, action_dim = dataset["observations"].shape[1], dataset["actions"].shape[1]
-    agent = module.Agent(args, obs_dim, action_dim, seeds, rewards.min().item(), rewards.max().item())
-    agent.load_state_dict(payload["agent"])
+    agents = stacked.load(module.Agent, args, payload, "cpu")
     output = Path(options.output or Path(options.run) / "figures.png")
     title = f"{options.algorithm} on {args.env_id}, seed {seed}, after {payload['step']:,} updates"
-    for own, near, mean, std in draw(agent, seeds.index(seed), validation, options.samples, title, output):
+    for own, near, mean, std in draw(agents, seeds.index(seed), validation, options.samples, title, output):
         print(f"Monte-Carlo return {own:8.2f}, of the nearest pairs {near:8.2f}; learned {mean:8.2f} +- {std:.2f}")
     print(f"saved {output}")

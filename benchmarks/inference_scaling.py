@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import evor
 from benchmarks.scores import interval
-from common import checkpoint, fail, rollout, runs
+from common import checkpoint, fail, rollout, runs, stacked
 from common.device import setup_torch
 
 SWEEPS = {
@@ -104,8 +104,8 @@ if __name__ == "__main__":
     device = setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available(), matmul_precision=None))
     seeds = list(range(args.seed, args.seed + args.num_seeds))
     episodes = options.episodes or args.eval_episodes
-    agent = evor.Agent(args, seeds=seeds, **payload["agent_inputs"]).to(device)
-    agent.load_state_dict(payload["agent"])
+    agents = stacked.load(evor.Agent, args, payload, device)
+    agent, act = agents.agent, agents.function("act")
     base = {name: getattr(args, name) for name in SWEEPS}
     settings = [(name, base | {name: value}) for name in SWEEPS for value in getattr(options, name)]
     output = Path(options.output) if options.output else Path(options.run) / "inference_scaling"
@@ -118,7 +118,7 @@ if __name__ == "__main__":
         if key not in known:  # the run's own settings are a point of every sweep
             agent.args = replace(args, **setting)
             known[key] = rollout.evaluate(
-                workers, agent.act, agent.draw_act_noise, seeds, episodes, payload["step"], device
+                workers, act, agent.draw_act_noise, seeds, episodes, payload["step"], device
             )
         new = [{"sweep": name} | setting | row for row in known[key]]
         rows += new

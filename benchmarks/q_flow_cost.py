@@ -28,6 +28,7 @@ import q_flow
 from benchmarks import toy_2d
 from common import fail, graphs
 from common.device import setup_torch
+from common.stacked import Stacked
 
 OBS_DIM, ACTION_DIM = 28, 5  # cube-single's
 
@@ -46,59 +47,53 @@ class CostArgs:
     """csv file for the table"""
 
 
-class Baseline(torch.nn.Module):
-    """The other three: an agent's critics and flow, and a one-step policy mu(s, n)."""
-
-    def __init__(self, kind, args, seeds):
-        super().__init__()
-        self.kind, self.args = kind, args
-        self.agent = q_flow.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0)
-        dims = (OBS_DIM + ACTION_DIM, *args.actor_hidden_dims, ACTION_DIM)
-        self.one_step = q_flow.MLP((len(seeds),), dims, args.actor_layer_norm)
-        q_flow.init_weights(self, seeds)
-
-    def make_optimizer(self):
-        """One Adam over the networks that this kind trains."""
-        policies = {"actor_critic": [self.one_step], "one_step": [self.one_step, self.agent.actor_flow]}
-        trained = [self.agent.critic, *policies.get(self.kind, [self.agent.actor_flow])]
-        parameters = [p for network in trained for p in network.parameters()]
-        self.optimizer = torch.optim.Adam(
-            parameters, lr=self.args.learning_rate, fused=True, capturable=parameters[0].is_cuda
-        )
+class Baseline(toy_2d.Study):
+    """The critic's loss and the policy losses of the other three, for transitions of many steps."""
 
     def policy(self, observations, noise):
         """The action that is improved: of the flow for `backprop`, else of the one-step policy."""
         if self.kind == "backprop":
-            return toy_2d.solve(self.agent, observations, noise)
-        return self.one_step(torch.cat([observations, noise], dim=-1)).clamp(-1, 1)
+            return self.solve(observations, noise)
+        return self.one_step_action(observations, noise).clamp(-1, 1)
 
-    def update(self, batch, noise):
-        """One update; as in q_flow.py, the EMA comes before Adam's step."""
-        agent, args = self.agent, self.args
-        observations, actions, next_observations = batch["observations"], batch["actions"], batch["next_observations"]
-        self.optimizer.zero_grad()
+    def td(self, batch, noise):
+        """The critic's regression on r + gamma mask Q(s', a')."""
         with torch.no_grad():
-            next_actions = self.policy(next_observations, noise["next_action"])
-            next_q = agent.q_values(agent.target_critic, next_observations, next_actions).mean(dim=1)  # (S, B)
-            target = batch["rewards"] + args.gamma * batch["masks"] * next_q  # (S, B)
-        q = agent.q_values(agent.critic, observations, actions)  # (S, E, B)
-        (q - target.unsqueeze(1)).square().mean(dim=(1, 2)).sum().backward()
+            next_actions = self.policy(batch["next_observations"], noise["next_action"])
+            next_q = self.q_values(self.target_critic, batch["next_observations"], next_actions).mean(dim=0)  # (B,)
+            target = batch["rewards"] + self.args.gamma * batch["masks"] * next_q  # (B,)
+        q = self.q_values(self.critic, batch["observations"], batch["actions"])  # (E, B)
+        return (q - target).square().mean(), {}
 
-        loss = 0 if self.kind == "actor_critic" else toy_2d.flow_matching(agent, batch, noise)
-        made = self.policy(observations, noise["value_action"])
-        if self.kind != "backprop":
-            with torch.no_grad():
-                goal = actions
-                if self.kind == "one_step":
-                    goal = toy_2d.solve(agent, observations, noise["value_action"])
-            loss = loss + args.alpha * (made - goal).square().mean(dim=(1, 2))
-        loss = loss - toy_2d.mean_q(agent, batch, made)
-        loss.sum().backward()
-        with torch.no_grad():
-            targets, online = list(agent.target_critic.parameters()), list(agent.critic.parameters())
-            torch._foreach_lerp_(targets, online, args.tau)
-        self.optimizer.step()
-        return {"loss": loss.detach()}
+    def actor_critic(self, batch, noise):
+        """TD3+BC's: squared distance to the data's action - Q."""
+        made = self.policy(batch["observations"], noise["value_action"])
+        return self.args.alpha * (made - batch["actions"]).square().mean() - self.mean_q(batch, made), {}
+
+
+class ActorCritic(Baseline):
+    kind = "actor_critic"
+    losses = {"td": ("critic",), "actor_critic": ("one_step",)}
+
+
+class OneStep(Baseline):
+    kind = "one_step"
+    losses = {"td": ("critic",), "cloning": ("actor_flow",), "improved_one_step": ("one_step",)}
+
+
+class Backprop(Baseline):
+    kind = "backprop"
+    losses = {"td": ("critic",), "backprop": ("actor_flow",)}
+
+
+def update(agents, batch, noise):
+    """One update; as in q_flow.py, the EMA comes before Adam's step."""
+    agents.optimizer.zero_grad()
+    for loss, trains in agents.agent.losses.items():
+        agents.backward(loss, batch, noise, trains)
+    agents.ema("target_critic", "critic", agents.agent.args.tau)
+    agents.optimizer.step()
+    return {}
 
 
 def measure(options):
@@ -107,33 +102,35 @@ def measure(options):
     args = replace(args, num_seeds=options.num_seeds)
     device = setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available()))
     seeds = list(range(options.num_seeds))
-    models = {"q_flow": q_flow.Agent(args, OBS_DIM, ACTION_DIM, seeds, -1.0, 0.0)}
-    models |= {kind: Baseline(kind, args, seeds) for kind in ("actor_critic", "one_step", "backprop")}
+    stack = lambda make_agent: Stacked(make_agent, seeds, device, args.learning_rate)
+    models = {"q_flow": stack(lambda: q_flow.Agent(args, OBS_DIM, ACTION_DIM, -1.0, 0.0))}
+    for kind in (ActorCritic, OneStep, Backprop):
+        models[kind.kind] = stack(lambda kind=kind: kind(args, OBS_DIM, ACTION_DIM))
     generator, S, B = torch.Generator(device).manual_seed(0), options.num_seeds, args.batch_size
     normal = lambda *shape: torch.randn(S, B, *shape, generator=generator, device=device)
     batch = {"observations": normal(OBS_DIM), "next_observations": normal(OBS_DIM)}
     batch |= {"actions": normal(ACTION_DIM).clamp(-1, 1), "rewards": -normal().abs(), "masks": normal().abs().sign()}
-    noise = {name: torch.stack([value[0]] * S) for name, value in models["q_flow"].draw_noise(generator, 1).items()}
+    noise = models["q_flow"].agent.draw_noise(generator, 1)
+    noise = {name: torch.stack([value[0]] * S) for name, value in noise.items()}
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     updates, gflop, seconds = {}, {}, {name: [] for name in models}
-    for name, model in models.items():
-        model.to(device).make_optimizer()
-        split = lambda inputs, model=model: model.update(
-            {key: inputs[key] for key in batch}, {key: inputs[key] for key in noise}
+    for name, agents in models.items():
+        step = q_flow.update if name == "q_flow" else update
+        split = lambda inputs, agents=agents, step=step: step(
+            agents, {key: inputs[key] for key in batch}, {key: inputs[key] for key in noise}
         )
         with FlopCounterMode(display=False) as counter:
             split(batch | noise)
         gflop[name] = counter.get_total_flops() / 1e9
-        state = [*model.parameters(), *(v for s in model.optimizer.state.values() for v in s.values())]
-        updates[name] = graphs.capture(split, batch | noise, state)
+        updates[name] = graphs.capture(split, batch | noise, agents.state_tensors())
         for _ in range(2):
             updates[name](batch | noise)
     for _ in tqdm(range(options.repeats), desc="timing", unit=" rounds"):
-        for name, update in updates.items():
+        for name, timed in updates.items():
             synchronize()
             start = time.perf_counter()
-            update(batch | noise)
+            timed(batch | noise)
             synchronize()
             seconds[name].append(time.perf_counter() - start)
     rows = []

@@ -28,7 +28,8 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.figures import return_samples
-from common import draws, fail, graphs, runs
+from common import draws, fail, runs
+from common.stacked import Stacked
 
 VARIANTS = (
     "evor",
@@ -137,36 +138,35 @@ def small_args(module, gamma=0.9, **changes):
 
 
 def train(module, args, mdp, updates, seeds, compiled=False):
-    """Trains one agent a seed on an MDP; returns the agent, and the step of the first non-finite loss or None."""
+    """Trains one agent per seed on an MDP; returns the agents, and the step of the first non-finite loss or None."""
     rewards = mdp["rewards"]
     lowest, highest = min(rewards.min().item(), 0.0), max(rewards.max().item(), 0.0)  # after the end rewards are zero
-    agent = module.Agent(args, mdp["observations"].shape[1], 1, seeds, lowest, highest)
-    agent.make_optimizer()
+    make_agent = lambda: module.Agent(args, mdp["observations"].shape[1], 1, lowest, highest)
+    agents = Stacked(make_agent, seeds, "cpu", args.learning_rate)
+    agents.compiled = compiled
     mdp = mdp | {"returns": rewards_to_go(mdp, args.gamma)}  # for EVOR's latents of the data
-    if compiled:
-        torch.compiler.reset()  # a function is compiled for eight agents at most
-        graphs.compile_losses(agent, announce=False)
     for step in range(updates):
         if step % draws.CHUNK == 0:
-            chunk = draws.draw_chunk(agent, args, seeds, len(rewards), step // draws.CHUNK, "cpu")
-        inputs = {name: value[step % draws.CHUNK] for name, value in chunk.items()}
-        metrics = agent.update({key: value[inputs["indices"]] for key, value in mdp.items()}, inputs)
+            chunk = draws.draw_chunk(agents.agent, args, seeds, len(rewards), step // draws.CHUNK, "cpu")
+        noise = {name: value[step % draws.CHUNK] for name, value in chunk.items()}
+        indices = noise.pop("indices")  # (S, B)
+        metrics = module.update(agents, {key: value[indices] for key, value in mdp.items()}, noise)
         if step % draws.CHUNK == 0 and not torch.isfinite(metrics["critic/critic_loss"]).all():
-            return agent, step
-    return agent, None
+            return agents, step
+    return agents, None
 
 
-@torch.no_grad()
-def learned_returns(agent, state, n=2_000):
+def learned_returns(agents, state, n=2_000):
     """Sorted end points of each seed's EMA return flow at a state, from the n middle quantiles of N(0,1): (S, n)."""
-    num_states = agent.critic_flow.weights[0].shape[-2] - 3  # its inputs are [s, a, z, t]
-    noise = torch.special.ndtri((torch.arange(n) + 0.5) / n).view(1, n, 1)
+    first_weight = next(iter(agents.parameters.values()))
+    num_states = first_weight.shape[-2] - 3  # the return fields' inputs are [s, a, z, t]
+    noise = torch.special.ndtri((torch.arange(n) + 0.5) / n).view(n, 1)
     pair = torch.cat([torch.eye(num_states)[state], torch.zeros(1)]).unsqueeze(0)  # (1, D + A)
-    returns, _ = return_samples(agent, pair, noise)  # (S, 1, n)
+    returns, _ = return_samples(agents, pair, noise)  # (S, 1, n)
     return returns.squeeze(1).sort(dim=1).values.numpy()
 
 
-def accuracy(agent, mdp, gamma):
+def accuracy(agents, mdp, gamma):
     """How far each seed's return distributions are from the truth.
 
     Returns:
@@ -181,7 +181,7 @@ def accuracy(agent, mdp, gamma):
     rows = []
     for state, truth in enumerate(truths):
         low, high = truth[0], truth[-1]
-        for s, samples in enumerate(learned_returns(agent, state, len(truth))):
+        for s, samples in enumerate(learned_returns(agents, state, len(truth))):
             error = samples.mean() - truth.mean()
             row = {"state": state, "seed_index": s, "wasserstein": np.abs(samples - truth).mean(), "mean_error": error}
             row["mean_error_share"] = abs(error) / full_range
@@ -238,13 +238,13 @@ if __name__ == "__main__":
             truth = true_returns(mdp, 0, gamma)
             for variant, (module, changes) in variants.items():
                 start, args = time.perf_counter(), small_args(module, gamma, **changes)
-                agent, diverged = train(module, args, mdp, options.updates, list(range(options.seeds)), options.compile)
-                rows = accuracy(agent, mdp, gamma)
+                agents, diverged = train(module, args, mdp, options.updates, list(range(options.seeds)), options.compile)
+                rows = accuracy(agents, mdp, gamma)
                 if options.output:  # as it goes: what was trained is not lost
                     digits = lambda row: {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
                     keys = {"mdp": name, "gamma": gamma, "variant": variant}
                     runs.append_rows(Path(options.output).with_suffix(".csv"), [keys | digits(row) for row in rows])
-                pictures.setdefault((name, gamma), {})[variant] = learned_returns(agent, 0), truth
+                pictures.setdefault((name, gamma), {})[variant] = learned_returns(agents, 0), truth
                 column = lambda key: np.array([row[key] for row in rows])
                 modes = (
                     f"  modes {column('low_mode').min():.2f} + {column('high_mode').min():.2f}"

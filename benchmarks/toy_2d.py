@@ -12,7 +12,7 @@ method improves a flow policy u on the rewards while it stays near the data, wit
     one_step   FQL's: flow matching, and a one-step policy mu with distillation from the flow - Q(mu) / lambda
 
 lambda 1e6 is cloning. Networks, batches, noise, learning rates and numbers of updates are the same for all; seeds and
-lambdas are trained side by side, as seeds of one agent. At the reduced size all start from one flow, critic, V and one-step
+lambdas are trained side by side, stacked. At the reduced size all start from one flow, critic, V and one-step
 policy trained without improvement (--pretrain-updates), so that what is seen is the improvement; at the full size all
 start from scratch, as in the paper.
 
@@ -37,6 +37,7 @@ import tyro
 import q_flow
 from common import draws, fail, num_cores
 from common.device import setup_torch
+from common.stacked import Stacked
 
 METHODS = ("q_flow", "backprop", "one_step")
 CLONING = 1e6
@@ -138,137 +139,154 @@ def judge(samples, points, rewards, modes):
 # --- The three methods ---
 
 
-class OneStep(torch.nn.Module):
-    """The one-step policy mu(noise): (S, N, 2) -> (S, N, 2)."""
+class Study(q_flow.Agent):
+    """A Q-Flow agent with a one-step policy mu(s, n), and with a lambda of its own. Losses return (loss, {})."""
 
-    def __init__(self, args, seeds):
-        super().__init__()
-        self.mlp = q_flow.MLP((len(seeds),), (2, *args.actor_hidden_dims, 2), args.actor_layer_norm)
-        q_flow.init_weights(self, seeds)
+    def __init__(self, args, obs_dim, action_dim):
+        super().__init__(args, obs_dim, action_dim, 0.0, 1.0)
+        dims = (obs_dim + action_dim, *args.actor_hidden_dims, action_dim)  # inputs [s, noise]
+        self.one_step = q_flow.MLP(dims, args.actor_layer_norm)
+        self.strength = torch.nn.Parameter(torch.tensor(args.alpha), requires_grad=False)  # lambda
 
-    def forward(self, noise):
-        return self.mlp(noise)
+    def one_step_action(self, observations, noise):
+        """mu(s, n), unclipped: (N, D), (N, A) -> (N, A)."""
+        return self.one_step(torch.cat([observations, noise], dim=-1))
+
+    def solve(self, observations, x):
+        """The flow's end points, with gradients through every step: (N, D), noise (N, A) -> (N, A)."""
+        K = self.args.flow_steps
+        for k in range(K):
+            x = x + self.velocity(observations, x, torch.full_like(x[..., :1], k / K)) / K
+        return x.clamp(-1, 1)
+
+    def mean_q(self, batch, actions):
+        """Mean Q of actions (B, A), a number."""
+        return self.q_values(self.critic, batch["observations"], actions).mean()
+
+    def q_flow(self, batch, noise):
+        """Q-Flow's policy loss with this agent's lambda."""
+        shared, self.args = self.args, replace(self.args, alpha=self.strength)
+        loss, _ = self.actor_loss(batch, noise)
+        self.args = shared
+        return loss, {}
+
+    def values(self, batch, noise):
+        """Q-Flow's losses of the critic and of the intermediate value."""
+        return self.critic_loss(batch, noise)[0], {}
+
+    def regression(self, batch, noise):
+        """The critic's loss: rewards are the returns of the one step, so no method's Q depends on its policy."""
+        q = self.q_values(self.critic, batch["observations"], batch["actions"])  # (E, B)
+        return (q - batch["rewards"]).square().mean(), {}
+
+    def cloning(self, batch, noise):
+        """Flow matching: u(x_t, t) -> a - x_0."""
+        x_0, t, actions = noise["policy_action"], noise["policy_time"], batch["actions"]
+        velocity = self.velocity(batch["observations"], (1 - t) * x_0 + t * actions, t)  # (B, A)
+        return (velocity - (actions - x_0)).square().mean(), {}
+
+    def distillation(self, batch, noise):
+        """Squared distance of mu(noise) to the flow's end point, a constant."""
+        with torch.no_grad():
+            end_points = self.solve(batch["observations"], noise["next_action"])  # (B, A)
+        actions = self.one_step_action(batch["observations"], noise["next_action"])  # (B, A)
+        return (actions - end_points).square().mean(), {}
+
+    def backprop(self, batch, noise):
+        """Flow matching - Q(end point) / lambda, through every step of the solver."""
+        end_points = self.solve(batch["observations"], noise["next_action"])  # (B, A)
+        return self.cloning(batch, noise)[0] - self.mean_q(batch, end_points) / self.strength, {}
+
+    def improved_one_step(self, batch, noise):
+        """Distillation - Q(mu(noise)) / lambda."""
+        actions = self.one_step_action(batch["observations"], noise["next_action"]).clamp(-1, 1)  # (B, A)
+        return self.distillation(batch, noise)[0] - self.mean_q(batch, actions) / self.strength, {}
+
+    def samples(self, observations, noise):
+        """Actions of the flow, (N, A)."""
+        return self.solve(observations, noise)
+
+    def one_step_samples(self, observations, noise):
+        """Actions of the one-step policy, (N, A)."""
+        return self.one_step_action(observations, noise).clamp(-1, 1)
+
+    def flow_consistency(self, x):
+        """mean |V(x_t, t) - V(end point, 1)| along the flow at t = 0, 1/K, ..., 1: noise (N, A) -> (K + 1,)."""
+        K, observations, values = self.args.flow_steps, torch.zeros_like(x[..., :1]), []
+        for k in range(K + 1):
+            t = torch.full_like(x[..., :1], k / K)
+            values.append(self.inner_values(observations, x, t).mean(dim=0))  # (N,)
+            x = x + self.velocity(observations, x, t) / K
+        return torch.stack([(value - values[-1]).abs().mean() for value in values])
+
+    def value_landscape(self, x, t):
+        """V(x, t) of points: (N, A), (N, 1) -> (N,)."""
+        return self.inner_values(torch.zeros_like(t), x, t).mean(dim=0)
 
 
-def make_agent(options, lambdas, device):
-    """A Q-Flow agent and a one-step policy; their seed axis holds every lambda with every seed, S = lambdas x seeds."""
+# Each method's losses, with the networks that they train. `pretrain` is all that is not improvement.
+LOSSES = {
+    "pretrain": {"values": ("critic", "inner_value"), "cloning": ("actor_flow",), "distillation": ("one_step",)},
+    "q_flow": {"values": ("critic", "inner_value"), "q_flow": ("actor_flow",)},
+    "backprop": {"regression": ("critic",), "backprop": ("actor_flow",)},
+    "one_step": {"regression": ("critic",), "cloning": ("actor_flow",), "improved_one_step": ("one_step",)},
+}
+
+
+def make_agents(options, lambdas, device):
+    """Agents for every lambda with every seed, S = lambdas x seeds; a seed's begin alike for every lambda."""
     hidden = (options.width,) * options.depth
     args = replace(
         q_flow.Args(), batch_size=options.batch_size, tau=0.02, flow_steps=options.flow_steps,
         use_time_embed=True, time_embed_dim=16,
         actor_layer_norm=not options.full,  # learns the data's shape in fewer updates; the published policy has none
         value_hidden_dims=hidden, actor_hidden_dims=hidden,
-        alpha=torch.tensor(lambdas, device=device).repeat_interleave(options.seeds).view(-1, 1, 1),
     )  # fmt: skip
     seeds = list(range(options.seeds)) * len(lambdas)
-    agent = q_flow.Agent(args, 1, 2, seeds, 0.0, 1.0).to(device)
-    return agent, OneStep(args, seeds).to(device)
+    agents = Stacked(lambda: Study(args, 1, 2), seeds, device, args.learning_rate)
+    agents.parameters["strength"].data.copy_(torch.tensor(lambdas).repeat_interleave(options.seeds))
+    return agents
 
 
-def solve(agent, observations, x):
-    """The flow's end points, with gradients through every step: (S, N, D), noise (S, N, A) -> (S, N, A)."""
-    K = agent.args.flow_steps
-    velocity = agent.actor_flow.field(observations)
-    for k in range(K):
-        x = x + velocity(x, torch.full_like(x[..., :1], k / K)) / K
-    return x.clamp(-1, 1)
-
-
-def flow_matching(agent, batch, noise):
-    """L_BC of the flow: u(x_t, t) -> a - x_0; (S,)."""
-    x_0, t, actions = noise["policy_action"], noise["policy_time"], batch["actions"]
-    velocity = agent.actor_flow.field(batch["observations"])((1 - t) * x_0 + t * actions, t)
-    return (velocity - (actions - x_0)).square().mean(dim=(1, 2))
-
-
-def distillation(agent, one_step, batch, noise):
-    """Squared distance of mu(noise) to the flow's end point, a constant; (S,), and mu(noise) (S, B, 2)."""
-    with torch.no_grad():
-        end_points = solve(agent, batch["observations"], noise["next_action"])
-    actions = one_step(noise["next_action"])
-    return (actions - end_points).square().mean(dim=(1, 2)), actions.clamp(-1, 1)
-
-
-def critic_regression(agent, batch):
-    """The critic's loss (S,): rewards are the returns of the one step, so no method's Q depends on its policy."""
-    q = agent.q_values(agent.critic, batch["observations"], batch["actions"])  # (S, E, B)
-    return (q - batch["rewards"].unsqueeze(1)).square().mean(dim=(1, 2))
-
-
-def mean_q(agent, batch, actions):
-    """Mean Q (S,) of actions (S, B, 2); moves what made the actions, not the critic."""
-    agent.critic.requires_grad_(False)
-    q = agent.q_values(agent.critic, batch["observations"], actions).mean(dim=(1, 2))
-    agent.critic.requires_grad_(True)
-    return q
-
-
-def loss_of(method, agent, one_step, batch, noise):
-    """The sum of a method's losses for every seed: (S,). `pretrain` is all that is not improvement."""
-    scale = agent.args.alpha.flatten()
-    if method == "q_flow":
-        return agent.critic_loss(batch, noise)[0] + agent.actor_loss(batch, noise)[0]
-    cloning = flow_matching(agent, batch, noise)
-    if method == "backprop":
-        guided = mean_q(agent, batch, solve(agent, batch["observations"], noise["next_action"])) / scale
-        return critic_regression(agent, batch) + cloning - guided
-    distilled, actions = distillation(agent, one_step, batch, noise)
-    if method == "one_step":
-        return critic_regression(agent, batch) + cloning + distilled - mean_q(agent, batch, actions) / scale
-    return agent.critic_loss(batch, noise)[0] + cloning + distilled  # the critic's regression, and the inner value's
-
-
-def train(method, agent, one_step, points, rewards, updates, learning_rate, seeds, first_chunk, progress):
-    """Trains agent and one_step in place; the learning rate falls to zero along a cosine.
+def train(method, agents, points, rewards, updates, learning_rate, seeds, first_chunk, progress):
+    """Trains the agents; the learning rate falls to zero along a cosine.
 
     Returns:
         norm of the policy's gradient every 50 updates: (updates / 50, S).
     """
-    S, B, device = len(agent.args.alpha), agent.args.batch_size, points.device
-    policy = [*one_step.parameters()] if method == "one_step" else [*agent.actor_flow.parameters()]
-    parameters = [p for p in [*agent.parameters(), *one_step.parameters()] if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, fused=True)
+    args, device = agents.agent.args, points.device
+    S, B = len(agents.parameters["strength"]), args.batch_size
+    network = "one_step" if method == "one_step" else "actor_flow"
+    policy = [p for name, p in agents.parameters.items() if name.split(".")[0] == network]
     zeros, norms = torch.zeros(S, B, 1, device=device), []
     for update in range(updates):
         if update % draws.CHUNK == 0:  # every lambda of a seed sees the same points and noise
             number = first_chunk + update // draws.CHUNK
-            chunk = draws.draw_chunk(agent, agent.args, range(seeds), len(points), number, device)
+            chunk = draws.draw_chunk(agents.agent, args, range(seeds), len(points), number, device)
             chunk = {name: value.repeat(1, S // seeds, *[1] * (value.ndim - 2)) for name, value in chunk.items()}
         noise = {name: value[update % draws.CHUNK] for name, value in chunk.items()}
-        batch = {"observations": zeros, "next_observations": zeros, "actions": points[noise["indices"]]}
-        batch |= {"rewards": rewards[noise["indices"]], "masks": zeros.squeeze(-1)}
-        optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * update / updates)) / 2
-        optimizer.zero_grad()
-        loss_of(method, agent, one_step, batch, noise).sum().backward()
-        with torch.no_grad():  # as in q_flow.py: targets lag by one update
-            targets, online = list(agent.target_critic.parameters()), list(agent.critic.parameters())
-            torch._foreach_lerp_(targets, online, agent.args.tau)
-        optimizer.step()
+        indices = noise.pop("indices")  # (S, B)
+        batch = {"observations": zeros, "next_observations": zeros, "actions": points[indices]}
+        batch |= {"rewards": rewards[indices], "masks": zeros.squeeze(-1)}
+        agents.optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * update / updates)) / 2
+        agents.optimizer.zero_grad()
+        for loss, trains in LOSSES[method].items():
+            agents.backward(loss, batch, noise, trains)
+        agents.ema("target_critic", "critic", args.tau)  # as in q_flow.py: targets lag by one update
+        agents.optimizer.step()
         if update % 50 == 49:
             norms.append(sum(p.grad.square().flatten(1).sum(dim=1) for p in policy).sqrt())  # (S,)
             progress(50)
     return torch.stack(norms) if norms else torch.zeros(0, S)
 
 
-@torch.no_grad()
-def flow_consistency(agent, x):
-    """mean |V(x_t, t) - V(end point, 1)| along the flow at t = 0, 1/K, ..., 1: noise (S, N, 2) -> (S, K + 1)."""
-    K, observations = agent.args.flow_steps, torch.zeros_like(x[..., :1])
-    velocity, values = agent.actor_flow.field(observations), []
-    for k in range(K + 1):
-        t = torch.full_like(x[..., :1], k / K)
-        values.append(agent.inner_values(observations, x, t).mean(dim=1))  # (S, N)
-        x = x + velocity(x, t) / K
-    return torch.stack([(value - values[-1]).abs().mean(dim=1) for value in values], dim=1)
-
-
-@torch.no_grad()
-def value_landscapes(agent, times, size=60):
+def value_landscapes(agents, times, size=60):
     """V(x, t) on a grid over [-1.5, 1.5]^2: (times, S, size, size)."""
-    S, line = len(agent.args.alpha), torch.linspace(-1.5, 1.5, size, device=agent.args.alpha.device)
+    strength = agents.parameters["strength"]
+    S, line = len(strength), torch.linspace(-1.5, 1.5, size, device=strength.device)
     x = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1).view(1, -1, 2).expand(S, -1, -1)
-    zeros = torch.zeros_like(x[..., :1])
-    values = [agent.inner_values(zeros, x, torch.full_like(zeros, t)).mean(dim=1) for t in times]  # (S, size^2)
+    landscape = agents.function("value_landscape")
+    values = [landscape(x, torch.full_like(x[..., :1], t)) for t in times]  # (S, size^2)
     return torch.stack(values).view(len(times), S, size, size)
 
 
@@ -287,29 +305,28 @@ def study(name, options, device, progress):
     points, rewards, modes = make_points(name, NUM_POINTS)
     on_device = torch.as_tensor(points, device=device), torch.as_tensor(options.reward_scale * rewards, device=device)
     updates, learning_rate = num_updates(name, options), 1e-3 if options.full else 3e-3
-    start, start_one_step = make_agent(options, (CLONING,), device)
-    train("pretrain", start, start_one_step, *on_device, options.pretrain_updates, 8e-3, options.seeds, 0, progress)
-    start.target_critic.load_state_dict(start.critic.state_dict())
+    start = make_agents(options, (CLONING,), device)
+    train("pretrain", start, *on_device, options.pretrain_updates, 8e-3, options.seeds, 0, progress)
+    start.ema("target_critic", "critic", 1.0)
     noise = torch.randn(1, NUM_SAMPLES, 2, generator=torch.Generator().manual_seed(0)).to(device)
     noise = noise.expand(len(LAMBDAS) * options.seeds, -1, -1)
 
     rows, samples, norms = [], {}, {}
     for method in METHODS:
-        agent, one_step = make_agent(options, LAMBDAS, device)
-        with torch.no_grad():  # every lambda starts from its seed's agent
-            for mine, others in ((agent, start), (one_step, start_one_step)):
-                for p, q in zip(mine.parameters(), others.parameters()):
-                    p.copy_(q.repeat(len(LAMBDAS), *[1] * (q.ndim - 1)))
+        agents = make_agents(options, LAMBDAS, device)
+        for key, parameter in agents.parameters.items():  # every lambda starts from its seed's agent
+            if key != "strength":
+                begin = start.parameters[key]
+                parameter.data.copy_(begin.repeat(len(LAMBDAS), *[1] * (begin.ndim - 1)))
         first_chunk = options.pretrain_updates // draws.CHUNK + 1  # numbers that pretraining has not drawn
         norms[method] = train(
-            method, agent, one_step, *on_device, updates, learning_rate, options.seeds, first_chunk, progress
+            method, agents, *on_device, updates, learning_rate, options.seeds, first_chunk, progress
         ).cpu()  # (updates / 50, S)
-        zeros = torch.zeros_like(noise[..., :1])
-        with torch.no_grad():
-            actions = one_step(noise).clamp(-1, 1) if method == "one_step" else solve(agent, zeros, noise)
-        samples[method] = actions.cpu().numpy()  # (S, N, 2)
+        act = agents.function("one_step_samples" if method == "one_step" else "samples")
+        samples[method] = act(torch.zeros_like(noise[..., :1]), noise).cpu().numpy()  # (S, N, 2)
         if method == "q_flow":
-            consistency, landscapes = flow_consistency(agent, noise).cpu(), value_landscapes(agent, (0, 0.33, 0.67, 1))
+            consistency = agents.function("flow_consistency")(noise).cpu()  # (S, K + 1)
+            landscapes = value_landscapes(agents, (0, 0.33, 0.67, 1))
         for index in range(len(noise)):
             row = {"dataset": name, "method": method, "lambda": LAMBDAS[index // options.seeds]}
             row |= {"seed": index % options.seeds} | judge(samples[method][index], points, rewards, modes)

@@ -70,7 +70,11 @@ class Stacked:
             torch._foreach_lerp_(of(target), of(online), tau)  # all weights in one launch
 
     def function(self, method):
-        """The agent's method `method` for all seeds, without gradients: inputs and outputs have a leading axis S."""
+        """A method for all seeds, without gradients: inputs and outputs have a leading axis S.
+
+        Args:
+            method: the name of the agent's method, or a function whose first argument is the agent.
+        """
         return torch.no_grad()(lambda *inputs: self._stack(method, compiled=False)(self.parameters, *inputs))
 
     def _stack(self, method, compiled):
@@ -128,6 +132,14 @@ class Stacked:
             self.optimizer.load_state_dict(saved["optimizer"] | settings)
 
 
+def load(Agent, args, saved, device):
+    """The agents of a run's checkpoint `saved`, for acting or measuring; args: its arguments."""
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    agents = Stacked(lambda: Agent(args, **saved["agent_inputs"]), seeds, device, args.learning_rate)
+    agents.load_state_dict(saved)
+    return agents
+
+
 class _Caller(nn.Module):
     """A method of an agent as a module, which is what torch.func.functional_call calls."""
 
@@ -136,4 +148,5 @@ class _Caller(nn.Module):
         self.agent, self.method = agent, method
 
     def forward(self, *inputs):
-        return getattr(self.agent, self.method)(*inputs)
+        method = getattr(type(self.agent), self.method) if isinstance(self.method, str) else self.method
+        return method(self.agent, *inputs)
