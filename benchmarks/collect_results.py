@@ -20,7 +20,7 @@ from pathlib import Path
 import tyro
 
 from benchmarks import scores
-from common import arguments, collect, envs, fail, runs
+from common import arguments, envs, fail, generate, runs
 
 # Arguments that name a run or its place; with arguments.MAY_CHANGE, but for the lengths there, those that no number depends on.
 NAMES = {"exp_name", "seed", "num_seeds", "env_id", "quick", "log_interval", "evaluate", "torch_deterministic"}
@@ -64,7 +64,7 @@ def changed_settings(info):
     if info["dataset"]["source"] == "custom":
         changed["dataset"] = info["dataset"]["file"]
     if made := re.search(r"-generated-(\d+)ep-", info["dataset"]["file"]):
-        official = collect.OFFICIAL_SIZES.get(envs.dataset_name(args["env_id"]), (None,))[0]
+        official = generate.OFFICIAL_SIZES.get(envs.dataset_name(args["env_id"]), (None,))[0]
         changed |= {"generated_episodes": int(made[1])} if int(made[1]) != official else {}
     return changed
 

@@ -23,7 +23,7 @@ import tyro
 
 import evor
 import value_flows
-from common import checkpoint, collect, datasets, envs, fail, stacked
+from common import checkpoint, datasets, envs, fail, generate, stacked
 from common import returns as returns_of
 from common.device import setup_torch
 
@@ -208,7 +208,7 @@ if __name__ == "__main__":
     _, identity = datasets.load_dataset(path, args.env_id, "cpu", args.dataset_path is None)
     if identity["sha256"] != payload["dataset"]["sha256"]:
         fail(f"{path} is not the dataset of the run in {options.run}, which is {payload['dataset']}")
-    validation_path = collect.val_path(Path(path))
+    validation_path = generate.val_path(Path(path))
     validation, _ = datasets.load_dataset(validation_path, args.env_id, "cpu", args.dataset_path is None)
     setup_torch(module.Args(cuda=False))
     agents = stacked.load(module.Agent, args, payload, "cpu")

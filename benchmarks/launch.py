@@ -232,7 +232,7 @@ def resolve(jobs):
     """
     import torch
 
-    from common import arguments, collect
+    from common import arguments, generate
 
     answers, modules = [], {}
     for file, words in jobs:
@@ -248,7 +248,7 @@ def resolve(jobs):
         if args.dataset_path is not None and not Path(args.dataset_path).expanduser().is_file():
             fail(f"--dataset-path {args.dataset_path} is not a file")
         if args.dataset_path is None and args.dataset_source == "generated":
-            collect.check_collectable(envs.dataset_name(args.env_id))
+            generate.check_collectable(envs.dataset_name(args.env_id))
         compared = set(resolved["args"]) - arguments.MAY_CHANGE | {"dataset_path"}
         resolved["identity"] = {name: resolved["args"][name] for name in sorted(compared)}
         resolved["identity"]["dataset_path"] = absolute(args.dataset_path)

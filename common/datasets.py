@@ -1,7 +1,7 @@
 """OGBench datasets: find, download or generate the file, check it, put it on the device.
 
 Official files lie in OGBench's own layout, `{dataset_dir}/{name}.npz` and `{name}-val.npz`; what is missing is
-downloaded. Generated ones (`common.collect`) carry `-generated-` in their name and never pass for official. OGBench's
+downloaded. Generated ones (`common.generate`) carry `-generated-` in their name and never pass for official. OGBench's
 own loader and relabelling are used in both cases.
 """
 
@@ -77,15 +77,15 @@ def find_dataset(env_id, dataset_dir, dataset_path=None, source="official", epis
                         download(file, directory)
         return directory / file
 
-    from common import collect
+    from common import generate
 
-    collect.check_collectable(name)
-    episodes = collect.OFFICIAL_SIZES[name][0] if episodes is None else episodes
-    path = collect.generated_path(name, dataset_dir, episodes, seed)
-    if not (path.exists() and collect.val_path(path).exists()):
+    generate.check_collectable(name)
+    episodes = generate.OFFICIAL_SIZES[name][0] if episodes is None else episodes
+    path = generate.generated_path(name, dataset_dir, episodes, seed)
+    if not (path.exists() and generate.val_path(path).exists()):
         # A process of its own, so that the collecting workers load neither torch nor the algorithm.
         flags = {"--dataset": name, "--dataset-dir": dataset_dir, "--num-episodes": episodes, "--seed": seed}
-        command = [sys.executable, "-m", "common.collect", *(str(word) for flag in flags.items() for word in flag)]
+        command = [sys.executable, "-m", "common.generate", *(str(word) for flag in flags.items() for word in flag)]
         with only_one(path):  # the second of two processes finds everything made
             status = subprocess.run(command, env=python_environment()).returncode
         if status != 0:

@@ -68,17 +68,17 @@ def same_numbers_every_time():
 @pytest.fixture(scope="session")
 def maze_data(tmp_path_factory):
     """Path of a small pointmaze-medium-navigate set made by OGBench's scripted collector (10 episodes)."""
-    from common.collect import collect
+    from common.generate import generate
 
-    return collect("pointmaze-medium-navigate-v0", tmp_path_factory.mktemp("data"), num_episodes=10, num_workers=2)
+    return generate("pointmaze-medium-navigate-v0", tmp_path_factory.mktemp("data"), num_episodes=10, num_workers=2)
 
 
 @pytest.fixture(scope="session")
 def cube_data(tmp_path_factory):
     """Path of a small cube-single-play set made by OGBench's scripted collector (2 episodes)."""
-    from common.collect import collect
+    from common.generate import generate
 
-    return collect("cube-single-play-v0", tmp_path_factory.mktemp("data"), num_episodes=2, num_workers=2)
+    return generate("cube-single-play-v0", tmp_path_factory.mktemp("data"), num_episodes=2, num_workers=2)
 
 
 ONLINE_LENGTHS = (

@@ -9,7 +9,7 @@ import ogbench
 import pytest
 from conftest import ALGORITHMS, assert_refused
 
-from common import collect, datasets, envs
+from common import datasets, envs, generate
 
 
 def sha256(path):
@@ -21,41 +21,41 @@ def val(path):
 
 
 def test_the_file_depends_on_the_seed_and_not_on_the_workers(maze_data, tmp_path):
-    again = collect.collect("pointmaze-medium-navigate-v0", tmp_path, num_episodes=10, num_workers=1)
+    again = generate.generate("pointmaze-medium-navigate-v0", tmp_path, num_episodes=10, num_workers=1)
     assert again.name == maze_data.name == "pointmaze-medium-navigate-v0-generated-10ep-seed0.npz"
     assert sha256(again) == sha256(maze_data) and sha256(val(again)) == sha256(val(maze_data))
-    other = collect.collect("pointmaze-medium-navigate-v0", tmp_path, num_episodes=10, seed=1)
+    other = generate.generate("pointmaze-medium-navigate-v0", tmp_path, num_episodes=10, seed=1)
     assert sha256(other) != sha256(again)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in (again, val(again), other, val(other)))
 
 
 def test_an_episode_does_not_depend_on_the_episodes_before_it():
-    env = collect.make_collection_env("cube-single-noisy-v0")
+    env = generate.make_collection_env("cube-single-noisy-v0")
     env.reset(seed=0)
-    collect.OFFICIAL_SIZES  # full episodes: 1001 rows
-    first = collect.collect_episode(env, "cube-single-noisy-v0", [0, 0, 1])
-    collect.collect_episode(env, "cube-single-noisy-v0", [0, 0, 2])
-    again = collect.collect_episode(env, "cube-single-noisy-v0", [0, 0, 1])
+    generate.OFFICIAL_SIZES  # full episodes: 1001 rows
+    first = generate.collect_episode(env, "cube-single-noisy-v0", [0, 0, 1])
+    generate.collect_episode(env, "cube-single-noisy-v0", [0, 0, 2])
+    again = generate.collect_episode(env, "cube-single-noisy-v0", [0, 0, 1])
     assert all(np.array_equal(first[key], again[key]) for key in first)
 
 
 def test_an_interrupted_collection_uses_its_finished_parts(maze_data, tmp_path, monkeypatch):
-    path = collect.generated_path("pointmaze-medium-navigate-v0", tmp_path, 20, 0)
-    whole = collect.collect("pointmaze-medium-navigate-v0", tmp_path, num_episodes=20)
+    path = generate.generated_path("pointmaze-medium-navigate-v0", tmp_path, 20, 0)
+    whole = generate.generate("pointmaze-medium-navigate-v0", tmp_path, num_episodes=20)
     expected = sha256(whole)
     whole.unlink()
     parts = path.with_name(path.stem + ".parts")
     parts.mkdir()
-    collect._collect_part(parts / "000010.npz", "pointmaze-medium-navigate-v0", 0, 0, range(10, 20))
+    generate._collect_part(parts / "000010.npz", "pointmaze-medium-navigate-v0", 0, 0, range(10, 20))
     stamp = (parts / "000010.npz").stat().st_mtime_ns
     seen = []
-    original = collect._save_npz
+    original = generate._save_npz
     monkeypatch.setattr(
-        collect,
+        generate,
         "_save_npz",
         lambda p, a, compressed: (seen.append((parts / "000010.npz").stat().st_mtime_ns), original(p, a, compressed)),
     )
-    collect.collect("pointmaze-medium-navigate-v0", tmp_path, num_episodes=20)
+    generate.generate("pointmaze-medium-navigate-v0", tmp_path, num_episodes=20)
     assert sha256(whole) == expected and seen == [stamp] and not parts.exists()
 
 
@@ -71,9 +71,9 @@ def test_an_interrupted_collection_uses_its_finished_parts(maze_data, tmp_path, 
     ],
 )
 def test_every_collector_makes_official_rows(dataset, monkeypatch):
-    monkeypatch.setitem(collect.OFFICIAL_SIZES, dataset, (1, 120))
-    env = collect.make_collection_env(dataset)
-    episode = collect.collect_episode(env, dataset, [0, 0, 0])
+    monkeypatch.setitem(generate.OFFICIAL_SIZES, dataset, (1, 120))
+    env = generate.make_collection_env(dataset)
+    episode = generate.collect_episode(env, dataset, [0, 0, 0])
     assert episode["terminals"].tolist() == [False] * 119 + [True]
     dtypes = {
         "observations": "float32",
@@ -92,9 +92,9 @@ def test_every_collector_makes_official_rows(dataset, monkeypatch):
 
 
 def test_stitch_goals_are_four_cells_away(monkeypatch):
-    monkeypatch.setitem(collect.OFFICIAL_SIZES, "pointmaze-large-stitch-v0", (1, 201))
-    env = collect.make_collection_env("pointmaze-large-stitch-v0")
-    episode = collect.collect_episode(env, "pointmaze-large-stitch-v0", [0, 0, 3])
+    monkeypatch.setitem(generate.OFFICIAL_SIZES, "pointmaze-large-stitch-v0", (1, 201))
+    env = generate.make_collection_env("pointmaze-large-stitch-v0")
+    episode = generate.collect_episode(env, "pointmaze-large-stitch-v0", [0, 0, 3])
     path = np.linalg.norm(np.diff(episode["qpos"], axis=0), axis=-1).sum()
     assert 4 * 4 * 0.7 < path
     reached = np.linalg.norm(episode["qpos"] - env.unwrapped.cur_goal_xy, axis=-1).min()
@@ -289,5 +289,5 @@ def test_names_of_environments_and_datasets():
 )
 def test_experts_data_cannot_be_generated(dataset, capsys):
     with pytest.raises(SystemExit) as stop:
-        collect.check_collectable(dataset)
+        generate.check_collectable(dataset)
     assert stop.value.code == 2 and "--dataset-source official" in capsys.readouterr().err

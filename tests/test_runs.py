@@ -350,9 +350,9 @@ def test_resume_with_contradicting_arguments_lists_them(finished, tmp_path):
 
 
 def test_resume_refuses_another_dataset(finished, tmp_path):
-    from common.collect import collect
+    from common.generate import generate
 
-    other = collect("pointmaze-medium-navigate-v0", tmp_path, num_episodes=1, seed=5)
+    other = generate("pointmaze-medium-navigate-v0", tmp_path, num_episodes=1, seed=5)
     assert_refused("floq", ["--resume", finished, "--dataset-path", other], "dataset")
 
 

@@ -1,7 +1,7 @@
 """Makes OGBench datasets locally with OGBench's own scripted collectors, for machines without the official files.
 
-    python -m common.collect --dataset cube-single-play-v0                      # as large as the official set
-    python -m common.collect --dataset pointmaze-medium-navigate-v0 --num-episodes 200 --seed 1
+    python -m common.generate --dataset cube-single-play-v0                      # as large as the official set
+    python -m common.generate --dataset pointmaze-medium-navigate-v0 --num-episodes 200 --seed 1
 
 Writes `{dataset}-generated-{episodes}ep-seed{seed}.npz` and `...-val.npz` (10% more episodes) in OGBench's row format,
 so that OGBench's loader reads them; the name keeps them apart from official files. The collection recipe is OGBench's
@@ -44,7 +44,7 @@ STACKING = {"double": (0.0, 0.25), "triple": (0.05, 0.35), "quadruple": (0.1, 0.
 
 
 @dataclasses.dataclass
-class CollectArgs:
+class GenerateArgs:
     dataset: str = "cube-single-play-v0"
     """dataset to make, by OGBench's name"""
     dataset_dir: str = "~/.ogbench/data"
@@ -235,7 +235,7 @@ def _collect_part(part_path, dataset, seed, split, episodes):
     return len(arrays["terminals"])
 
 
-def collect(dataset, dataset_dir, num_episodes=None, seed=0, num_workers=0):
+def generate(dataset, dataset_dir, num_episodes=None, seed=0, num_workers=0):
     """Makes the training and validation files, skipping what exists; returns the training file's path.
 
     Args:
@@ -297,9 +297,9 @@ def collect(dataset, dataset_dir, num_episodes=None, seed=0, num_workers=0):
 if __name__ == "__main__":
     import tyro
 
-    args = tyro.cli(CollectArgs, description=__doc__)
+    args = tyro.cli(GenerateArgs, description=__doc__)
     try:
-        path = collect(args.dataset, args.dataset_dir, args.num_episodes, args.seed, args.num_workers)
+        path = generate(args.dataset, args.dataset_dir, args.num_episodes, args.seed, args.num_workers)
     except OSError as error:
         fail(
             f"could not write to --dataset-dir {args.dataset_dir} ({error}); finished parts are kept, run again to go on"
