@@ -9,12 +9,14 @@ softmax of the ratings. How many candidates and how greedily is chosen at infere
     python evor.py --env-id cube-single-play-singletask-v0 --num-seeds 8    # full size, eight seeds stacked
     python evor.py --evaluate runs/RUN_DIR --num-actions 64 --tau-q 0.1     # a trained run, improved more
 
-The paper's page links code; neither that nor the full text could be read here. docs/evor.md says what the paper states,
-what it leaves open, and why each choice here was made. One choice differs from the paper: the default label of flow TD is
-the exact one (`--td-target published`: the paper's).
+Neither the authors' code nor the paper's full text could be read here: docs/evor.md says what is known and what was chosen.
+The default label of flow TD is exact and differs from the paper's (`--td-target published`).
 
-Notation in the shapes: S seeds, E ensemble members, B batch, C candidate actions, R return samples, N rows, A action
-dimension, H width.
+Read first: Agent.flow_td (the targets), Agent.critic_loss and Agent.actor_loss (what is learned), Agent.act, update (one
+step), and then the main program. An agent is written for one seed; common/stacked.py runs one per seed side by side.
+
+Notation in the shapes: E return fields, B batch, C candidate actions, R return samples, N rows, D observation and A action
+dimension, K Euler steps.
 """
 
 import copy
@@ -80,19 +82,14 @@ class Args:
     flow_steps: int = 10  # Euler steps K of every flow: returns and actions
     num_actions: int = 32  # N_pi, candidate actions of the base policy (1: pure behaviour cloning)
     num_returns: int = 50  # N, return samples that rate a candidate
-    tau_q: float = 1.0
-    """temperature of the choice among the candidates, in units of return (small: the best one, large: any)"""
-    tau_r: float = 10.0
-    """temperature of the soft maximum over return samples, in units of return (large: their mean, small: their maximum)"""
+    tau_q: float = 1.0  # temperature of the choice among candidates, in units of return (small: the best, large: any)
+    tau_r: float = 10.0  # temperature of the soft maximum over return samples (small: their maximum, large: their mean)
     td_target: Literal["exact", "published"] = "exact"
     """label of flow TD: the straight way's velocity r + gamma z' - z_0, or the paper's r + gamma sbar(z_t, t | s', a')"""
-    latents: Literal["data", "target"] = "data"
-    """the published label's z_1, a reward-to-go of (s,a): the trajectory's own, or a sample of the target fields"""
-    bc_timesteps: int = 0
-    """first updates that train the policy alone, which is then frozen while the return fields train (0: both together)"""
+    latents: Literal["data", "target"] = "data"  # the published label's z_1: the data's reward-to-go, or a sample
+    bc_timesteps: int = 0  # first updates, of the policy alone, which is then frozen (0: policy and returns together)
     num_ensembles: int = 2  # return fields E
-    clip_flow_returns: bool = True
-    """keep the end points of return flows in [min(r_min, 0), max(r_max, 0)] / (1 - gamma)"""
+    clip_flow_returns: bool = True  # keep end points of returns in [min(r_min, 0), max(r_max, 0)] / (1 - gamma)
     value_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # hidden widths of the return fields
     value_layer_norm: bool = True  # layer normalisation in the return fields
     actor_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # hidden widths of the flow policy
@@ -105,47 +102,18 @@ class Args:
     """float32 products: highest is exact, high TF32, medium bfloat16 (default: high on a GPU with TF32, else highest)"""
 
 
-# The paper's settings where they differ from the defaults: the same in all environments.
-TUNED = {}
-
-# What offline-to-online runs change further: none are known.
-TUNED_ONLINE = {}
+# The paper's settings for each environment, and for going online: the same everywhere, and not known.
+TUNED, TUNED_ONLINE = {}, {}
 
 # What --evaluate may change.
 INFERENCE = ("num_actions", "num_returns", "tau_q", "tau_r")
 
-# What --quick changes.
-QUICK = dict(
-    exp_name=f"{Path(__file__).stem}-quick",
-    cuda=False,
-    env_id="cube-single-noisy-singletask-v0",
-    dataset_source="generated",
-    generated_episodes=120,
-    total_timesteps=8_000,
-    eval_interval=4_000,
-    log_interval=500,
-    save_interval=2_000,
-    tau=0.01,
-    flow_steps=5,
-    num_actions=16,
-    num_returns=8,
-    value_hidden_dims=(256, 256, 256),
-    actor_hidden_dims=(256, 256, 256),
-)
-
-
-def parse_args(words=None):
-    """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
-    args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, inference=INFERENCE, words=words)
-    if envs.is_pixels(args.env_id):
-        fail(f"--env-id {args.env_id}: evor.py works on state observations")
-    if args.td_target == "published" and args.latents == "data" and args.online_timesteps:
-        fail("--latents data: the reward-to-go of an online transition is not known yet; use --latents target")
-    if args.bc_timesteps > args.total_timesteps:
-        fail(
-            f"--bc-timesteps {args.bc_timesteps} is above --total-timesteps {args.total_timesteps}, of which it is a part"
-        )
-    return args, resumed
+# What --quick changes: data that are made here, and sizes that learn within minutes on two cores.
+QUICK = dict(exp_name=f"{Path(__file__).stem}-quick", cuda=False, env_id="cube-single-noisy-singletask-v0")
+QUICK |= dict(dataset_source="generated", generated_episodes=120)
+QUICK |= dict(total_timesteps=8_000, eval_interval=4_000, log_interval=500, save_interval=2_000)
+QUICK |= dict(tau=0.01, flow_steps=5, num_actions=16, num_returns=8)
+QUICK |= dict(value_hidden_dims=(256, 256, 256), actor_hidden_dims=(256, 256, 256))
 
 
 # --- Networks ---
@@ -202,26 +170,6 @@ def euler(velocity, x, num_steps):
     return x
 
 
-def soft_maximum(returns, tau_r):
-    """Q = tau_R ln mean_j exp(r_j / tau_R), between the mean (tau_R large) and the maximum: (..., R) -> (...).
-
-    Finite for every temperature: taken relative to the maximum, and exact near the mean by log1p and expm1.
-    """
-    top = returns.amax(dim=-1, keepdim=True)
-    return top.squeeze(-1) + tau_r * torch.expm1((returns - top) / tau_r).mean(dim=-1).log1p()
-
-
-def softmax_choice(q, tau_q, noise):
-    """Index drawn from softmax(Q / tau_Q): (..., C), standard normal noise (..., C) -> (...).
-
-    The Gumbel trick: argmax of Q / tau_Q + g, with g = -ln(-ln Phi(noise)) a Gumbel variable. The noise is normal since
-    all noise of acting is.
-    """
-    beyond = torch.erfc(noise.abs() / math.sqrt(2)) / 2  # probability of a larger |noise| on the same side, exact in tails
-    gumbel = -torch.log(-torch.where(noise < 0, beyond.log(), torch.log1p(-beyond)))
-    return ((q - q.amax(dim=-1, keepdim=True)) / tau_q + gumbel).argmax(dim=-1)
-
-
 # --- Agent ---
 
 
@@ -231,42 +179,23 @@ class Agent(nn.Module):
     Args:
         args: see Args.
         obs_dim, action_dim: dimensions of observations and actions.
-        min_reward, max_reward: the dataset's extreme rewards; with 0, the return of an ended episode, they fix the range of
-            returns.
+        min_reward, max_reward: the dataset's extreme rewards; with 0, of an ended episode, they fix the range of returns.
     """
 
-    METRICS = ("critic/critic_loss", "critic/target_mean", "actor/bc_flow_loss")  # a phase's updates give a part of them
+    METRICS = ("critic/critic_loss", "critic/target_mean", "actor/bc_flow_loss")  # of which a phase gives some
 
     def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
         super().__init__()
         self.args, self.action_dim = args, action_dim
         horizon = 1 / (1 - args.gamma)
         self.z_min, self.z_max = min(min_reward, 0) * horizon, max(max_reward, 0) * horizon
+        self.samples_latents = args.td_target == "published" and args.latents == "target"  # z_1, from noise of its own
 
         critic_dims = (obs_dim + action_dim + 2, *args.value_hidden_dims, 1)  # inputs [s, a, z, t]
         policy_dims = (obs_dim + action_dim + 1, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
         self.critic_flow = MLP(critic_dims, args.value_layer_norm, (args.num_ensembles,))
         self.actor_flow = MLP(policy_dims, args.actor_layer_norm)
         self.target_critic_flow = copy.deepcopy(self.critic_flow).requires_grad_(False)
-
-    def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates: {name: (num_updates, B, dim)}."""
-        B, A = self.args.batch_size, self.action_dim
-        device = generator.device
-        normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
-        uniform = lambda *shape: torch.rand(num_updates, *shape, generator=generator, device=device)
-        return {
-            "next_action": normal(B, A),
-            "return": normal(B, 1),
-            "time": uniform(B, 1),
-            "bc_action": normal(B, A),
-            "bc_time": uniform(B, 1),
-        } | ({"latent": normal(B, 1)} if self.samples_latents() else {})
-
-    def draw_act_noise(self, generator, num_steps):
-        """The random numbers of `num_steps` actions: (num_steps, C A + C + R), see `act`."""
-        size = self.args.num_actions * (self.action_dim + 1) + self.args.num_returns
-        return torch.randn(num_steps, size, generator=generator, device=generator.device)
 
     def bc_velocity(self, observations, x, t):
         """The base policy's velocity u(s, x, t): (N, D), (N, A), t (N, 1) or a float -> (N, A)."""
@@ -281,9 +210,7 @@ class Agent(nn.Module):
         return x.clamp(-1, 1).unflatten(0, (-1, C))
 
     def field(self, fields, condition, z, t):
-        """The return fields' v_e(z, t | s, a): condition [s, a] (N, D + A), z (N, 1) or (E, N, 1), t (N, 1) or a float ->
-        (E, N, 1). `fields`: self.critic_flow or its target.
-        """
+        """Return fields' v_e(z, t | s, a): [s, a] (N, D + A), z (N, 1) or (E, N, 1), t (N, 1) or a float -> (E, N, 1)."""
         t = t.expand_as(z) if torch.is_tensor(t) else torch.full_like(z, t)
         return fields(condition, torch.cat([z, t], dim=-1))
 
@@ -293,15 +220,8 @@ class Agent(nn.Module):
         Clipped at the end only, since what is on the way may lie outside the range of returns.
         """
         z = euler(lambda z, t: self.field(self.target_critic_flow, condition, z, t), noise, self.args.flow_steps)
-        return self.clip_return(z).mean(dim=0)
-
-    def clip_return(self, z):
-        """An end point kept in the range of returns."""
-        return z.clamp(self.z_min, self.z_max) if self.args.clip_flow_returns else z
-
-    def samples_latents(self):
-        """Whether z_1 is a sample of the target fields, which needs noise of its own."""
-        return self.args.td_target == "published" and self.args.latents == "target"
+        z = z.clamp(self.z_min, self.z_max) if self.args.clip_flow_returns else z  # (E, N, 1)
+        return z.mean(dim=0)
 
     @torch.no_grad()  # labels are the regression's constants, and the policy is not trained by returns
     def flow_td(self, batch, noise):
@@ -320,27 +240,25 @@ class Agent(nn.Module):
         z_0, t = noise["return"], noise["time"]  # (B, 1)
 
         # 1. The base policy's next action a'.
-        next_observations = batch["next_observations"]
-        next_actions = self.flow_actions(next_observations, noise["next_action"].unsqueeze(1)).squeeze(1)  # (B, A)
-        next_condition = torch.cat([next_observations, next_actions], dim=-1)  # (B, D + A)
+        next_actions = self.flow_actions(batch["next_observations"], noise["next_action"].unsqueeze(1))  # (B, 1, A)
+        next_condition = torch.cat([batch["next_observations"], next_actions.squeeze(1)], dim=-1)  # (B, D + A)
 
+        # 2. A return z_1 of (s,a). Exact: r + gamma z' with z' = Phi(z_0; s', a', 1). Published: independent of z_0.
         if args.td_target == "exact":
-            # 2. A return z' = Phi(z_0; s', a', 1). The label is the velocity of the straight way from z_0 to r + gamma z'.
             z_1 = rewards + args.gamma * masks * self.returns(next_condition, z_0)  # (B, 1)
-            z_t = (1 - t) * z_0 + t * z_1  # (B, 1)
-            label = z_1 - z_0  # (B, 1)
+        elif args.latents == "data":
+            z_1 = batch["returns"].unsqueeze(-1)  # (B, 1)
         else:
-            # 2. A reward-to-go z_1 of (s,a), independent of z_0. The label is the paper's Bellman equation of fields: the
-            #    next field at the same z_t and t.
-            if args.latents == "data":
-                z_1 = batch["returns"].unsqueeze(-1)  # (B, 1)
-            else:
-                condition = torch.cat([batch["observations"], batch["actions"]], dim=-1)  # (B, D + A)
-                z_1 = self.returns(condition, noise["latent"])  # (B, 1)
-            z_t = (1 - t) * z_0 + t * z_1  # (B, 1)
-            next_velocity = self.field(self.target_critic_flow, next_condition, z_t, t).mean(dim=0)  # (B, 1)
-            label = rewards + args.gamma * masks * next_velocity  # (B, 1)
-        return z_t, label
+            condition = torch.cat([batch["observations"], batch["actions"]], dim=-1)  # (B, D + A)
+            z_1 = self.returns(condition, noise["latent"])  # (B, 1)
+        z_t = (1 - t) * z_0 + t * z_1  # (B, 1)
+
+        # 3. The label. Exact: the velocity of the straight way from z_0 to z_1. Published: the Bellman equation of fields,
+        #    the next field at the same z_t and t.
+        if args.td_target == "exact":
+            return z_t, z_1 - z_0
+        next_velocity = self.field(self.target_critic_flow, next_condition, z_t, t).mean(dim=0)  # (B, 1)
+        return z_t, rewards + args.gamma * masks * next_velocity
 
     def critic_loss(self, batch, noise):
         """L_critic, and its parts for the log; trains the return fields. Arguments as for flow_td."""
@@ -382,6 +300,41 @@ class Agent(nn.Module):
         index = best[:, None, None].expand(-1, -1, A)  # (N, 1, A)
         return actions.gather(1, index).squeeze(1)
 
+    def draw_noise(self, generator, num_updates):
+        """Every random number of `num_updates` updates: {name: (num_updates, B, dim)}."""
+        B, A = self.args.batch_size, self.action_dim
+        device = generator.device
+        normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
+        uniform = lambda *shape: torch.rand(num_updates, *shape, generator=generator, device=device)
+        return {
+            "next_action": normal(B, A),
+            "return": normal(B, 1),
+            "time": uniform(B, 1),
+            "bc_action": normal(B, A),
+            "bc_time": uniform(B, 1),
+        } | ({"latent": normal(B, 1)} if self.samples_latents else {})
+
+    def draw_act_noise(self, generator, num_steps):
+        """The random numbers of `num_steps` actions: (num_steps, C A + C + R), see `act`."""
+        size = self.args.num_actions * (self.action_dim + 1) + self.args.num_returns
+        return torch.randn(num_steps, size, generator=generator, device=generator.device)
+
+
+def soft_maximum(returns, tau_r):
+    """Q = tau_R ln mean_j exp(r_j / tau_R), from the maximum (tau_R small) to the mean: (..., R) -> (...), always finite."""
+    top = returns.amax(dim=-1, keepdim=True)  # exact near it, and near the mean by log1p and expm1
+    return top.squeeze(-1) + tau_r * torch.expm1((returns - top) / tau_r).mean(dim=-1).log1p()
+
+
+def softmax_choice(q, tau_q, noise):
+    """Index drawn from softmax(Q / tau_Q): (..., C), standard normal noise (..., C) -> (...).
+
+    The Gumbel trick: argmax of Q / tau_Q + g, with g = -ln(-ln Phi(noise)) a Gumbel variable (acting's noise is normal).
+    """
+    beyond = torch.erfc(noise.abs() / math.sqrt(2)) / 2  # probability of the tail beyond the noise
+    gumbel = -torch.log(-torch.where(noise < 0, beyond.log(), torch.log1p(-beyond)))
+    return ((q - q.amax(dim=-1, keepdim=True)) / tau_q + gumbel).argmax(dim=-1)
+
 
 def update(agents, batch, noise, trains=("returns", "policy")):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
@@ -389,7 +342,7 @@ def update(agents, batch, noise, trains=("returns", "policy")):
     Args:
         agents: the seeds' agents, see common/stacked.py.
         batch, noise: as for Agent.flow_td, with a leading axis of seeds.
-        trains: what is not named stays bit-equal: Adam passes over weights that have no gradient.
+        trains: what moves; the rest stays bit-equal, since Adam passes over weights that have no gradient.
     """
     agents.optimizer.zero_grad()
     metrics = {}
@@ -404,6 +357,23 @@ def update(agents, batch, noise, trains=("returns", "policy")):
     return metrics
 
 
+# --- Main program ---
+
+
+def parse_args(words=None):
+    """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
+    args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, inference=INFERENCE, words=words)
+    if envs.is_pixels(args.env_id):
+        fail(f"--env-id {args.env_id}: evor.py works on state observations")
+    if args.td_target == "published" and args.latents == "data" and args.online_timesteps:
+        fail("--latents data: the reward-to-go of an online transition is not known yet; use --latents target")
+    if args.bc_timesteps > args.total_timesteps:
+        fail(
+            f"--bc-timesteps {args.bc_timesteps} is above --total-timesteps {args.total_timesteps}, of which it is a part"
+        )
+    return args, resumed
+
+
 if __name__ == "__main__":
     args, resumed = parse_args()
     device = setup_torch(args)
@@ -412,20 +382,13 @@ if __name__ == "__main__":
     # --- Evaluation only ---
     if args.evaluate is not None:
         agents = stacked.load(Agent, args, resumed, device)
-        evaluator = rollout.Evaluator(args, seeds, device, Path(args.evaluate))
-        rows = evaluator(agents.function("act"), agents.agent.draw_act_noise, resumed["step"])
-        evaluator.close()
-        settings = {name: getattr(args, name) for name in INFERENCE}
-        runs.append_rows(Path(args.evaluate) / "inference.csv", [settings | row for row in rows])
-        for row in rows:
-            print(f"seed {row['seed']}: success {row['success']:.2f} at step {row['step']}, {settings}")
+        rollout.evaluate_run(args, agents, resumed["step"], INFERENCE, device)
         raise SystemExit
 
     # --- Data ---
     dataset, identity = datasets.load(args, device)
     if args.td_target == "published" and args.latents == "data":
-        returns, _ = reward_to_go(dataset, args.gamma)
-        dataset["returns"] = torch.as_tensor(returns, dtype=torch.float32, device=device)
+        dataset["returns"] = torch.as_tensor(reward_to_go(dataset, args.gamma)[0], dtype=torch.float32, device=device)
     log = runs.Log(args, resumed, device, identity, Agent.METRICS)
 
     # --- Agents, one per seed ---
@@ -476,11 +439,8 @@ if __name__ == "__main__":
         if online:
             transitions = explorer(act, draws.pop("act"), step, on_failure=save)
             draws["count"] = replay.append(transitions)
-        if not args.bc_timesteps:
-            trains = ("returns", "policy")
-        else:  # the base policy first, then its returns
-            trains = ("policy",) if step < args.bc_timesteps else ("returns",)
-        metrics = fast_update(draws, trains)
+        phase = ("policy",) if step < args.bc_timesteps else ("returns",)  # the base policy first, then its returns
+        metrics = fast_update(draws, phase if args.bc_timesteps else ("returns", "policy"))
         step += 1
         log.training(step, metrics, warm_up=fast_update.new)
 

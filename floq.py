@@ -1,16 +1,20 @@
 """floq: Q-functions as flows (Agrawalla et al. 2025, arXiv 2509.06863), on OGBench.
 
 The idea: Q(s,a) is the end point of a scalar flow. A velocity network v(z,t|s,a) carries a noise z_0 ~ U[l,u] to the
-value z_1 in K Euler steps, so that a small network is applied K times in a row: iterative compute, as depth is for
-language models. It is trained by flow matching towards the TD target y = r + gamma E[Q(s',a')], whose own flow runs
-with an EMA copy. A plain critic is distilled from the flow; it gives the policy its gradient. The policy is FQL's: a
-behaviour-cloning flow, distilled into a one-step policy that maximises the critic.
+value z_1 in K Euler steps, so that a small network is applied K times in a row: more computation with the same weights.
+It is trained by flow matching towards the TD target y = r + gamma E[Q(s',a')], whose own flow runs with an EMA copy. A
+plain critic is distilled from the flow; it gives the policy its gradient. The policy is FQL's: a behaviour-cloning flow,
+distilled into a one-step policy that maximises the critic.
+
+Read first: ValueFlow (the flow's velocity), Agent.critic_loss and Agent.actor_loss (what is learned), update (one step),
+and then the main program at the end. An agent is written for one seed; common/stacked.py runs one per seed side by side.
 
     python floq.py --quick                                            # minutes on two CPU cores, data included
     python floq.py --env-id cube-single-play-singletask-v0            # the published hyperparameters
     python floq.py --env-id puzzle-3x3-play-singletask-v0 --num-seeds 8 --track    # eight seeds in one process
 
-Notation in the shapes: S seeds, E ensemble members, B batch, m noise samples, N rows, A action dimension, H width.
+Notation in the shapes: E ensemble members, B batch, m noise samples, N rows, D observation and A action dimension, K Euler
+steps.
 """
 
 import copy
@@ -72,7 +76,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # EMA rate of the target velocity network
     alpha: float = 10.0  # weight of the distillation towards the behaviour-cloning flow
-    noise_samples: int = 8  # noise samples m a transition in the critic loss
+    noise_samples: int = 8  # noise samples m per transition in the critic loss
     critic_flow_steps: int = 8  # Euler steps K of the value flow
     actor_flow_steps: int = 10  # Euler steps of the behaviour-cloning flow
     noise_coverage: float = 0.1  # kappa: the start noise covers [l, u] = kappa * [r_min, r_max] / (1 - gamma)
@@ -84,9 +88,9 @@ class Args:
     distill_num_ensembles: int = 2  # distilled critics
     use_prob_embed: bool = True
     """embed z as an HL-Gauss histogram before the velocity network, instead of scaling its range to [0, 1]"""
-    num_bins: int = 51  # edges of that histogram
-    sigma: float = 16.0  # its Gaussian's deviation, in bin widths
-    reward_offset: float = 0.01  # widening of its range: [r_min - offset, r_max + offset] / (1 - gamma)
+    num_bins: int = 51  # edges of the HL-Gauss histogram, one more than its bins
+    sigma: float = 16.0  # deviation of the HL-Gauss histogram's Gaussian, in bin widths
+    reward_offset: float = 0.01  # the HL-Gauss histogram covers [r_min - offset, r_max + offset] / (1 - gamma)
     time_embedding: Literal["cos", "fourier"] = "cos"
     """of the velocity network's time: cos(t) (released code) or cos(pi i t), i = 1..64 (paper)"""
     block_width: int = 512  # hidden width of the velocity network
@@ -103,7 +107,7 @@ class Args:
     """float32 products: highest is exact, high TF32, medium bfloat16 (default: high on a GPU with TF32, else highest)"""
 
 
-# The paper's settings where they differ from the defaults (its best configuration for each environment).
+# The paper's best settings for each environment.
 TUNED = {
     "antmaze-large-navigate": dict(alpha=10.0),
     "antmaze-giant-navigate": dict(alpha=10.0, gamma=0.995, q_agg="min", batch_size=512, critic_flow_steps=4),
@@ -122,43 +126,12 @@ TUNED_ONLINE = {environment: dict(total_timesteps=1_000_000) for environment in 
 TUNED_ONLINE["antsoccer-arena-navigate"] |= dict(alpha=30.0)
 TUNED_ONLINE["humanoidmaze-large-navigate"] |= dict(critic_flow_steps=16)
 
-# What --quick changes.
-QUICK = dict(
-    exp_name=f"{Path(__file__).stem}-quick",
-    cuda=False,
-    env_id="cube-single-noisy-singletask-v0",
-    dataset_source="generated",
-    generated_episodes=120,
-    total_timesteps=16_000,
-    eval_interval=4_000,
-    log_interval=500,
-    save_interval=2_000,
-    alpha=100.0,
-    tau=0.01,
-    noise_samples=2,
-    critic_flow_steps=4,
-    actor_flow_steps=5,
-    block_width=256,
-    block_depth=2,
-    value_hidden_dims=(256, 256, 256),
-    actor_hidden_dims=(256, 256, 256),
-)
-
-
-def parse_args(words=None):
-    """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
-    args, resumed = arguments.parse(
-        Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "noise_coverage", "reward_offset"), words=words
-    )
-    if args.num_bins < 2:
-        fail(f"--num-bins {args.num_bins}: a histogram needs at least 2 edges")
-    if args.train_at_zero_only and args.critic_flow_steps > 1:
-        warn(
-            f"--train-at-zero-only with --critic-flow-steps {args.critic_flow_steps}: only step 1 has a trained velocity"
-        )
-    if envs.is_pixels(args.env_id):
-        fail(f"--env-id {args.env_id}: floq.py works on state observations, as its paper does")
-    return args, resumed
+# What --quick changes: data that are made here, and sizes that learn within minutes on two cores.
+QUICK = dict(exp_name=f"{Path(__file__).stem}-quick", cuda=False, env_id="cube-single-noisy-singletask-v0")
+QUICK |= dict(dataset_source="generated", generated_episodes=120)
+QUICK |= dict(total_timesteps=16_000, eval_interval=4_000, log_interval=500, save_interval=2_000)
+QUICK |= dict(alpha=100.0, tau=0.01, noise_samples=2, critic_flow_steps=4, actor_flow_steps=5)
+QUICK |= dict(block_width=256, block_depth=2, value_hidden_dims=(256, 256, 256), actor_hidden_dims=(256, 256, 256))
 
 
 # --- Networks ---
@@ -299,26 +272,6 @@ class Agent(nn.Module):
         self.actor_onestep_flow = MLP(onestep_dims, args.actor_layer_norm)
         self.target_critic_flow = copy.deepcopy(self.critic_flow).requires_grad_(False)
 
-    def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates: {name: (num_updates, rows, dim)}."""
-        B, A, m = self.args.batch_size, self.action_dim, self.args.noise_samples
-        device = generator.device
-        normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
-        uniform = lambda *shape: torch.rand(num_updates, *shape, generator=generator, device=device)
-        return {
-            "next_action": normal(B * m, A),
-            "next_start": uniform(B * m, 1),
-            "start": uniform(B * m, 1),
-            "time": uniform(B * m, 1),
-            "bc_action": normal(B, A),
-            "bc_time": uniform(B, 1),
-            "distill": normal(B, A),
-        }
-
-    def draw_act_noise(self, generator, num_steps):
-        """The random numbers of `num_steps` actions: (num_steps, A)."""
-        return torch.randn(num_steps, self.action_dim, generator=generator, device=generator.device)
-
     def onestep_action(self, observations, noise):
         """mu(s, n), unclipped: (N, D), (N, A) -> (N, A)."""
         return self.actor_onestep_flow(torch.cat([observations, noise], dim=-1))
@@ -420,6 +373,26 @@ class Agent(nn.Module):
         """The stochastic policy's action, clip(mu(s, n), -1, 1): (N, D), (N, A) -> (N, A)."""
         return self.onestep_action(observations, noise).clamp(-1, 1)
 
+    def draw_noise(self, generator, num_updates):
+        """Every random number of `num_updates` updates: {name: (num_updates, rows, dim)}."""
+        B, A, m = self.args.batch_size, self.action_dim, self.args.noise_samples
+        device = generator.device
+        normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
+        uniform = lambda *shape: torch.rand(num_updates, *shape, generator=generator, device=device)
+        return {
+            "next_action": normal(B * m, A),
+            "next_start": uniform(B * m, 1),
+            "start": uniform(B * m, 1),
+            "time": uniform(B * m, 1),
+            "bc_action": normal(B, A),
+            "bc_time": uniform(B, 1),
+            "distill": normal(B, A),
+        }
+
+    def draw_act_noise(self, generator, num_steps):
+        """The random numbers of `num_steps` actions: (num_steps, A)."""
+        return torch.randn(num_steps, self.action_dim, generator=generator, device=generator.device)
+
 
 def update(agents, batch, noise):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
@@ -436,6 +409,25 @@ def update(agents, batch, noise):
     agents.ema("target_critic_flow", "critic_flow", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
+
+
+# --- Main program ---
+
+
+def parse_args(words=None):
+    """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
+    args, resumed = arguments.parse(
+        Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "noise_coverage", "reward_offset"), words=words
+    )
+    if args.num_bins < 2:
+        fail(f"--num-bins {args.num_bins}: a histogram needs at least 2 edges")
+    if args.train_at_zero_only and args.critic_flow_steps > 1:
+        warn(
+            f"--train-at-zero-only with --critic-flow-steps {args.critic_flow_steps}: only step 1 has a trained velocity"
+        )
+    if envs.is_pixels(args.env_id):
+        fail(f"--env-id {args.env_id}: floq.py works on state observations, as its paper does")
+    return args, resumed
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """Q-Flow: policy improvement by intermediate values of a flow policy (arXiv 2605.13435), on OGBench.
 
-The idea: a flow policy turns noise into an action in K Euler steps. A value function V(s,x,tau) of the latents x on the
-way says what the action at the end will be worth; it learns that by rolling latents out with the policy. Its gradient in
-x then bends the flow: the velocity is regressed on the behaviour's velocity plus grad V / alpha. Nothing is
+The idea: a flow policy turns noise into an action in K Euler steps. A value function V(s,x,t) of the latents x at flow
+time t says what the action at the end will be worth; it learns that by rolling latents out with the policy. Its gradient
+in x then bends the flow: the velocity is regressed on the behaviour's velocity plus grad V / lambda. Nothing is
 differentiated through the solver, there is no cloning network and no distillation; the policy that acts is the flow.
+
+Read first: Agent.roll_out (the flow), Agent.critic_loss and Agent.actor_loss (what is learned), update (one step), and
+then the main program at the end. An agent is written for one seed; common/stacked.py runs one per seed side by side.
 
     python q_flow.py --quick                                            # minutes on two CPU cores, data included
     python q_flow.py --env-id cube-single-play-singletask-v0            # the published hyperparameters
     python q_flow.py --env-id antmaze-giant-navigate-singletask-v0 --num-seeds 8 --online-timesteps 1000000  # then online
 
-Notation in the shapes: S seeds, E ensemble members, B batch, N rows, A action dimension, H width.
+Notation in the shapes: E ensemble members, B batch, N rows, D observation and A action dimension, K Euler steps.
 """
 
 import copy
@@ -70,7 +73,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # EMA rate of the target critic
     alpha: float = 1.0
-    """lambda: strength of behaviour cloning; the guidance is the value's gradient over it (1e6: pure cloning)"""
+    """the paper's lambda, strength of behaviour cloning: the guidance is grad V / lambda (1e6: pure cloning)"""
     flow_steps: int = 10  # Euler steps K of the flow policy
     q_agg: Literal["mean", "min"] = "mean"
     """aggregation of values over the ensemble (the guidance is always of the mean)"""
@@ -107,7 +110,7 @@ TUNED = {
     "puzzle-4x4-play": dict(alpha=20.0, q_agg="min", **EMBED),
 }
 
-# What offline-to-online runs change further: nothing.
+# Where the paper goes online; it changes nothing further there.
 TUNED_ONLINE = {
     "antmaze-giant-navigate": {},
     "humanoidmaze-medium-navigate": {},
@@ -116,34 +119,12 @@ TUNED_ONLINE = {
     "puzzle-4x4-play": {},
 }
 
-# What --quick changes.
-QUICK = dict(
-    exp_name=f"{Path(__file__).stem}-quick",
-    cuda=False,
-    env_id="cube-single-noisy-singletask-v0",
-    dataset_source="generated",
-    generated_episodes=120,
-    total_timesteps=12_000,
-    eval_interval=4_000,
-    log_interval=500,
-    save_interval=2_000,
-    tau=0.01,
-    alpha=5.0,
-    **EMBED,
-    flow_steps=5,
-    value_hidden_dims=(256, 256, 256),
-    actor_hidden_dims=(256, 256, 256),
-)
-
-
-def parse_args(words=None):
-    """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
-    args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, words=words)
-    if args.time_embed_dim % 2:
-        fail(f"--time-embed-dim {args.time_embed_dim} must be even: half of it are sines, half cosines")
-    if envs.is_pixels(args.env_id):
-        fail(f"--env-id {args.env_id}: q_flow.py works on state observations, as its paper does")
-    return args, resumed
+# What --quick changes: data that are made here, and sizes that learn within minutes on two cores.
+QUICK = dict(exp_name=f"{Path(__file__).stem}-quick", cuda=False, env_id="cube-single-noisy-singletask-v0")
+QUICK |= dict(dataset_source="generated", generated_episodes=120)
+QUICK |= dict(total_timesteps=12_000, eval_interval=4_000, log_interval=500, save_interval=2_000)
+QUICK |= dict(tau=0.01, alpha=5.0, flow_steps=5, **EMBED)
+QUICK |= dict(value_hidden_dims=(256, 256, 256), actor_hidden_dims=(256, 256, 256))
 
 
 # --- Networks ---
@@ -238,24 +219,6 @@ class Agent(nn.Module):
         self.actor_flow = MLP(policy_dims, args.actor_layer_norm)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
-    def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates: {name: (num_updates, B, dim)}."""
-        B, A = self.args.batch_size, self.action_dim
-        device = generator.device
-        normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
-        uniform = lambda *shape: torch.rand(num_updates, *shape, generator=generator, device=device)
-        return {
-            "next_action": normal(B, A),
-            "value_action": normal(B, A),
-            "value_time": uniform(B, 1),
-            "policy_action": normal(B, A),
-            "policy_time": uniform(B, 1),
-        }
-
-    def draw_act_noise(self, generator, num_steps):
-        """The random numbers of `num_steps` actions: (num_steps, A)."""
-        return torch.randn(num_steps, self.action_dim, generator=generator, device=generator.device)
-
     def velocity(self, observations, x, t):
         """The policy's velocity u(s, x, t): (N, D), (N, A), (N, 1) -> (N, A)."""
         t = embed_time(t, self.frequencies) if self.args.actor_time_embed else t
@@ -347,6 +310,24 @@ class Agent(nn.Module):
         """The flow policy's action: (N, D), (N, A) -> (N, A) in [-1, 1]."""
         return self.roll_out(observations, noise, torch.zeros_like(noise[..., :1]))
 
+    def draw_noise(self, generator, num_updates):
+        """Every random number of `num_updates` updates: {name: (num_updates, B, dim)}."""
+        B, A = self.args.batch_size, self.action_dim
+        device = generator.device
+        normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
+        uniform = lambda *shape: torch.rand(num_updates, *shape, generator=generator, device=device)
+        return {
+            "next_action": normal(B, A),
+            "value_action": normal(B, A),
+            "value_time": uniform(B, 1),
+            "policy_action": normal(B, A),
+            "policy_time": uniform(B, 1),
+        }
+
+    def draw_act_noise(self, generator, num_steps):
+        """The random numbers of `num_steps` actions: (num_steps, A)."""
+        return torch.randn(num_steps, self.action_dim, generator=generator, device=generator.device)
+
 
 def update(agents, batch, noise):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
@@ -363,6 +344,19 @@ def update(agents, batch, noise):
     agents.ema("target_critic", "critic", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
+
+
+# --- Main program ---
+
+
+def parse_args(words=None):
+    """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
+    args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, words=words)
+    if args.time_embed_dim % 2:
+        fail(f"--time-embed-dim {args.time_embed_dim} must be even: half of it are sines, half cosines")
+    if envs.is_pixels(args.env_id):
+        fail(f"--env-id {args.env_id}: q_flow.py works on state observations, as its paper does")
+    return args, resumed
 
 
 if __name__ == "__main__":

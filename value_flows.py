@@ -6,11 +6,15 @@ Two return fields v(z,t|s,a) are trained by flow matching towards Bellman target
 spread; transitions with uncertain returns weigh more. One Euler step reads off Q. The policy draws 16 actions from a
 behaviour-cloning flow and takes the best (rejection sampling); online, a distilled one-step policy explores.
 
+Read first: Agent.returns (the flow), Agent.critic_loss and Agent.actor_loss (what is learned), update (one step), and
+then the main program at the end. An agent is written for one seed; common/stacked.py runs one per seed side by side.
+
     python value_flows.py --quick                                         # minutes on two CPU cores, data included
     python value_flows.py --env-id cube-double-play-singletask-task1-v0   # the published hyperparameters
     python value_flows.py --env-id scene-play-singletask-v0 --num-seeds 8 --online-timesteps 1000000  # then online
 
-Notation
+Notation in the shapes: E return fields, B batch, C candidate actions, N rows, D observation and A action dimension, K Euler
+steps.
 """
 
 import copy
@@ -94,7 +98,7 @@ class Args:
     """float32 products: highest is exact, high TF32, medium bfloat16 (default: high on a GPU with TF32, else highest)"""
 
 
-# The paper's settings where they differ from the defaults.
+# The paper's settings for each environment.
 TUNED = {
     "cube-double-play": dict(gamma=0.995, confidence_weight_temp=3.0),
     "cube-triple-play": dict(gamma=0.995, bcfm_lambda=3.0, confidence_weight_temp=0.03),
@@ -118,33 +122,12 @@ TUNED_ONLINE = {
     "scene-play": dict(alpha=300.0),
 }
 
-# What --quick changes.
-QUICK = dict(
-    exp_name=f"{Path(__file__).stem}-quick",
-    cuda=False,
-    env_id="cube-single-noisy-singletask-v0",
-    dataset_source="generated",
-    generated_episodes=120,
-    total_timesteps=8_000,
-    eval_interval=2_000,
-    log_interval=500,
-    save_interval=2_000,
-    tau=0.01,
-    num_samples=8,
-    num_flow_steps=5,
-    value_hidden_dims=(256, 256, 256),
-    actor_hidden_dims=(256, 256, 256),
-)
-
-
-def parse_args(words=None):
-    """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
-    args, resumed = arguments.parse(
-        Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "bcfm_lambda", "dcfm_lambda"), words=words
-    )
-    if envs.is_pixels(args.env_id) and args.online_timesteps:
-        fail(f"--online-timesteps with --env-id {args.env_id}: the online phase works on state observations")
-    return args, resumed
+# What --quick changes: data that are made here, and sizes that learn within minutes on two cores.
+QUICK = dict(exp_name=f"{Path(__file__).stem}-quick", cuda=False, env_id="cube-single-noisy-singletask-v0")
+QUICK |= dict(dataset_source="generated", generated_episodes=120)
+QUICK |= dict(total_timesteps=8_000, eval_interval=2_000, log_interval=500, save_interval=2_000)
+QUICK |= dict(tau=0.01, num_samples=8, num_flow_steps=5)
+QUICK |= dict(value_hidden_dims=(256, 256, 256), actor_hidden_dims=(256, 256, 256))
 
 
 # --- Networks ---
@@ -213,12 +196,8 @@ class Network(nn.Module):
         self.mlp = MLP((obs_dim + dims[0], *dims[1:]), layer_norm, ensemble)
 
     def forward(self, condition, x, t):
-        """The network as a flow's velocity at the state x and time t, see MLP.
-
-        Args:
-            condition: encoded observations, of return fields with actions: (N, .).
-            x: (N, .) or (E, N, .).
-            t: (N, 1), or a number.
+        """Velocity of a flow at its state x and time t: condition (N, .) of encoded observations, and actions for return
+        fields, x (N, .) or (E, N, .), t (N, 1) or a float; see MLP.
         """
         t = t.expand_as(x[..., :1]) if torch.is_tensor(t) else torch.full_like(x[..., :1], t)
         return self.mlp(condition, torch.cat([x, t], dim=-1))
@@ -259,33 +238,6 @@ class Agent(nn.Module):
         self.actor_flow = Network(obs_dim, bc_flow_dims, args.actor_layer_norm)
         self.actor_onestep_flow = Network(obs_dim, onestep_dims, args.actor_layer_norm)
         self.target_critic_flow = copy.deepcopy(self.critic_flow).requires_grad_(False)
-
-    def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates: {name: (num_updates, B, ...)}."""
-        B, A, C = self.args.batch_size, self.action_dim, self.args.num_samples
-        device = generator.device
-        normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
-        uniform = lambda *shape: torch.rand(num_updates, *shape, generator=generator, device=device)
-        return {
-            "next_action_candidates": normal(B, C, A),
-            "next_q": normal(B, C, 1),
-            "confidence": normal(B, 1),
-            "return": normal(B, 1),
-            "time": uniform(B, 1),
-            "bc_action": normal(B, A),
-            "bc_time": uniform(B, 1),
-            "distill": normal(B, A),
-            "actor_q": normal(B, 1),
-        } | ({"crop": pixels.draw_crops(generator, num_updates, B)} if self.is_pixels else {})
-
-    def draw_act_noise(self, generator, num_steps):
-        """The random numbers of `num_steps` actions: (num_steps, C, A + 1)."""
-        shape = (num_steps, self.args.num_samples, self.action_dim + 1)
-        return torch.randn(shape, generator=generator, device=generator.device)
-
-    def augment(self, batch, noise):
-        """A batch of images, each row's observation and next observation shifted alike."""
-        return batch | {name: pixels.crop(batch[name], noise["crop"]) for name in ("observations", "next_observations")}
 
     def onestep_action(self, observations, noise):
         """mu(s, n), clipped: (N, D), (N, A) -> (N, A)."""
@@ -332,6 +284,7 @@ class Agent(nn.Module):
         K = self.args.num_flow_steps
         z, J = z.expand(NUM_FIELDS, -1, -1), 1.0  # (E, N, 1)
         for k in range(K):
+
             def summed(z):
                 v = fields(condition, z, k / K)  # (E, N, 1)
                 return v.sum(), v
@@ -446,6 +399,33 @@ class Agent(nn.Module):
         """The one-step policy, which explores and is evaluated in the online phase; arguments as for act."""
         return self.onestep_action(observations, noise[:, 0, :-1])
 
+    def augment(self, batch, noise):
+        """A batch of images, each row's observation and next observation shifted alike."""
+        return batch | {name: pixels.crop(batch[name], noise["crop"]) for name in ("observations", "next_observations")}
+
+    def draw_noise(self, generator, num_updates):
+        """Every random number of `num_updates` updates: {name: (num_updates, B, ...)}."""
+        B, A, C = self.args.batch_size, self.action_dim, self.args.num_samples
+        device = generator.device
+        normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
+        uniform = lambda *shape: torch.rand(num_updates, *shape, generator=generator, device=device)
+        return {
+            "next_action_candidates": normal(B, C, A),
+            "next_q": normal(B, C, 1),
+            "confidence": normal(B, 1),
+            "return": normal(B, 1),
+            "time": uniform(B, 1),
+            "bc_action": normal(B, A),
+            "bc_time": uniform(B, 1),
+            "distill": normal(B, A),
+            "actor_q": normal(B, 1),
+        } | ({"crop": pixels.draw_crops(generator, num_updates, B)} if self.is_pixels else {})
+
+    def draw_act_noise(self, generator, num_steps):
+        """The random numbers of `num_steps` actions: (num_steps, C, A + 1)."""
+        shape = (num_steps, self.args.num_samples, self.action_dim + 1)
+        return torch.randn(shape, generator=generator, device=generator.device)
+
 
 def update(agents, batch, noise):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
@@ -464,6 +444,19 @@ def update(agents, batch, noise):
     agents.ema("target_critic_flow", "critic_flow", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
+
+
+# --- Main program ---
+
+
+def parse_args(words=None):
+    """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
+    args, resumed = arguments.parse(
+        Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "bcfm_lambda", "dcfm_lambda"), words=words
+    )
+    if envs.is_pixels(args.env_id) and args.online_timesteps:
+        fail(f"--online-timesteps with --env-id {args.env_id}: the online phase works on state observations")
+    return args, resumed
 
 
 if __name__ == "__main__":

@@ -117,9 +117,7 @@ if __name__ == "__main__":
         key, start = tuple(setting.values()), time.perf_counter()
         if key not in known:  # the run's own settings are a point of every sweep
             agent.args = replace(args, **setting)
-            known[key] = rollout.evaluate(
-                workers, act, agent.draw_act_noise, seeds, episodes, payload["step"], device
-            )
+            known[key] = rollout.evaluate(workers, act, agent.draw_act_noise, seeds, episodes, payload["step"], device)
         new = [{"sweep": name} | setting | row for row in known[key]]
         rows += new
         runs.append_rows(output.with_suffix(".csv"), new)

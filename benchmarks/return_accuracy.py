@@ -238,7 +238,9 @@ if __name__ == "__main__":
             truth = true_returns(mdp, 0, gamma)
             for variant, (module, changes) in variants.items():
                 start, args = time.perf_counter(), small_args(module, gamma, **changes)
-                agents, diverged = train(module, args, mdp, options.updates, list(range(options.seeds)), options.compile)
+                agents, diverged = train(
+                    module, args, mdp, options.updates, list(range(options.seeds)), options.compile
+                )
                 rows = accuracy(agents, mdp, gamma)
                 if options.output:  # as it goes: what was trained is not lost
                     digits = lambda row: {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}

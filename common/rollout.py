@@ -10,12 +10,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from multiprocessing import Pipe
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from common import num_cores, python_environment
+from common import num_cores, python_environment, runs
 
 # Environments of a seed (a manipulation one takes 0.2 GB). A constant, since the last bits of a matrix product depend on
 # how many rows it has: so the same policy acts the same on any number of cores.
@@ -228,6 +229,26 @@ class Evaluator:
         """Ends the worker processes."""
         if self.workers is not None:
             stop_workers(self.workers)
+
+
+def evaluate_run(args, agents, step, inference, device):
+    """Evaluates a trained run's agents anew; adds a row per seed, with the arguments that may differ, to its inference.csv.
+
+    Args:
+        args: the run's, with `evaluate` its directory.
+        agents: of common/stacked.py.
+        step: of the run's checkpoint.
+        inference: names of these arguments.
+        device: torch device.
+    """
+    settings = {name: getattr(args, name) for name in inference}
+    seeds = list(range(args.seed, args.seed + args.num_seeds))
+    evaluator = Evaluator(args, seeds, device, Path(args.evaluate))
+    rows = evaluator(agents.function("act"), agents.agent.draw_act_noise, step)
+    evaluator.close()
+    runs.append_rows(Path(args.evaluate) / "inference.csv", [settings | row for row in rows])
+    for row in rows:
+        print(f"seed {row['seed']}: success {row['success']:.2f} at step {row['step']}, {settings}")
 
 
 class Explorer:

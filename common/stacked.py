@@ -56,9 +56,7 @@ class Stacked:
         Returns:
             {name: (S, ...)}, the loss' values at the present weights.
         """
-        parameters = {
-            name: p if name.split(".")[0] in trains else p.detach() for name, p in self.parameters.items()
-        }
+        parameters = {name: p if name.split(".")[0] in trains else p.detach() for name, p in self.parameters.items()}
         losses, metrics = self._stack(loss, self.compiled)(parameters, batch, noise)
         losses.sum().backward()
         return {name: value.detach() for name, value in metrics.items()}
@@ -75,7 +73,13 @@ class Stacked:
         Args:
             method: the name of the agent's method, or a function whose first argument is the agent.
         """
-        return torch.no_grad()(lambda *inputs: self._stack(method, compiled=False)(self.parameters, *inputs))
+
+        @torch.no_grad()
+        def stacked(*inputs):
+            return self._stack(method, compiled=False)(self.parameters, *inputs)
+
+        stacked.__name__ = method if isinstance(method, str) else method.__name__
+        return stacked
 
     def _stack(self, method, compiled):
         """f(parameters, inputs) -> what the agent's method returns for these inputs, with a leading axis S throughout."""

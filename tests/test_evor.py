@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import itertools
 import math
 
 import pytest
@@ -298,7 +297,9 @@ def test_a_phase_leaves_the_other_networks_bit_equal(frozen, trained):
     agents.ema("target_critic_flow", "critic_flow", 1.0)
     networks = {"policy": ("actor_flow",), "returns": ("critic_flow", "target_critic_flow")}
     before = {name: p.detach().clone() for name, p in agents.parameters.items()}
-    steps = lambda: {n: agents.optimizer.state[p]["step"].item() for n, p in agents.parameters.items() if p.requires_grad}
+    steps = lambda: {
+        n: agents.optimizer.state[p]["step"].item() for n, p in agents.parameters.items() if p.requires_grad
+    }
     steps_before = steps()
     for number in range(1, 4):
         metrics = update(agents, *stacked_inputs(agents, seeds, number), trains=(trained,))

@@ -113,7 +113,9 @@ def test_q_loss_moves_the_onestep_policy_alone_and_its_scale_is_a_constant():
     args = small_args()
     agent, agents = make_agent(args), make_agents(args)
     batch, noise = random_inputs(agent)
-    q = agent.q_values(batch["observations"], agent.onestep_action(batch["observations"], noise["distill"]).clamp(-1, 1))
+    q = agent.q_values(
+        batch["observations"], agent.onestep_action(batch["observations"], noise["distill"]).clamp(-1, 1)
+    )
     scale = q.mean(dim=0).abs().mean().item()
     grads = {}
     for normalize in (False, True):

@@ -121,7 +121,9 @@ def test_parity(path, num_seeds):
     for key in before:
         parameter = parameter_of(agents, key)
         parameter.copy_(stack(data[key]).reshape(parameter.shape))
-    assert sum(parameter_of(agents, key).numel() for key in before) == sum(p.numel() for p in agents.parameters.values())
+    assert sum(parameter_of(agents, key).numel() for key in before) == sum(
+        p.numel() for p in agents.parameters.values()
+    )
     assert len({parameter_of(agents, key).data_ptr() for key in before}) == len(before)
 
     for number in range(meta["updates"]):

@@ -71,9 +71,7 @@ def test_without_the_embedding_the_value_sees_the_raw_time_alone_and_stacked():
     args, seeds = small_args(use_time_embed=False), (3, 4)
     agent, stacked = make_agent(args), make_agents(args, seeds)
     s, x, t = torch.randn(4, 5), torch.randn(4, 3), torch.rand(4, 1)
-    torch.testing.assert_close(
-        agent.inner_values(s, x, t), agent.inner_value(torch.cat([s, x, t], dim=-1)).squeeze(-1)
-    )
+    torch.testing.assert_close(agent.inner_values(s, x, t), agent.inner_value(torch.cat([s, x, t], dim=-1)).squeeze(-1))
     alone = [make_agents(args, (seed,)) for seed in seeds]
     for number in range(3):
         out = update(stacked, *stacked_inputs(stacked, seeds, number))

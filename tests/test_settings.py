@@ -12,7 +12,7 @@ DEFAULTS = {
         batch_size=256, learning_rate=3e-4, gamma=0.99, tau=0.005, alpha=10.0, noise_samples=8, critic_flow_steps=8,
         actor_flow_steps=10, noise_coverage=0.1, q_agg="mean", normalize_q_loss=False, train_at_zero_only=False,
         flow_num_ensembles=2, distill_num_ensembles=2, use_prob_embed=True, num_bins=51, sigma=16.0, reward_offset=0.01,
-        time_embedding="cos", block_width=512, block_depth=4, use_resnets=False, num_transformations=2, layer_norm=True,
+        time_embedding="cos", block_width=512, block_depth=4, layer_norm=True,
         value_hidden_dims=(512,) * 4, actor_hidden_dims=(512,) * 4, actor_layer_norm=False,
     ),
     "value_flows": dict(

@@ -185,7 +185,9 @@ def reference_critic_loss(agent, batch, noise):
     weight = torch.sigmoid(-args.confidence_weight_temp / aggregate(J.abs(), args.q_agg)) + 0.5
     G = r + args.gamma * mask * aggregate(flow(next_s, next_a, eps, torch.ones_like(t))[0], args.ret_agg)
     next_z = aggregate(flow(next_s, next_a, eps, t)[0], args.ret_agg)
-    f = aggregate(velocity(agent.target_critic_flow, next_s, next_a, next_z.expand(2, -1, -1), t), args.ret_agg).detach()
+    f = aggregate(
+        velocity(agent.target_critic_flow, next_s, next_a, next_z.expand(2, -1, -1), t), args.ret_agg
+    ).detach()
     online = lambda z: velocity(agent.critic_flow, s, a, z.expand(2, -1, -1), t)
     bcfm = (online(t * G + (1 - t) * eps) - (G - eps)).square().sum(dim=0)
     dcfm = (online(r + args.gamma * mask * next_z) - f).square().sum(dim=0)
@@ -236,7 +238,9 @@ def test_deviations_are_absolute_before_they_are_aggregated(q_agg):
     J = agent.return_derivatives(agent.target_critic_flow, condition, noise["confidence"])
     assert 0.2 < (J < 0).float().mean() < 0.8 and (J[0] * J[1] < 0).any()
     expected = J.abs().mean(dim=0) if q_agg == "mean" else J.abs().amin(dim=0)
-    torch.testing.assert_close(agent.critic_loss(batch, noise)[1]["critic/q_std"], expected.mean(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        agent.critic_loss(batch, noise)[1]["critic/q_std"], expected.mean(), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("name, key", [("ret_agg", "critic/target_mean"), ("q_agg", "critic/q_std")])
