@@ -19,7 +19,7 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -30,7 +30,6 @@ from common.device import setup_torch
 from common.draws import Draws
 from common.replay import Replay
 from common.stacked import Stacked
-
 
 # --- Arguments ---
 
@@ -45,19 +44,19 @@ class Args:
     cuda: bool = True  # train on the GPU; without one, on the CPU with a warning
     track: bool = False  # also log to Weights & Biases, one run per seed
     wandb_project_name: str = "cleanflow"  # Weights & Biases project
-    wandb_entity: Optional[str] = None  # Weights & Biases team or user (default: yours)
+    wandb_entity: str | None = None  # Weights & Biases team or user (default: yours)
     capture_video: bool = False  # save a video of each seed's first evaluation episode (needs OpenGL)
     runs_dir: str = "runs"  # directory that run directories are made in
-    resume: Optional[str] = None  # run directory to continue; its arguments apply
+    resume: str | None = None  # run directory to continue; its arguments apply
     quick: bool = False  # the whole pipeline small, in minutes on two cores: generated data, small networks (see QUICK)
 
     # Data and evaluation
     env_id: str = "cube-single-play-singletask-v0"  # OGBench single-task environment with its dataset type
     dataset_dir: str = "~/.ogbench/data"  # directory of the dataset files
-    dataset_path: Optional[str] = None  # this dataset file instead of one in dataset_dir
+    dataset_path: str | None = None  # this dataset file instead of one in dataset_dir
     dataset_source: Literal["official", "generated"] = "official"
     """OGBench's file, downloaded if missing, or one made here with OGBench's scripted collectors"""
-    generated_episodes: Optional[int] = None  # episodes of a generated dataset (default: as the official one)
+    generated_episodes: int | None = None  # episodes of a generated dataset (default: as the official one)
     success_timing: Literal["post", "pre"] = "post"  # judge success after the action (published scores) or before it
     total_timesteps: int = 1_000_000  # gradient updates of the offline phase
     online_timesteps: int = 0  # environment steps of the online phase, each with an update (0: no such phase)
@@ -91,7 +90,7 @@ class Args:
     # Speed
     compile: bool = True  # compile the losses: up to two minutes at first, then faster updates
     cudagraphs: bool = True  # replay the whole update as one CUDA graph (on a GPU)
-    matmul_precision: Optional[Literal["highest", "high", "medium"]] = None
+    matmul_precision: Literal["highest", "high", "medium"] | None = None
     """float32 products: highest is exact, high TF32, medium bfloat16 (default: high on a GPU with TF32, else highest)"""
 
 

@@ -15,7 +15,7 @@ the improved policy and may lie higher.
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,11 +38,11 @@ class FiguresArgs:
     """whose figure"""
     run: str
     """run directory"""
-    output: Optional[str] = None
+    output: str | None = None
     """PNG file (default: figures.png in the run directory)"""
-    seed: Optional[int] = None
+    seed: int | None = None
     """which of the run's seeds (default: its first)"""
-    dataset_dir: Optional[str] = None
+    dataset_dir: str | None = None
     """directory of the dataset files (default: the run's)"""
     samples: int = 1_000
     """noise samples of each learned distribution"""

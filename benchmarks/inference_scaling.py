@@ -11,7 +11,6 @@ means over the seeds with 95% intervals.
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import torch
@@ -49,11 +48,11 @@ class ScalingArgs:
     """values of the third"""
     num_returns: tuple[int, ...] = SWEEPS["num_returns"]
     """values of the fourth"""
-    episodes: Optional[int] = None
+    episodes: int | None = None
     """episodes of each setting and seed (default: the run's)"""
     cuda: bool = True
     """use the GPU where there is one"""
-    output: Optional[str] = None
+    output: str | None = None
     """csv and PNG get this path's stem (default: inference_scaling in the run directory)"""
 
 

@@ -31,7 +31,7 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 from common import envs, fail, num_cores, python_environment, warn
 
@@ -51,7 +51,7 @@ class LaunchArgs:
     """number of seeds"""
     seed: int = 0
     """first seed"""
-    seeds_per_job: Optional[int] = None
+    seeds_per_job: int | None = None
     """seeds trained side by side in one job (default: all)"""
     runs_dir: str = "runs"
     """directory of the run directories; logs and locks go to its folder `launch`"""
@@ -71,11 +71,11 @@ class LaunchArgs:
     """restarts of a job whose process died, before it is given up"""
 
     # SLURM
-    partition: Optional[str] = None
+    partition: str | None = None
     """SLURM partition (default: the cluster's)"""
-    account: Optional[str] = None
+    account: str | None = None
     """SLURM account"""
-    qos: Optional[str] = None
+    qos: str | None = None
     """SLURM quality of service"""
     timeout_min: int = 1440
     """time limit of a job in minutes; a job that reaches it is queued again and goes on"""
@@ -108,8 +108,8 @@ class Job:
     state: str = "waiting"  # waiting, running, done, skipped or failed
     note: str = ""
     step: int = 0
-    success: Optional[float] = None
-    rate: Optional[float] = None  # updates per second
+    success: float | None = None
+    rate: float | None = None  # updates per second
     restarts: int = 0
 
     @property
@@ -259,7 +259,7 @@ def resolve(jobs):
 # --- What there is of a job ---
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def read_info(path, modified):
     """An args.json; {} if it is none. `modified`: its time stamp, so that a changed file is read again."""
     try:

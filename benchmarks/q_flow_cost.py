@@ -17,7 +17,6 @@ import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional
 
 import torch
 import tyro
@@ -43,7 +42,7 @@ class CostArgs:
     """measure the GPU where there is one"""
     quick: bool = False
     """measure at the sizes of --quick instead"""
-    output: Optional[str] = None
+    output: str | None = None
     """csv file for the table"""
 
 

@@ -16,7 +16,6 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import tyro
@@ -52,7 +51,7 @@ class ReportArgs:
     """exit code 1 if a verdict is worse than the stored one"""
     docs: str = str(REPOSITORY)
     """directory of README.md and docs/ for --write"""
-    output: Optional[str] = None
+    output: str | None = None
     """also write the rows to this csv file"""
 
 

@@ -20,7 +20,6 @@ import importlib
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import torch
@@ -53,7 +52,7 @@ class AccuracyArgs:
     """updates of each training"""
     compile: bool = True
     """compile the losses with torch.compile"""
-    output: Optional[str] = None
+    output: str | None = None
     """csv and PNG get this path's stem (default: no files)"""
 
 

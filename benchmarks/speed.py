@@ -27,7 +27,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import torch
 import tyro
@@ -84,7 +84,7 @@ class SpeedArgs:
     """add the rows to benchmarks/results/speed_MACHINE.csv, which --check compares with, and redraw its picture"""
     check: bool = False
     """measure the stored settings among those asked for; exit code 1 if an efficiency is below 0.85 of the stored one"""
-    output: Optional[str] = None
+    output: str | None = None
     """csv and PNG get this path's stem"""
     json: bool = False
     """print one line of JSON a row instead of the table"""

@@ -17,7 +17,6 @@ import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 
@@ -49,7 +48,7 @@ class GenerateArgs:
     """dataset to make, by OGBench's name"""
     dataset_dir: str = "~/.ogbench/data"
     """directory of the files"""
-    num_episodes: Optional[int] = None
+    num_episodes: int | None = None
     """training episodes (default: the official set's number); validation gets 10% more, at least one"""
     seed: int = 0
     """seed of the collection"""

@@ -21,9 +21,10 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+from conftest import ALGORITHMS, small_args  # noqa: E402
+
 from common.replay import Replay  # noqa: E402
 from common.stacked import Stacked  # noqa: E402
-from conftest import ALGORITHMS, small_args  # noqa: E402
 
 S, ACTION_DIM, N = 2, 3, 50  # seeds, dimension of an action, transitions of the dataset
 STATE, FRAME, FRAME_STACK = (7,), (16, 16, 3), (16, 16, 9)

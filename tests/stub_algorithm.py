@@ -8,7 +8,6 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Optional
 
 
 @dataclass
@@ -18,8 +17,8 @@ class Args:
     seed: int = 0
     num_seeds: int = 1
     runs_dir: str = "runs"
-    resume: Optional[str] = None
-    dataset_path: Optional[str] = None
+    resume: str | None = None
+    dataset_path: str | None = None
     dataset_source: str = "official"
     total_timesteps: int = 20
     online_timesteps: int = 0

@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from common import check_system
-from conftest import ROOT
 
 
 def test_every_file_parses_on_python_3_10(tmp_path):

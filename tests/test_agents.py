@@ -6,9 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-
-from common import draws, graphs
-from common.stacked import Stacked
 from conftest import (
     ALGORITHMS,
     gradients,
@@ -20,6 +17,9 @@ from conftest import (
     stacked_inputs,
     update,
 )
+
+from common import draws, graphs
+from common.stacked import Stacked
 
 pytestmark = pytest.mark.parametrize("algorithm", ALGORITHMS)
 

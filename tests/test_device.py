@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
+from conftest import ALGORITHMS, ROOT, make_agents, small_args, stacked_inputs, update
 
 from common import graphs
-from conftest import ALGORITHMS, ROOT, make_agents, small_args, stacked_inputs, update
 
 
 @pytest.fixture(scope="module")

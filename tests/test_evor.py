@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from conftest import (
     ENV_ID,
     SMALL_FLAGS,
@@ -20,7 +19,8 @@ from conftest import (
     update,
 )
 from conftest import small_args as small_args_of
-from evor import softmax_choice, soft_maximum
+
+from evor import soft_maximum, softmax_choice
 
 small_args = functools.partial(small_args_of, "evor")
 

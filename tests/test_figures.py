@@ -7,10 +7,10 @@ import sys
 
 import numpy as np
 import torch
+from conftest import ROOT
 
 from benchmarks import figures
 from common.returns import reward_to_go
-from conftest import ROOT
 
 
 def chain(rewards, masks, starts):

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-
-import floq
 from conftest import gradients, make_agent, make_agents, networks, random_inputs, stacked_inputs, update
 from conftest import small_args as small_args_of
+
+import floq
 
 small_args = functools.partial(small_args_of, "floq")
 

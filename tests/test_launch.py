@@ -14,9 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ENV_ID, ROOT, SMALL_FLAGS, assert_same_csv, children, only_run, run, wait_for, wait_for_row
 
 from benchmarks import launch
-from conftest import ENV_ID, ROOT, SMALL_FLAGS, assert_same_csv, children, only_run, run, wait_for, wait_for_row
 
 STUB = Path(__file__).parent / "stub_algorithm.py"
 OTHER_ENV_ID = ENV_ID.replace("task4", "task5")

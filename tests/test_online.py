@@ -8,9 +8,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-
-from common import checkpoint, rollout
-from common import replay as replays
 from conftest import (
     ALGORITHMS,
     ENV_ID,
@@ -25,6 +22,9 @@ from conftest import (
     start,
     wait_for_row,
 )
+
+from common import checkpoint, rollout
+from common import replay as replays
 
 # --- Replay ---
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ALGORITHMS, update
 
 from common import pixels
 from common.stacked import Stacked
-from conftest import ALGORITHMS, update
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 CASES = [path for method in ALGORITHMS for path in sorted(PARITY_DIR.glob(f"{method}*.npz"))]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, gradients, make_agent, make_agents, small_args, update
 
 import value_flows
 from common import datasets, envs, pixels
 from common.replay import Replay
-from conftest import ROOT, gradients, make_agent, make_agents, small_args, update
 
 SHAPE = (16, 16, 9)
 

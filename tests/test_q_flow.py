@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-
 from conftest import assert_refused, gradients, make_agent, make_agents, networks, random_inputs, stacked_inputs, update
 from conftest import small_args as small_args_of
+
 from q_flow import embed_time, time_frequencies
 
 small_args = functools.partial(small_args_of, "q_flow")

@@ -10,10 +10,10 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from conftest import ALGORITHMS, ROOT
 
 import floq
 from benchmarks import collect_results, error_rates, report, scores
-from conftest import ALGORITHMS, ROOT
 
 TASK = "cube-double-play-singletask-task{}-v0"
 

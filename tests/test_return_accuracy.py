@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from benchmarks import return_accuracy
-from conftest import ROOT
 
 
 def test_a_table_holds_every_transition_with_every_action():

@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import ENV_ID, make_expert, small_args
 
 from common import envs, rollout
 from common.stacked import Stacked
-from conftest import ENV_ID, make_expert, small_args
 
 
 @pytest.fixture

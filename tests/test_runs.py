@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from common import checkpoint, python_environment, runs
 from conftest import (
     ALGORITHMS,
     ENV_ID,
@@ -29,6 +27,8 @@ from conftest import (
     wait_for,
     wait_for_row,
 )
+
+from common import checkpoint, python_environment, runs
 
 LENGTHS = "--total-timesteps 420 --eval-interval 150 --log-interval 20 --save-interval 90 --num-seeds 2 --eval-episodes 1".split()
 

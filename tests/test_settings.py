@@ -3,9 +3,9 @@
 from dataclasses import fields
 
 import pytest
+from conftest import ALGORITHMS, parse
 
 from common import envs
-from conftest import ALGORITHMS, parse
 
 DEFAULTS = {
     "floq": dict(

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from conftest import ALGORITHMS, make_agents, small_args, stacked_inputs, update
 
 from benchmarks import speed
 from common import device as devices
 from common import graphs
-from conftest import ALGORITHMS, make_agents, small_args, stacked_inputs, update
 
 ROW = dict(
     machine="abacus, 2 cores", size="quick", algorithm="evor", num_seeds=1, precision="highest", variant="compile",

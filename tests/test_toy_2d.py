@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, gradients, networks
 
 from benchmarks import toy_2d
-from conftest import ROOT, gradients, networks
 
 SMALL = toy_2d.ToyArgs(seeds=2, batch_size=8, width=8, depth=2, flow_steps=4)
 NAMES = toy_2d.ToyArgs().datasets

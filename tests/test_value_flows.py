@@ -6,8 +6,6 @@ import functools
 import numpy as np
 import pytest
 import torch
-
-from common import datasets
 from conftest import (
     ENV_ID,
     SMALL_FLAGS,
@@ -20,7 +18,9 @@ from conftest import (
     run,
 )
 from conftest import small_args as small_args_of
+
 import value_flows
+from common import datasets
 from value_flows import aggregate
 
 small_args = functools.partial(small_args_of, "value_flows")
