@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import arguments, checkpoint, datasets, envs, fail, graphs, rollout, runs, stacked
+from common import arguments, checkpoint, datasets, envs, export, fail, graphs, policies, rollout, runs
 from common.device import setup_torch
 from common.draws import Draws
 from common.replay import Replay
@@ -54,7 +54,9 @@ class Args:
     runs_dir: str = "runs"  # directory that run directories are made in
     resume: str | None = None  # run directory to continue; its arguments apply
     evaluate: str | None = None
-    """run directory to evaluate only; its arguments apply, those of the choice among candidates may change"""
+    """run directory or exported folder to evaluate only, without data; its arguments apply, --seed is the episodes'"""
+    export: str | None = None  # with --evaluate: write the policy to this folder, with the evaluation's scores
+    export_seed: int | None = None  # with --export: the one seed to write (default: all)
     quick: bool = False  # the whole pipeline small, in minutes on two cores: generated data, small networks (see QUICK)
 
     # Data and evaluation
@@ -181,6 +183,7 @@ class Agent(nn.Module):
         min_reward, max_reward: the dataset's extreme rewards; with 0, of an ended episode, they fix the range of returns.
     """
 
+    ACTS = ("actor_flow", "target_critic_flow")  # the networks that acting needs
     METRICS = ("critic/critic_loss", "critic/target_mean", "actor/bc_flow_loss")  # of which a phase gives some
 
     def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
@@ -361,7 +364,7 @@ def update(agents, batch, noise, trains=("returns", "policy")):
 
 def parse_args(words=None):
     """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
-    args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, inference=INFERENCE, words=words)
+    args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, INFERENCE, words=words)
     if envs.is_pixels(args.env_id):
         fail(f"--env-id {args.env_id}: evor.py works on state observations")
     if args.td_target == "published" and args.latents == "data" and args.online_timesteps:
@@ -373,16 +376,18 @@ def parse_args(words=None):
     return args, resumed
 
 
+def load(directory, seed=None):
+    """The policy of a run directory or an exported folder: `evor.load(DIR).act(observation)`; see common/policies.py."""
+    return policies.load(Agent, Args, directory, seed)
+
+
 if __name__ == "__main__":
     args, resumed = parse_args()
     device = setup_torch(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
 
-    # --- Evaluation only ---
     if args.evaluate is not None:
-        agents = stacked.load(Agent, args, resumed, device)
-        rollout.evaluate_run(args, agents, resumed["step"], INFERENCE, device)
-        raise SystemExit
+        raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device))
 
     # --- Data ---
     dataset, identity = datasets.load(args, device)
@@ -446,3 +451,4 @@ if __name__ == "__main__":
     evaluator.close()
     explorer.close()
     log.close()
+    export.write_run(log.run_dir, Agent.ACTS)

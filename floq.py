@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import arguments, checkpoint, datasets, envs, fail, graphs, rollout, runs, warn
+from common import arguments, checkpoint, datasets, envs, export, fail, graphs, policies, rollout, runs, warn
 from common.device import setup_torch
 from common.draws import Draws
 from common.replay import Replay
@@ -50,6 +50,10 @@ class Args:
     capture_video: bool = False  # save a video of each seed's first evaluation episode (needs OpenGL)
     runs_dir: str = "runs"  # directory that run directories are made in
     resume: str | None = None  # run directory to continue; its arguments apply
+    evaluate: str | None = None
+    """run directory or exported folder to evaluate only, without data; its arguments apply, --seed is the episodes'"""
+    export: str | None = None  # with --evaluate: write the policy to this folder, with the evaluation's scores
+    export_seed: int | None = None  # with --export: the one seed to write (default: all)
     quick: bool = False  # the whole pipeline small, in minutes on two cores: generated data, small networks (see QUICK)
 
     # Data and evaluation
@@ -124,6 +128,9 @@ TUNED = {
 TUNED_ONLINE = {environment: dict(total_timesteps=1_000_000) for environment in TUNED}
 TUNED_ONLINE["antsoccer-arena-navigate"] |= dict(alpha=30.0)
 TUNED_ONLINE["humanoidmaze-large-navigate"] |= dict(critic_flow_steps=16)
+
+# What --evaluate may change: nothing, since the policy acts in one step.
+INFERENCE = ()
 
 # What --quick changes: data that are made here, and sizes that learn within minutes on two cores.
 QUICK = dict(exp_name=f"{Path(__file__).stem}-quick", cuda=False, env_id="cube-single-noisy-singletask-v0")
@@ -253,6 +260,8 @@ class Agent(nn.Module):
         min_reward, max_reward: the dataset's extreme rewards; with 0, which belongs to them as in the released code, they fix
             the value flow's ranges.
     """
+
+    ACTS = ("actor_onestep_flow",)  # the networks that acting needs
 
     def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
         super().__init__()
@@ -416,7 +425,13 @@ def update(agents, batch, noise):
 def parse_args(words=None):
     """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
     args, resumed = arguments.parse(
-        Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "noise_coverage", "reward_offset"), words=words
+        Args,
+        TUNED,
+        TUNED_ONLINE,
+        QUICK,
+        INFERENCE,
+        may_be_zero=("alpha", "noise_coverage", "reward_offset"),
+        words=words,
     )
     if args.num_bins < 2:
         fail(f"--num-bins {args.num_bins}: a histogram needs at least 2 edges")
@@ -429,10 +444,18 @@ def parse_args(words=None):
     return args, resumed
 
 
+def load(directory, seed=None):
+    """The policy of a run directory or an exported folder: `floq.load(DIR).act(observation)`; see common/policies.py."""
+    return policies.load(Agent, Args, directory, seed)
+
+
 if __name__ == "__main__":
     args, resumed = parse_args()
     device = setup_torch(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
+
+    if args.evaluate is not None:
+        raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device))
 
     # --- Data ---
     dataset, identity = datasets.load(args, device)
@@ -493,3 +516,4 @@ if __name__ == "__main__":
     evaluator.close()
     explorer.close()
     log.close()
+    export.write_run(log.run_dir, Agent.ACTS)

@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import arguments, checkpoint, datasets, envs, fail, graphs, rollout, runs
+from common import arguments, checkpoint, datasets, envs, export, fail, graphs, policies, rollout, runs
 from common.device import setup_torch
 from common.draws import Draws
 from common.replay import Replay
@@ -48,6 +48,10 @@ class Args:
     capture_video: bool = False  # save a video of each seed's first evaluation episode (needs OpenGL)
     runs_dir: str = "runs"  # directory that run directories are made in
     resume: str | None = None  # run directory to continue; its arguments apply
+    evaluate: str | None = None
+    """run directory or exported folder to evaluate only, without data; its arguments apply, --seed is the episodes'"""
+    export: str | None = None  # with --evaluate: write the policy to this folder, with the evaluation's scores
+    export_seed: int | None = None  # with --export: the one seed to write (default: all)
     quick: bool = False  # the whole pipeline small, in minutes on two cores: generated data, small networks (see QUICK)
 
     # Data and evaluation
@@ -117,6 +121,9 @@ TUNED_ONLINE = {
     "cube-double-play": {},
     "puzzle-4x4-play": {},
 }
+
+# What --evaluate may change.
+INFERENCE = ("flow_steps",)
 
 # What --quick changes: data that are made here, and sizes that learn within minutes on two cores.
 QUICK = dict(exp_name=f"{Path(__file__).stem}-quick", cuda=False, env_id="cube-single-noisy-singletask-v0")
@@ -201,6 +208,8 @@ class Agent(nn.Module):
         obs_dim, action_dim: dimensions of observations and actions.
         min_reward, max_reward: the dataset's extreme rewards (not used: Q-Flow's values are not bounded).
     """
+
+    ACTS = ("actor_flow",)  # the networks that acting needs
 
     def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
         super().__init__()
@@ -350,7 +359,7 @@ def update(agents, batch, noise):
 
 def parse_args(words=None):
     """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
-    args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, words=words)
+    args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, INFERENCE, words=words)
     if args.time_embed_dim % 2:
         fail(f"--time-embed-dim {args.time_embed_dim} must be even: half of it are sines, half cosines")
     if envs.is_pixels(args.env_id):
@@ -358,10 +367,18 @@ def parse_args(words=None):
     return args, resumed
 
 
+def load(directory, seed=None):
+    """The policy of a run directory or an exported folder: `q_flow.load(DIR).act(observation)`; see common/policies.py."""
+    return policies.load(Agent, Args, directory, seed)
+
+
 if __name__ == "__main__":
     args, resumed = parse_args()
     device = setup_torch(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
+
+    if args.evaluate is not None:
+        raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device))
 
     # --- Data ---
     dataset, identity = datasets.load(args, device)
@@ -422,3 +439,4 @@ if __name__ == "__main__":
     evaluator.close()
     explorer.close()
     log.close()
+    export.write_run(log.run_dir, Agent.ACTS)

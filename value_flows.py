@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import arguments, checkpoint, datasets, envs, fail, graphs, pixels, rollout, runs
+from common import arguments, checkpoint, datasets, envs, export, fail, graphs, pixels, policies, rollout, runs
 from common.device import setup_torch
 from common.draws import Draws
 from common.replay import Replay
@@ -50,6 +50,10 @@ class Args:
     capture_video: bool = False  # save a video of each seed's first evaluation episode (needs OpenGL)
     runs_dir: str = "runs"  # directory that run directories are made in
     resume: str | None = None  # run directory to continue; its arguments apply
+    evaluate: str | None = None
+    """run directory or exported folder to evaluate only, without data; its arguments apply, --seed is the episodes'"""
+    export: str | None = None  # with --evaluate: write the policy to this folder, with the evaluation's scores
+    export_seed: int | None = None  # with --export: the one seed to write (default: all)
     quick: bool = False  # the whole pipeline small, in minutes on two cores: generated data, small networks (see QUICK)
 
     # Data and evaluation
@@ -79,6 +83,8 @@ class Args:
     dcfm_lambda: float = 1.0  # weight of distributional conditional flow matching
     confidence_weight_temp: float = 0.3  # temperature of the confidence weights sigmoid(-temp / deviation) + 0.5
     num_samples: int = 16  # candidate actions C of rejection sampling (1: pure behaviour cloning)
+    eval_policy: Literal["act", "act_online"] | None = None
+    """--evaluate's policy: act (rejection sampling), act_online (one-step); default: that of the run's last phase"""
     num_flow_steps: int = 10  # Euler steps K of every flow: returns and actions
     ret_agg: Literal["mean", "min"] = "mean"  # aggregation of target returns over the two fields
     q_agg: Literal["mean", "min"] = "mean"  # aggregation of Q-values and of deviations over the two fields
@@ -120,6 +126,9 @@ TUNED_ONLINE = {
     "puzzle-4x4-play": dict(confidence_weight_temp=0.1, alpha=300.0),
     "scene-play": dict(alpha=300.0),
 }
+
+# What --evaluate may change.
+INFERENCE = ("eval_policy", "num_samples", "num_flow_steps")
 
 # What --quick changes: data that are made here, and sizes that learn within minutes on two cores.
 QUICK = dict(exp_name=f"{Path(__file__).stem}-quick", cuda=False, env_id="cube-single-noisy-singletask-v0")
@@ -223,6 +232,8 @@ class Agent(nn.Module):
         obs_dim, action_dim: dimensions of observations and actions; for images obs_dim is the shape (H, W, channels).
         min_reward, max_reward: the dataset's extreme rewards, which fix the range of returns.
     """
+
+    ACTS = ("actor_flow", "critic_flow", "actor_onestep_flow")  # the networks that acting needs
 
     def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
         super().__init__()
@@ -451,17 +462,30 @@ def update(agents, batch, noise):
 def parse_args(words=None):
     """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
     args, resumed = arguments.parse(
-        Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "bcfm_lambda", "dcfm_lambda"), words=words
+        Args, TUNED, TUNED_ONLINE, QUICK, INFERENCE, may_be_zero=("alpha", "bcfm_lambda", "dcfm_lambda"), words=words
     )
     if envs.is_pixels(args.env_id) and args.online_timesteps:
         fail(f"--online-timesteps with --env-id {args.env_id}: the online phase works on state observations")
     return args, resumed
 
 
+def acting(args, step):
+    """Name of the policy that acts after `step` updates: rejection sampling offline, the one-step policy online."""
+    return args.eval_policy or ("act" if step <= args.total_timesteps else "act_online")
+
+
+def load(directory, seed=None):
+    """The policy of a run directory or an exported folder: `value_flows.load(DIR).act(observation)`; see common/policies.py."""
+    return policies.load(Agent, Args, directory, seed, acting)
+
+
 if __name__ == "__main__":
     args, resumed = parse_args()
     device = setup_torch(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
+
+    if args.evaluate is not None:
+        raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device, acting))
 
     # --- Data ---
     dataset, identity = datasets.load(args, device)
@@ -480,8 +504,7 @@ if __name__ == "__main__":
     fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
     act, act_online, draw_act_noise = agents.function("act"), agents.function("act_online"), agents.agent.draw_act_noise
-    frame_stack = pixels.NUM_FRAMES if envs.is_pixels(args.env_id) else 1
-    evaluator = rollout.Evaluator(args, seeds, device, log.run_dir, frame_stack)  # episodes in worker processes
+    evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
     explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed
     stop = runs.StopRequest()  # true after SIGTERM or Ctrl-C
     step, evaluated = (resumed["step"], resumed["evaluated"]) if resumed is not None else (0, 0)
@@ -524,3 +547,4 @@ if __name__ == "__main__":
     evaluator.close()
     explorer.close()
     log.close()
+    export.write_run(log.run_dir, Agent.ACTS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from common import checkpoint, envs, fail
+from common import checkpoint, envs, export, fail
 
 # What may differ between a run and its continuation; everything else would change its numbers.
 LENGTHS = {"total_timesteps", "online_timesteps"}
@@ -14,17 +14,17 @@ MAY_CHANGE = LENGTHS | {
     "resume", "runs_dir", "cuda", "track", "wandb_project_name", "wandb_entity", "capture_video", "dataset_dir",
     "dataset_path", "eval_workers", "save_interval", "compile", "cudagraphs", "matmul_precision",
 }  # fmt: skip
-
+EVALUATING = {"evaluate", "export", "export_seed", "seed", "eval_episodes"}
 
 NOT_A_NAME = (
     "the file's name must be letters, digits and underscores (my_floq.py), since other programs import the file"
 )
 
 
-def parse(Args, tuned, tuned_online, quick, may_be_zero=(), inference=(), words=None):
+def parse(Args, tuned, tuned_online, quick, inference=(), may_be_zero=(), words=None):
     """Reads the command line; a flag that the user passes wins over everything.
 
-    Without it: the stored arguments with --resume (or --evaluate, of an algorithm that has it); else Args' defaults, then
+    Without it: the stored arguments with --resume or --evaluate; else Args' defaults, then
     `tuned` of the environment, then `tuned_online` of it with --online-timesteps, then `quick` with --quick.
 
     Args:
@@ -50,20 +50,22 @@ def parse(Args, tuned, tuned_online, quick, may_be_zero=(), inference=(), words=
         fail(f"{sys.modules[Args.__module__].__file__}: {NOT_A_NAME}")
     read = lambda default: tyro.cli(Args, args=words, default=default, description=sys.modules[Args.__module__].__doc__)
     args, resumed = read(Args()), None
-    evaluate = getattr(args, "evaluate", None)
+    evaluate = args.evaluate
     if args.resume is not None and evaluate is not None:
         fail("--resume and --evaluate exclude each other: one trains on, the other does not train")
+    if args.export is not None and evaluate is None:
+        fail(f"--export {args.export} needs --evaluate RUN_DIR, the run whose policy it writes")
+    if args.export_seed is not None and args.export is None:
+        fail(f"--export-seed {args.export_seed} needs --export DIR, the folder that it writes to")
     if args.resume is not None or evaluate is not None:
         flag, run_dir = ("--resume", args.resume) if evaluate is None else ("--evaluate", evaluate)
-        resumed = checkpoint.load(run_dir, flag)
+        resumed = checkpoint.load(run_dir, flag) if evaluate is None else export.read_any(run_dir, flag)
         names = {field.name for field in dataclasses.fields(Args)}
         if resumed["algorithm"] != algorithm(args):
             fail(f"{flag} {run_dir} is a run of {resumed['algorithm']}.py")
         default = Args(**{name: value for name, value in resumed["args"].items() if name in names})
         args = read(default)
-        may_change = (
-            MAY_CHANGE if evaluate is None else MAY_CHANGE - LENGTHS | {"evaluate", "eval_episodes", *inference}
-        )
+        may_change = MAY_CHANGE if evaluate is None else MAY_CHANGE - LENGTHS | EVALUATING | set(inference)
         differing = [name for name in sorted(names - may_change) if getattr(args, name) != getattr(default, name)]
         if differing:
             listed = ", ".join(

@@ -10,13 +10,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from multiprocessing import Pipe
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from common import num_cores, python_environment, runs
+from common import envs, num_cores, pixels, python_environment
 
 # Environments of a seed (a manipulation one takes 0.2 GB). A constant, since the last bits of a matrix product depend on
 # how many rows it has: so the same policy acts the same on any number of cores.
@@ -208,11 +207,10 @@ class Evaluator:
         seeds: the S seeds.
         device: torch device of the policy.
         run_dir: where --capture-video puts each seed's first episode, in `videos`.
-        frame_stack: frames of an observation of pixels.
     """
 
-    def __init__(self, args, seeds, device, run_dir, frame_stack=1):
-        self.args, self.seeds, self.device, self.frame_stack = args, seeds, device, frame_stack
+    def __init__(self, args, seeds, device, run_dir):
+        self.args, self.seeds, self.device = args, seeds, device
         self.video_dir = run_dir / "videos" if args.capture_video else None
         self.workers = None
 
@@ -221,7 +219,8 @@ class Evaluator:
         args = self.args
         if self.workers is None:
             sizes = args.env_id, args.num_seeds, args.eval_episodes, args.eval_workers
-            self.workers = start_workers(*sizes, args.success_timing, self.frame_stack, render=args.capture_video)
+            frame_stack = pixels.NUM_FRAMES if envs.is_pixels(args.env_id) else 1
+            self.workers = start_workers(*sizes, args.success_timing, frame_stack, render=args.capture_video)
         rest = self.device, stop, self.video_dir
         return evaluate(self.workers, policy, draw_noise, self.seeds, args.eval_episodes, step, *rest)
 
@@ -229,26 +228,6 @@ class Evaluator:
         """Ends the worker processes."""
         if self.workers is not None:
             stop_workers(self.workers)
-
-
-def evaluate_run(args, agents, step, inference, device):
-    """Evaluates a trained run's agents anew; adds a row per seed, with the arguments that may differ, to its inference.csv.
-
-    Args:
-        args: the run's, with `evaluate` its directory.
-        agents: of common/stacked.py.
-        step: of the run's checkpoint.
-        inference: names of these arguments.
-        device: torch device.
-    """
-    settings = {name: getattr(args, name) for name in inference}
-    seeds = list(range(args.seed, args.seed + args.num_seeds))
-    evaluator = Evaluator(args, seeds, device, Path(args.evaluate))
-    rows = evaluator(agents.function("act"), agents.agent.draw_act_noise, step)
-    evaluator.close()
-    runs.append_rows(Path(args.evaluate) / "inference.csv", [settings | row for row in rows])
-    for row in rows:
-        print(f"seed {row['seed']}: success {row['success']:.2f} at step {row['step']}, {settings}")
 
 
 class Explorer:

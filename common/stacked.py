@@ -1,5 +1,6 @@
 """S agents in one process: an agent is written for one seed, and torch.vmap runs it for all of them at once."""
 
+import copy
 import types
 
 import torch
@@ -105,6 +106,16 @@ class Stacked:
                 )
             self.functions[method, compiled] = stacked
         return self.functions[method, compiled]
+
+    def keep(self, networks):
+        """Drops the weights of all other networks, which then cannot be used."""
+        self.parameters = {name: p for name, p in self.parameters.items() if name.split(".")[0] in networks}
+
+    def only(self, index):
+        """The agent with this index alone, for acting."""
+        alone = copy.copy(self)
+        alone.parameters = {name: p[index : index + 1] for name, p in self.parameters.items()}  # (1, ...)
+        return alone
 
     def state_tensors(self):
         """Every tensor that an update changes."""
