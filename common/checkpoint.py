@@ -14,6 +14,8 @@ import torch
 from common import fail, warn
 
 LATEST, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
+# What reading a damaged checkpoint raises, by where the damage is.
+DAMAGE = (OSError, EOFError, KeyError, TypeError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 def save(run_dir, payload):
@@ -27,9 +29,7 @@ def save(run_dir, payload):
     kept = f"the last checkpoint is kept: {latest}" if latest.exists() else "there is no earlier checkpoint"
     for name, value in payload["agent"].items():
         if not torch.isfinite(value).all():
-            raise SystemExit(
-                f"error: weights {name} are non-finite at step {payload['step']}; not saved, {kept} (it is from before it)"
-            )
+            raise SystemExit(f"error: weights {name} are non-finite at step {payload['step']}; not saved, {kept}")
     try:
         with open(temporary, "wb") as file:
             torch.save(payload, file)
@@ -44,8 +44,8 @@ def save(run_dir, payload):
 
 
 def load(run_dir, flag="--resume"):
-    """The latest whole checkpoint of a run; a damaged one is reported and the previous one used. `flag`: whose argument
-    run_dir is, for messages.
+    """The latest whole checkpoint of a run; a damaged one is reported and the previous one used. `flag`: the one that
+    names `run_dir`, for messages.
 
     Raises:
         SystemExit: (code 2) when there is none.
@@ -66,19 +66,10 @@ def load(run_dir, flag="--resume"):
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
             payload = torch.load(path, map_location="cpu", weights_only=True)
             payload["args"], payload["step"]
-        except (
-            OSError,
-            EOFError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-            ValueError,
-            zipfile.BadZipFile,
-            pickle.UnpicklingError,
-        ) as error:
+        except DAMAGE as error:
             problems.append(f"{name} is damaged ({str(error).splitlines()[0]})")
             continue
         if problems:
-            warn(f"{run_dir}: {'; '.join(problems)}; going on from {name} at step {payload['step']}")
+            warn(f"{run_dir}: {'; '.join(problems)}; continuing from {name} at step {payload['step']}")
         return payload
     fail(f"{flag} {run_dir} has no usable checkpoint: {'; '.join(problems)}")

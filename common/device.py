@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import re
+import resource
 import sys
 from pathlib import Path
 
@@ -32,8 +33,10 @@ def setup_torch(args):
 
 
 def explain_out_of_memory(num_seeds, device, kind, error, traceback):
-    """Exception hook: if torch found no memory, a message with a number of seeds that may fit, and exit code 2; else the
-    usual traceback. What is needed is known up to the allocation that failed: at most half of the seeds are suggested.
+    """Exception hook. Where torch found no memory: a message with a number of seeds that may fit, and exit code 2.
+
+    Any other error has its usual traceback. What a run needs is known only up to the allocation that failed, so at most
+    half of the seeds are suggested.
     """
     size = re.search(r"ried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", str(error))
     if not issubclass(kind, RuntimeError) or size is None:
@@ -42,19 +45,16 @@ def explain_out_of_memory(num_seeds, device, kind, error, traceback):
     if device.type == "cuda":
         used, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
     else:
-        import resource  # not on every system
-
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         total = total if limit == resource.RLIM_INFINITY else min(total, limit)
-    seeds = min(num_seeds // 2, int(num_seeds * total / (used + requested)))
+    needed, machine = used + requested, "GPU" if device.type == "cuda" else "machine"
+    seeds = min(num_seeds // 2, int(num_seeds * total / needed))
+    found = f"{needed / 2**30:.1f} GiB or more are needed, the {machine} has {total / 2**30:.1f}"
     advice = f"--num-seeds {seeds} may fit" if seeds > 0 else "take a smaller --batch-size"
-    fail(
-        f"out of memory with {num_seeds} seed{'s' * (num_seeds > 1)}: {(used + requested) / 2**30:.1f} GiB or more are "
-        f"needed, the {'GPU' if device.type == 'cuda' else 'machine'} has {total / 2**30:.1f}; {advice}. "
-        f"Checkpoints already written are kept (--resume)"
-    )
+    number = f"{num_seeds} seed{'s' * (num_seeds > 1)}"
+    fail(f"out of memory with {number}: {found}; {advice}. Checkpoints already written are kept (--resume)")
 
 
 def set_matmul_precision(precision, device):
@@ -75,27 +75,20 @@ def set_matmul_precision(precision, device):
         return
     if precision == "high":
         fail("--matmul-precision high: the CPU has no TF32; use highest, or medium where it multiplies bfloat16")
-    # On AMD, "highest" goes through MKL at half speed; "medium" goes through oneDNN, exact unless the CPU has special units.
+    # On AMD, "highest" goes through MKL at half speed. "medium" goes through oneDNN, which is exact unless the CPU has
+    # units for bfloat16.
     torch.set_float32_matmul_precision("medium")
     exact = onednn_is_exact()
     if precision == "medium" and exact:
         fail("--matmul-precision medium: this CPU does not multiply in bfloat16; use highest")
-    if precision != "medium" and not (exact and is_amd()):
+    cpuinfo = Path("/proc/cpuinfo")
+    is_amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+    if precision != "medium" and not (exact and is_amd):
         torch.set_float32_matmul_precision("highest")
 
 
-def is_amd():
-    """Whether the CPU is AMD's, as far as /proc tells."""
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
 def onednn_is_exact():
-    """Whether products are float32's at the present setting: by the error of one, not by its time, since what a run
-    computes must not depend on how busy the machine is.
-    """
+    """Whether products are float32's at the present setting, by the error of one product (a time would depend on load)."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(2, 512, 512, generator=generator) for _ in range(2))
     exact = torch.bmm(a.double(), b.double())

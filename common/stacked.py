@@ -82,7 +82,7 @@ class Stacked:
         return stacked
 
     def _stack(self, method, compiled):
-        """f(parameters, inputs) -> what the agent's method returns for these inputs, with a leading axis S throughout."""
+        """f(parameters, inputs) -> what the agent's method returns for these inputs; all with a leading axis S."""
         if (method, compiled) not in self.functions:
             caller = _Caller(self.agent, method)
 
@@ -96,13 +96,12 @@ class Stacked:
                 return vectorised(parameters, *inputs)
 
             if compiled:
-                # torch keeps a few compiled forms per code object, so each loss has its own. An agent's code and settings
-                # do not change once it trains, so only tensors are checked for changes at each call.
+                # torch keeps a few compiled forms per code object, so each loss has its own. An agent's code and
+                # settings do not change once it trains, so only tensors are checked for changes at each call.
                 code = stacked.__code__.replace(co_name=method)
                 options = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
-                stacked = torch.compile(
-                    types.FunctionType(code, globals(), method, None, stacked.__closure__), options=options
-                )
+                own = types.FunctionType(code, globals(), method, None, stacked.__closure__)
+                stacked = torch.compile(own, options=options)
             self.functions[method, compiled] = stacked
         return self.functions[method, compiled]
 
@@ -117,8 +116,7 @@ class Stacked:
         return {"agent": weights, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, saved):
-        """Takes over a checkpoint's weights and, if it has them, moments; Adam's settings stay, which belong to this
-        process's device.
+        """Takes over a checkpoint's weights and, if it has them, moments; Adam's settings stay this device's.
 
         Raises:
             RuntimeError: for weights of other names or shapes.

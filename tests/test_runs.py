@@ -28,7 +28,7 @@ from conftest import (
     wait_for_row,
 )
 
-from common import checkpoint, python_environment, runs
+from common import checkpoint, log, python_environment, runs
 
 LENGTHS = "--total-timesteps 420 --eval-interval 150 --log-interval 20 --save-interval 90 --num-seeds 2 --eval-episodes 1".split()
 
@@ -113,7 +113,7 @@ def test_sigterm_saves_and_the_run_can_go_on(flags, finished, tmp_path):
     resumed = run("floq", "--resume", run_dir)
     assert_same_results(run_dir, finished)
     if "damaged" in resumed.stderr:
-        assert "going on from checkpoint_previous.pt" in resumed.stderr
+        assert "continuing from checkpoint_previous.pt" in resumed.stderr
 
 
 def test_resuming_a_finished_run_changes_nothing(finished):
@@ -235,7 +235,7 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, capsys):
         (tmp_path / "checkpoint.pt").write_bytes(damage)
         assert checkpoint.load(tmp_path)["step"] == 1
         message = capsys.readouterr().err
-        assert "checkpoint.pt is damaged" in message and "going on from checkpoint_previous.pt at step 1" in message
+        assert "checkpoint.pt is damaged" in message and "continuing from checkpoint_previous.pt at step 1" in message
     (tmp_path / "checkpoint.pt").unlink()  # the moment between the two renames of a save
     assert checkpoint.load(tmp_path)["step"] == 1
     (tmp_path / "checkpoint_previous.pt").write_bytes(b"junk")
@@ -267,16 +267,16 @@ def test_non_finite_weights_are_not_saved(tmp_path):
 
 def test_non_finite_loss_names_step_loss_and_seed(tmp_path):
     history = torch.zeros(5, 3, 2)
-    runs.check_finite(history, ["a", "b", "c"], 11, [7, 8], tmp_path)
+    log.check_finite(history, ["a", "b", "c"], 11, [7, 8], tmp_path)
     history[3, 1, 1] = float("nan")
     with pytest.raises(SystemExit, match=r"b is nan at step 14 \(seed 8\)"):
-        runs.check_finite(history, ["a", "b", "c"], 11, [7, 8], tmp_path)
+        log.check_finite(history, ["a", "b", "c"], 11, [7, 8], tmp_path)
 
 
 def test_diverging_training_stops_and_keeps_the_last_checkpoint(flags, tmp_path):
     diverging = [*flags, "--learning-rate", 1e30, "--save-interval", 1, "--runs-dir", tmp_path]
     failed = run("floq", *diverging, check=False)
-    assert failed.returncode == 1 and "at step" in failed.stderr and "is from before it" in failed.stderr, (
+    assert failed.returncode == 1 and "at step" in failed.stderr and "is from an earlier step" in failed.stderr, (
         failed.stderr[-2000:]
     )
     agent = checkpoint.load(only_run(tmp_path))["agent"]
