@@ -24,8 +24,8 @@ AT_LEAST_ZERO = ("seed", "online_timesteps", "eval_workers")
 def parse(Args, tuned, tuned_online, quick, inference=(), words=None):
     """Reads the command line and checks what all algorithms share; a flag that the user passes wins over everything.
 
-    Without it: the stored arguments with --resume (or --evaluate, of an algorithm that has it). Otherwise Args' defaults,
-    then `tuned` of the environment, then `tuned_online` of it with --online-timesteps, then `quick` with --quick.
+    Without it: with --resume (or --evaluate, where an algorithm has it) the stored arguments; else Args' defaults, then
+    `tuned` of the environment, then with --online-timesteps `tuned_online` of it, then with --quick `quick`.
 
     Args:
         Args: the algorithm's dataclass.

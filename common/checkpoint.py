@@ -21,8 +21,7 @@ DAMAGE = (OSError, EOFError, KeyError, TypeError, RuntimeError, ValueError, zipf
 def save(run_dir, payload):
     """Saves `payload` as the run's latest checkpoint; a kill at any moment leaves a whole one behind.
 
-    Raises:
-        SystemExit: (code 1) for non-finite weights, a full disk or an unwritable directory; the last checkpoint stays.
+    Non-finite weights, a full disk or an unwritable directory end the program with exit code 1; the last one stays.
     """
     run_dir = Path(run_dir)
     latest, temporary = run_dir / LATEST, run_dir / (LATEST + ".part")
@@ -44,11 +43,9 @@ def save(run_dir, payload):
 
 
 def load(run_dir, flag="--resume"):
-    """The latest whole checkpoint of a run; a damaged one is reported and the previous one used. `flag`: the one that
-    names `run_dir`, for messages.
+    """The latest whole checkpoint of a run; a damaged one is reported and the previous one used.
 
-    Raises:
-        SystemExit: (code 2) when there is none.
+    Where there is none, the program ends with exit code 2; `flag`, which named run_dir, is for the messages.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():

@@ -25,7 +25,8 @@ def load(args, device):
 
 
 def find_dataset(env_id, dataset_dir, dataset_path=None, source="official", episodes=None, seed=0):
-    """Path of the training file of an environment's dataset, downloaded or generated if need be.
+    """Path of the training file of an environment's dataset, downloaded or generated if need be; exit code 2 where the
+    file cannot be had.
 
     Args:
         env_id: single-task id; the dataset is `envs.dataset_name(env_id)`.
@@ -33,9 +34,6 @@ def find_dataset(env_id, dataset_dir, dataset_path=None, source="official", epis
         dataset_path: a file of the user's own, which wins.
         source: `official` or `generated`.
         episodes, seed: of a generated set; None for as many as the official one has.
-
-    Raises:
-        SystemExit: (code 2) where the file is missing and cannot be had.
     """
     if dataset_path is not None:
         path = Path(dataset_path).expanduser()
@@ -88,6 +86,8 @@ def only_one(path):
 def load_dataset(path, env_id, device, replaceable=False):
     """Loads, checks and relabels a dataset file, and puts its transitions on the device.
 
+    A damaged or incomplete file, non-finite values, or shapes unlike the environment's end with exit code 2.
+
     Args:
         path: npz file with OGBench's rows (observations, actions, terminals, qpos, qvel, maybe button_states).
         env_id: single-task id whose task the rewards are computed for.
@@ -101,9 +101,6 @@ def load_dataset(path, env_id, device, replaceable=False):
             transition. Pixels also have starts (N,): the row of the trajectory's first transition.
         identity: {source, file, size, sha256, transitions}; source is official, generated or custom. A file that has an
             official one's name but not its known SHA-256 is custom, and is warned of.
-
-    Raises:
-        SystemExit: (code 2) for a damaged or incomplete file, non-finite values, or shapes unlike the environment's.
     """
     path, is_pixels = Path(path), envs.is_pixels(env_id)
     ogbench = envs.import_ogbench(render=is_pixels)

@@ -33,10 +33,9 @@ def setup_torch(args):
 
 
 def explain_out_of_memory(num_seeds, device, kind, error, traceback):
-    """Exception hook. Where torch found no memory: a message with a number of seeds that may fit, and exit code 2.
+    """Exception hook: where torch found no memory, a message with a number of seeds that may fit, and exit code 2.
 
-    Any other error has its usual traceback. What a run needs is known only up to the allocation that failed, so at most
-    half of the seeds are suggested.
+    What a run needs is known only up to the allocation that failed, so at most half of the seeds are suggested.
     """
     size = re.search(r"ried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", str(error))
     if not issubclass(kind, RuntimeError) or size is None:
@@ -88,7 +87,7 @@ def set_matmul_precision(precision, device):
 
 
 def onednn_is_exact():
-    """Whether products are float32's at the present setting, by the error of one product (a time would depend on load)."""
+    """Whether products are float32's at the present setting; by one's error, since a time depends on the load."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(2, 512, 512, generator=generator) for _ in range(2))
     exact = torch.bmm(a.double(), b.double())

@@ -39,10 +39,8 @@ def download(file, directory):
     """Downloads one file from the first mirror that has it; a `.part` file is resumed, and renamed when it is whole.
 
     A part may be continued by another mirror than began it: the check of the whole file finds bytes that do not belong
-    together, and the file is then fetched from its start.
-
-    Raises:
-        SystemExit: (code 2) when no mirror served it; says what each answered, and the three ways out.
+    together, and the file is then fetched from its start. When no mirror serves the file, the program ends with exit
+    code 2, what each mirror answered, and the three ways out.
     """
     directory.mkdir(parents=True, exist_ok=True)
     own = os.environ.get("CLEANFLOW_DATASET_MIRRORS", "")
@@ -117,11 +115,8 @@ def _fetch(url, path):
 
 
 def _check_content(part, file):
-    """Checks a whole download of the official `file`: by its SHA-256 if known, else by the npz file's own checksums.
-
-    Raises:
-        WrongFile: its SHA-256 is not the known one.
-        zipfile.BadZipFile: it is not a whole npz file.
+    """Checks a whole download of the official `file`: by its SHA-256 if known (or WrongFile), else by the checksums
+    within the npz file (or zipfile.BadZipFile).
     """
     if file in KNOWN:
         found, expected = sha256_of(part), KNOWN[file][1]

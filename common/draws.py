@@ -33,8 +33,8 @@ def draw_chunk(agent, args, seeds, num_transitions, chunk, device, online=False)
         num_transitions: of the offline dataset.
         chunk: number of the chunk.
         device: torch device.
-        online: whether indices are integers below 2**62, which `Replay.batch` brings into the buffer's growing range, and
-            "act" is drawn too, the noise of one action per update.
+        online: whether indices are integers below 2**62, which `Replay.batch` brings into the buffer's range, and "act"
+            is drawn too, the noise of one action per update.
 
     Returns:
         {"indices": (CHUNK, S, B), noise name: (CHUNK, S, rows, dim)}.

@@ -98,7 +98,8 @@ class FrameStack:
 
 
 def make_env(env_id, success_timing="post", frame_stack=1, render=False):
-    """Makes the environment of a single-task id.
+    """The gymnasium environment of a single-task id: observations float64 (D,) or uint8 (64, 64, 3 * frame_stack),
+    actions in [-1, 1].
 
     Args:
         env_id: e.g. `cube-single-play-singletask-v0`.
@@ -106,9 +107,6 @@ def make_env(env_id, success_timing="post", frame_stack=1, render=False):
             scores, ogbench <= 1.1.2), `pre` at the one before it (ogbench >= 1.2.0's default).
         frame_stack: number of frames stacked on the channel axis (1: none).
         render: whether `env.render()` will be called; needs OpenGL (EGL on a headless machine).
-
-    Returns:
-        A gymnasium environment: observations float64 (D,) or uint8 (64, 64, 3 * frame_stack), actions in [-1, 1].
     """
     import_ogbench(render=render or is_pixels(env_id))
     import gymnasium

@@ -3,12 +3,11 @@
     python -m common.generate --dataset cube-single-play-v0                      # as large as the official set
     python -m common.generate --dataset pointmaze-medium-navigate-v0 --num-episodes 200 --seed 1
 
-Writes `{dataset}-generated-{episodes}ep-seed{seed}.npz` and `...-val.npz` (10% more episodes) in OGBench's row format,
-so that OGBench's loader reads them; the name keeps them apart from official files. The collection recipe is OGBench's
-(arXiv 2410.20092, appendix on data collection): `play` follows a noisy plan to random targets, `noisy` a reactive
-script with strong action noise, `navigate` and `stitch` walk a maze along shortest paths. Every episode is a function
-of (seed, split, episode number) alone, so the file does not depend on the number of worker processes, and an
-interrupted collection continues where it stopped.
+Writes `{dataset}-generated-{episodes}ep-seed{seed}.npz` and `...-val.npz` (10% more episodes) in OGBench's row format;
+the name keeps them apart from official files. The recipe is OGBench's (arXiv 2410.20092, appendix on data collection):
+`play` follows a noisy plan to random targets, `noisy` a reactive script with strong action noise, `navigate` and
+`stitch` walk a maze along shortest paths. Every episode is a function of (seed, split, episode number) alone, so the
+file does not depend on the number of workers, and an interrupted collection continues where it stopped.
 """
 
 import importlib
@@ -70,16 +69,12 @@ def make_collection_env(dataset):
 
 
 def collect_episode(env, dataset, seed):
-    """One episode as a dictionary of row arrays; numpy's global generator, which the oracles draw from, is seeded.
+    """One episode: {observations (T, D), actions (T, A), qpos, qvel} float32, {terminals (T,)} bool, true in the last
+    row, and for scene and puzzles {button_states} int64. Seeds numpy's global generator, which the oracles draw from.
 
     Args:
-        env: of `make_collection_env`.
-        dataset: OGBench's dataset name.
+        env, dataset: of `make_collection_env`, and OGBench's name.
         seed: sequence of ints (seed, split, episode); equal sequences give equal episodes.
-
-    Returns:
-        observations (T, D), actions (T, A), qpos, qvel float32; terminals (T,) bool, true in the last row;
-        button_states int64 for scene and puzzles.
     """
     collect = collect_maze if "maze" in dataset else collect_manipulation
     for attempt in range(100):
@@ -221,15 +216,14 @@ def generate(
 ):
     """Makes the training and validation files, skipping what exists; returns the training file's path.
 
+    A dataset without a scripted collector and a number below 1 end the program with exit code 2.
+
     Args:
         dataset: dataset to make, by OGBench's name.
         dataset_dir: directory of the files, made if missing.
         num_episodes: training episodes (default: the official set's number); validation gets 10% more, at least one.
         seed: seed of the collection.
         num_workers: worker processes (0: one per core).
-
-    Raises:
-        SystemExit: (code 2) for a dataset without a scripted collector or a number below 1.
     """
     check_collectable(dataset)
     official_episodes, length = OFFICIAL_SIZES[dataset]
@@ -247,7 +241,7 @@ def generate(
             directory = path.with_name(path.stem + ".parts")
             directory.mkdir(exist_ok=True)
             for first in range(0, episodes, EPISODES_PER_PART):
-                numbers = range(first, min(first + EPISODES_PER_PART, episodes))
+                numbers = range(episodes)[first : first + EPISODES_PER_PART]
                 parts[path][directory / f"{first:06d}.npz"] = (split, numbers)
     todo = [(part, *job) for jobs in parts.values() for part, job in jobs.items() if not part.exists()]
     if todo:

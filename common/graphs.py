@@ -77,15 +77,14 @@ def can_compile(device, announce=True):
 def capture(update, inputs, state, enabled=True):
     """Captures `update(inputs)` in a CUDA graph, so that an update costs one launch instead of hundreds.
 
+    Returns a function like `update`. On a GPU its outputs live in the graph's memory: the next call overwrites them.
+
     Args:
         update: function of a dictionary of tensors that changes `state` in place and returns a dictionary of tensors;
             no host synchronisation, no random numbers.
         inputs: example inputs, of the shapes that every call will have.
         state: every tensor that `update` changes (weights, targets, optimizer state); left as found.
         enabled: False to call `update` directly.
-
-    Returns:
-        A function like `update`. On a GPU its outputs live in the graph's memory: the next call overwrites them.
     """
     if not enabled or not next(iter(inputs.values())).is_cuda:
         return update

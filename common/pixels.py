@@ -21,15 +21,14 @@ def trajectory_starts(terminals):
 
 
 def gather_frames(dataset, indices):
-    """A batch of frame-stacked transitions.
+    """A batch of frame-stacked transitions, {key: (S, B, ...)} without starts.
+
+    Its observations and next_observations are (S, B, 64, 64, 3 * NUM_FRAMES), the oldest frame first, a trajectory's
+    first frame repeated, as `envs.FrameStack` does.
 
     Args:
         dataset: {observations, next_observations (N, 64, 64, 3) uint8, starts (N,), other keys (N, ...)}.
         indices: (S, B).
-
-    Returns:
-        {key: (S, B, ...)} without starts; observations and next_observations (S, B, 64, 64, 3 * NUM_FRAMES), the oldest
-        frame first, a trajectory's first frame repeated, as `envs.FrameStack` does.
     """
     others = ("observations", "next_observations", "starts")
     batch = {key: value[indices] for key, value in dataset.items() if key not in others}

@@ -42,7 +42,7 @@ def evaluate(workers, policy, draw_noise, seeds, num_episodes, step, device, sto
         One row per seed, {step, seed, success (a fraction), episode_return (undiscounted), episode_length, episodes},
         means over its episodes; None when given up.
     """
-    S, P = len(workers.where), len(workers.where[0])
+    S, P = workers.num_seeds, workers.per_seed
     waiting = [list(range(num_episodes)) for _ in range(S)]  # numbers of each seed's episodes to come
     playing = {}  # slot (s, p) -> its Episode
     results = [{} for _ in range(S)]  # of each seed: episode number -> (success, return, length)
@@ -168,8 +168,8 @@ class Explorer:
             on_failure: called before the error of an environment that failed or died ends the run.
 
         Returns:
-            transitions: {observations, next_observations (S, D), actions (S, A), rewards, masks (S,)}, float32 tensors on
-            the device; masks = 1 - terminated, so that an episode cut off at its time limit still bootstraps.
+            {observations, next_observations (S, D), actions (S, A), rewards, masks (S,)} of float32 on the device;
+            masks = 1 - terminated, so that an episode cut off at its time limit still bootstraps.
         """
         try:
             return self._step(policy, noise, step)

@@ -26,11 +26,8 @@ def start_run(args, resumed, device, identity):
     """Makes the run directory and its args.json, or takes a resumed run's csv files back to its checkpoint.
 
     An evaluation comes after the checkpoint of its step: where all its rows are there, they stay, and
-    resumed["evaluated"] becomes that step.
-
-    Raises:
-        SystemExit: (code 2) for an unwritable directory, another dataset than the checkpoint's, or csv files that
-            have lost rows since.
+    resumed["evaluated"] becomes that step. An unwritable directory, a dataset different from the checkpoint's, and csv
+    files that have lost rows since end the program with exit code 2.
     """
     run_dir = _new_directory(args) if resumed is None else _cut_back(args, resumed, identity)
     command = ["git", "rev-parse", "HEAD"]
@@ -78,7 +75,7 @@ def _cut_back(args, resumed, identity):
 
 
 def evaluation_after(path, size, step, num_seeds):
-    """Bytes of the evaluation of `step` after the first `size` bytes of an eval.csv; 0 unless all its rows are whole."""
+    """Bytes of the evaluation of `step` after the first `size` bytes of an eval.csv; 0 unless its rows are whole."""
     lines = path.read_bytes()[size:].splitlines(keepends=True)
     header = lines[:1] if size == 0 else []
     rows = lines[len(header) : len(header) + num_seeds]

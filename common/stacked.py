@@ -48,13 +48,12 @@ class Stacked:
     def backward(self, loss, batch, noise, trains):
         """Adds the gradient of a loss to the weights of the networks that it trains; all other weights are constants.
 
+        Returns {name: (S, ...)}, the loss' values at the present weights.
+
         Args:
             loss: name of the agent's method that maps batch and noise to (loss, {name: value}).
             batch, noise: {name: (S, ...)}.
             trains: names of the networks, the attributes of the agent.
-
-        Returns:
-            {name: (S, ...)}, the loss' values at the present weights.
         """
         parameters = {name: p if name.split(".")[0] in trains else p.detach() for name, p in self.parameters.items()}
         losses, metrics = self._stack(loss, self.compiled)(parameters, batch, noise)
@@ -118,8 +117,7 @@ class Stacked:
     def load_state_dict(self, saved):
         """Takes over a checkpoint's weights and, if it has them, moments; Adam's settings stay this device's.
 
-        Raises:
-            RuntimeError: for weights of other names or shapes.
+        Weights of other names or shapes raise a RuntimeError.
         """
         weights = saved["agent"]
         wrong = sorted(weights.keys() ^ self.parameters.keys())

@@ -22,35 +22,33 @@ EPISODES_AT_ONCE = 4
 
 @dataclass
 class Workers:
-    """Running worker processes: slot (s, p), the p-th environment of seed s, is `where[s][p]` = (worker, its slot)."""
+    """Running worker processes: slot (s, p), the p-th environment of seed s, is in the process number `where[s, p]`."""
 
+    num_seeds: int
+    per_seed: int
+    where: dict
     processes: list
     connections: list
-    where: list
     max_episode_steps: int = 0
 
 
 def start_workers(env_id, num_seeds, num_episodes, num_workers=0, success_timing="post", frame_stack=1, render=False):
-    """Starts worker processes and makes their environments.
+    """Starts worker processes with their environments: the Workers for `ask` and `stop_workers`.
 
     Args:
         env_id, success_timing, frame_stack, render: see `envs.make_env`.
         num_seeds, num_episodes: of an evaluation; no more environments are made than it can use.
         num_workers: processes; 0 for one per core, at most 16.
-
-    Returns:
-        Workers, for `ask` and `stop_workers`.
     """
     per_seed = min(num_episodes, EPISODES_AT_ONCE)
-    num_workers = min(num_workers or min(16, num_cores()), num_seeds * per_seed)
-    place = lambda number: (number % num_workers, number // num_workers)
-    where = [[place(s * per_seed + p) for p in range(per_seed)] for s in range(num_seeds)]
+    slots = [(s, p) for s in range(num_seeds) for p in range(per_seed)]
+    num_workers = min(num_workers or min(16, num_cores()), len(slots))
+    workers = Workers(num_seeds, per_seed, {slot: i % num_workers for i, slot in enumerate(slots)}, [], [])
 
     environment = python_environment()
     environment.setdefault("OMP_NUM_THREADS", "1")
     if render and environment.get("MUJOCO_GL") == "disable":
         environment["MUJOCO_GL"] = "egl"
-    workers = Workers([], [], where)
     for _ in range(num_workers):
         connection, child = Pipe()
         command = [sys.executable, "-m", "common.workers", str(child.fileno())]
@@ -58,9 +56,8 @@ def start_workers(env_id, num_seeds, num_episodes, num_workers=0, success_timing
         workers.connections.append(connection)
         child.close()
     kwargs = dict(env_id=env_id, success_timing=success_timing, frame_stack=frame_stack, render=render)
-    sizes = [len(range(worker, num_seeds * per_seed, num_workers)) for worker in range(num_workers)]
-    replies = _exchange(workers, {worker: ("make", (size, kwargs)) for worker, size in enumerate(sizes)})
-    workers.max_episode_steps = replies[0]
+    requests = {worker: ("make", (slots[worker::num_workers], kwargs)) for worker in range(num_workers)}
+    workers.max_episode_steps = _exchange(workers, requests)[0]
     return workers
 
 
@@ -80,25 +77,23 @@ def stop_workers(workers):
 def ask(workers, kind, values):
     """Sends {(s, p): value} to the slots' workers in one request each; returns {(s, p): reply}.
 
+    A worker that failed, or died, is a RuntimeError with its traceback, or exit code.
+
     Args:
         workers: of `start_workers`.
         kind: "reset" (value: a seed; reply: the observation), "step" (an action; (observation, reward, terminated,
             truncated, success)) or "render" (None; a frame).
         values: {(s, p): value}.
-
-    Raises:
-        RuntimeError: a worker failed, with its traceback, or died.
     """
     requests = {}
-    for (s, p), value in values.items():
-        worker, slot = workers.where[s][p]
-        requests.setdefault(worker, (kind, {}))[1][slot] = value
+    for slot, value in values.items():
+        requests.setdefault(workers.where[slot], (kind, {}))[1][slot] = value
     replies = _exchange(workers, requests)
-    return {(s, p): replies[workers.where[s][p][0]][workers.where[s][p][1]] for s, p in values}
+    return {slot: replies[workers.where[slot]][slot] for slot in values}
 
 
 def _exchange(workers, requests):
-    """Sends {worker: request}; returns {worker: reply}. A worker's failure, or death, is an error here."""
+    """Sends {worker: request}; returns {worker: reply}."""
     for worker, request in requests.items():
         with contextlib.suppress(OSError):  # the reason stands in its last reply, or in its exit code
             workers.connections[worker].send(request)
@@ -118,7 +113,7 @@ def _exchange(workers, requests):
 def serve(connection):
     """The worker process: answers the requests of `ask` until the other end closes.
 
-    The first request is ("make", (num_envs, make_env's keyword arguments)), replied with the length of an episode. Every
+    The first request is ("make", (slots, make_env's keyword arguments)), replied with an episode's most steps. Every
     reply is (ok, value); a failure is replied as (False, traceback) and ends the worker.
     """
     try:
@@ -128,11 +123,11 @@ def serve(connection):
             except EOFError:
                 return
             if kind == "make":
-                num_envs, kwargs = values
-                slots = [envs.make_env(**kwargs) for _ in range(num_envs)]
-                reply = slots[0].spec.max_episode_steps
+                slots, kwargs = values
+                made = {slot: envs.make_env(**kwargs) for slot in slots}
+                reply = made[slots[0]].spec.max_episode_steps
             else:
-                reply = {slot: _answer(slots[slot], kind, value) for slot, value in values.items()}
+                reply = {slot: _answer(made[slot], kind, value) for slot, value in values.items()}
             connection.send((True, reply))
     except BaseException:
         connection.send((False, traceback.format_exc()))
