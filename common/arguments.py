@@ -43,9 +43,7 @@ def parse(Args, tuned, tuned_online, quick, inference=(), words=None):
     """
     file = Path(sys.modules[Args.__module__].__file__)
     if not file.stem.isidentifier():  # other programs import the file
-        fail(
-            f"{file}: the file's name must be letters, digits and underscores (my_floq.py), so that it can be imported"
-        )
+        fail(f"{file}: the file's name must be letters, digits and underscores (my_floq.py)")
     read = lambda default: tyro.cli(Args, args=words, default=default, description=sys.modules[Args.__module__].__doc__)
     args, saved = read(Args()), None
     evaluate = getattr(args, "evaluate", None)

@@ -120,10 +120,8 @@ class Log:
             self.bar = tqdm(total=total, initial=step, desc="training", **pace)
 
     def state(self):
-        """What a checkpoint needs of the run, once all its losses are known to be finite: where it comes from, and the
-        sizes of its csv files.
-        """
-        self.flush()
+        """What a checkpoint needs of the run: where it comes from, and the sizes of its csv files."""
+        self.flush()  # ends the program at a non-finite loss
         origin = {"algorithm": algorithm(self.args), "args": dataclasses.asdict(self.args), "dataset": self.identity}
         return origin | {"csv_sizes": runs.csv_sizes(self.run_dir)}
 

@@ -1,6 +1,7 @@
 """Runs as a user starts them: equal csv files, resume after SIGKILL and SIGTERM, bad input, faults while training."""
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -196,6 +197,15 @@ def test_a_copied_file_trains_resumes_evaluates_and_launches(name, maze_data, tm
         copy.unlink()
 
 
+def test_a_copys_new_number_may_be_anything(tmp_path, monkeypatch):
+    field = "    entropy_coef: float = -1.0  # weight of an entropy\n\n    # Speed\n"
+    (tmp_path / "my_q_flow.py").write_text((ROOT / "q_flow.py").read_text().replace("\n    # Speed\n", field))
+    monkeypatch.syspath_prepend(tmp_path)
+    copy = importlib.import_module("my_q_flow")
+    for words, value in (([], -1.0), (["--entropy-coef", "0"], 0.0), (["--entropy-coef", "-2.5"], -2.5)):
+        assert copy.parse_args(words)[0].entropy_coef == value
+
+
 def test_a_copys_name_must_be_an_identifier(tmp_path):
     for name in ("my-q_flow.py", "2q_flow.py"):
         shutil.copy(ROOT / "q_flow.py", tmp_path / name)
@@ -329,6 +339,18 @@ def test_a_dead_evaluation_worker_ends_the_run_with_its_updates_saved(flags, tmp
 )
 def test_bad_arguments_exit_with_2_and_say_what_to_do(words, message):
     assert_refused("floq", words, message)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_no_number_of_an_algorithm_may_be_negative(algorithm, capsys):
+    """The numbers that all share are checked in common/arguments.py, an algorithm's own where its file says so."""
+    for field in dataclasses.fields(ALGORITHMS[algorithm].Args):
+        first = field.default[0] if isinstance(field.default, tuple) else field.default
+        if (isinstance(first, (int, float)) and not isinstance(first, bool)) or field.name == "generated_episodes":
+            flag = f"--{field.name.replace('_', '-')}"
+            with pytest.raises(SystemExit) as stopped:
+                ALGORITHMS[algorithm].parse_args([flag, "-1"])
+            assert stopped.value.code == 2 and flag in capsys.readouterr().err, flag
 
 
 def test_unwritable_run_directory(flags, tmp_path):
