@@ -1,5 +1,6 @@
 """The device: determinism, the precision of float32 products, memory."""
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -26,8 +27,11 @@ def setup_torch(args):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     set_matmul_precision(args.matmul_precision, device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    if device.type == "cpu":  # glibc reuses large freed blocks: to give them back costs a quarter of an update's time
+        with contextlib.suppress(OSError, AttributeError):  # another system's C library
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     sys.excepthook = functools.partial(explain_out_of_memory, args.num_seeds, device)
     return device
 
@@ -92,13 +96,3 @@ def onednn_is_exact():
     a, b = (torch.randn(2, 512, 512, generator=generator) for _ in range(2))
     exact = torch.bmm(a.double(), b.double())
     return bool((torch.bmm(a, b) - exact).norm() <= 1e-6 * exact.norm())
-
-
-def keep_freed_memory():
-    """Tells glibc to reuse large freed blocks: giving them back to the system costs a quarter of an update's time."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):  # another system's C library
-        pass

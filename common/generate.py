@@ -233,33 +233,29 @@ def generate(
     train_path = generated_path(dataset, dataset_dir, num_episodes, seed)
     train_path.parent.mkdir(parents=True, exist_ok=True)
 
-    # Each file is cut into parts, which the workers share out; finished parts survive an interruption.
     files = ((train_path, num_episodes), (val_path(train_path), max(1, num_episodes // 10)))
-    parts = {path: {} for path, _ in files if not path.exists()}  # file -> its parts -> (split, episode numbers)
-    for split, (path, episodes) in enumerate(files):
-        if path in parts:
+    with ProcessPoolExecutor(num_workers or num_cores(), multiprocessing.get_context("spawn")) as pool:
+        for split, (path, episodes) in enumerate(files):
+            if path.exists():
+                continue
+            # A file is cut into parts, which the workers share out; finished parts survive an interruption.
             directory = path.with_name(path.stem + ".parts")
             directory.mkdir(exist_ok=True)
-            for first in range(0, episodes, EPISODES_PER_PART):
-                numbers = range(episodes)[first : first + EPISODES_PER_PART]
-                parts[path][directory / f"{first:06d}.npz"] = (split, numbers)
-    todo = [(part, *job) for jobs in parts.values() for part, job in jobs.items() if not part.exists()]
-    if todo:
-        rows = sum(len(numbers) for _, _, numbers in todo) * length
-        bar = tqdm(total=rows, unit=" transitions", desc=f"collecting {dataset}")
-        workers = min(num_workers or num_cores(), len(todo))
-        with bar, ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = [pool.submit(_collect_part, part, dataset, seed, *job) for part, *job in todo]
+            starts = range(0, episodes, EPISODES_PER_PART)
+            parts = {directory / f"{i:06d}.npz": range(episodes)[i : i + EPISODES_PER_PART] for i in starts}
+            todo = {part: numbers for part, numbers in parts.items() if not part.exists()}
+            futures = [pool.submit(_collect_part, part, dataset, seed, split, n) for part, n in todo.items()]
+            rows = sum(map(len, todo.values())) * length
             try:
-                for future in as_completed(futures):
-                    bar.update(future.result())
+                with tqdm(total=rows, unit=" transitions", desc=f"collecting {path.stem}") as bar:
+                    for future in as_completed(futures):
+                        bar.update(future.result())
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    for path, jobs in parts.items():
-        arrays = [np.load(part) for part in jobs]
-        _save_npz(path, {key: np.concatenate([a[key] for a in arrays]) for key in arrays[0].files}, compressed=True)
-        shutil.rmtree(path.with_name(path.stem + ".parts"))
+            arrays = [np.load(part) for part in parts]
+            _save_npz(path, {key: np.concatenate([a[key] for a in arrays]) for key in arrays[0].files}, compressed=True)
+            shutil.rmtree(directory)
     return train_path
 
 

@@ -19,9 +19,8 @@ class Log:
     Losses stay on the device until a row or a check is due, since reading one would wait for all updates before it.
 
     Args:
-        args: the run's arguments.
+        args, device: the run's arguments and torch device.
         resumed: the checkpoint to continue from, or None.
-        device: torch device.
         identity: of the dataset, see `datasets.load_dataset`.
         columns: names of all losses, where not every update computes all of them.
     """
@@ -37,7 +36,10 @@ class Log:
         self.wandb_runs = start_wandb(args, self.run_dir)
         self.names, self.history = [], []  # of updates since the last flush: losses (number of names, S) each
         self.step = 0 if resumed is None else resumed["step"]
-        self.bar, self.warming_up = None, False
+        # No smoothing: the estimate is of the mean pace, evaluations included. A delay: shown with the first update.
+        look = dict(desc="training", unit=" updates", smoothing=0, delay=1e-3, dynamic_ncols=True)
+        self.bar = tqdm(total=args.total_timesteps + args.online_timesteps, initial=self.step, **look)
+        self.warming_up = False
         self.seconds, self.updates = {"training": 0.0, "evaluating": 0.0}, 0  # without warm-up
         self.reported = 0, 0.0  # updates and seconds of the last row of timing.csv
         self.last = time.perf_counter()
@@ -68,7 +70,6 @@ class Log:
         history = torch.stack(self.history).cpu()  # (updates, losses, S)
         check_finite(history, self.names, self.step - len(history) + 1, self.seeds, self.run_dir)
         self.history = []
-        self._open_bar(self.step - len(history))
         now = time.perf_counter()
         if self.warming_up:
             self.bar.n += len(history)
@@ -105,19 +106,10 @@ class Log:
         runs.append_rows(self.run_dir / "eval.csv", rows)
         log_wandb(self.wandb_runs, rows, "evaluation", rows[0]["step"])
         success = " ".join(f"{row['success']:.2f}" for row in rows)
-        self._open_bar(self.step)
         self.bar.write(f"step {rows[0]['step']:>8}: success {success}" + (" (one per seed)" if len(rows) > 1 else ""))
         if self.bar.n == self.bar.initial:  # no update has counted yet
             restart_estimate(self.bar)
         runs.plot_curve(self.run_dir)
-
-    def _open_bar(self, step):
-        """Shows the progress bar, if this has not happened yet."""
-        if self.bar is None:
-            total = self.args.total_timesteps + self.args.online_timesteps
-            # No smoothing: the estimate is of the mean pace, evaluations included.
-            pace = dict(smoothing=0, unit=" updates", dynamic_ncols=True)
-            self.bar = tqdm(total=total, initial=step, desc="training", **pace)
 
     def state(self):
         """What a checkpoint needs of the run: where it comes from, and the sizes of its csv files."""
@@ -127,8 +119,7 @@ class Log:
 
     def close(self):
         """Ends the bar and the Weights & Biases runs, and prints the run's result."""
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         for run in self.wandb_runs:
             run.finish()
         print(f"{result(self.run_dir)}; see {self.run_dir}/curve.png")

@@ -27,9 +27,7 @@ class Replay:
         self.rows = {key: value.new_zeros(num_seeds, M, *value.shape[1:]) for key, value in dataset.items()}
 
     def agent_inputs(self):
-        """What an agent must know of the data: {obs_dim (images: the shape of a frame stack), action_dim, min_reward,
-        max_reward}, the rewards those of the offline data.
-        """
+        """What an agent must know: obs_dim (of pixels the shape of a frame stack), action_dim, extreme rewards."""
         data = self.dataset
         obs_shape, rewards = tuple(data["observations"].shape[1:]), data["rewards"]
         if len(obs_shape) > 1:

@@ -103,10 +103,7 @@ def evaluate(workers, policy, draw_noise, seeds, num_episodes, step, device, sto
 class Evaluator:
     """Plays a run's evaluation episodes in worker processes, which start with the first evaluation.
 
-    Args:
-        args, seeds, device: the run's arguments, the S seeds, the policy's torch device.
-        run_dir: where --capture-video puts each seed's first episode, in `videos`.
-        frame_stack: frames of an observation of pixels.
+    With --capture-video, each seed's first episode is in `run_dir`/videos. Observations stack `frame_stack` frames.
     """
 
     def __init__(self, args, seeds, device, run_dir, frame_stack=1):
@@ -131,11 +128,7 @@ class Evaluator:
 def evaluate_run(args, agents, step, inference, device):
     """Evaluates a trained run again, for an algorithm's --evaluate; adds a row per seed to the run's inference.csv.
 
-    Args:
-        args: the run's, with `evaluate` its directory.
-        agents, step: the run's agents (common/stacked.py), and their checkpoint's step.
-        inference: names of the arguments that training does not use; the rows hold their values.
-        device: torch device.
+    The stacked agents are of the checkpoint at `step`. The rows also hold the arguments whose names are in `inference`.
     """
     settings = {name: getattr(args, name) for name in inference}
     seeds = list(range(args.seed, args.seed + args.num_seeds))
@@ -148,11 +141,7 @@ def evaluate_run(args, agents, step, inference, device):
 
 
 class Explorer:
-    """The online phase's environments, one per seed, in worker processes, which start with the first step.
-
-    Args:
-        args, seeds, device: the run's arguments, the S seeds, the policy's torch device.
-    """
+    """The online phase's environments, one per seed, in worker processes, which start with the first step."""
 
     def __init__(self, args, seeds, device):
         self.args, self.seeds, self.device = args, seeds, device
