@@ -29,11 +29,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import arguments, checkpoint, datasets, envs, export, fail, graphs, policies, rollout, runs
+from common import arguments, checkpoint, datasets, envs, export, fail, graphs, policies, rollout
 from common.device import setup_torch
 from common.draws import Draws
+from common.log import Log
 from common.replay import Replay
 from common.returns import reward_to_go
+from common.signals import StopRequest
 from common.stacked import Stacked
 
 # --- Arguments ---
@@ -365,14 +367,14 @@ def update(agents, batch, noise, trains=("returns", "policy")):
 def parse_args(words=None):
     """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
     args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, INFERENCE, words=words)
+    above_zero = "flow_steps num_actions num_returns tau_q tau_r num_ensembles value_hidden_dims actor_hidden_dims"
+    arguments.check_numbers(args, above_zero.split(), at_least_zero=("bc_timesteps",))
     if envs.is_pixels(args.env_id):
         fail(f"--env-id {args.env_id}: evor.py works on state observations")
     if args.td_target == "published" and args.latents == "data" and args.online_timesteps:
         fail("--latents data: the reward-to-go of an online transition is not known yet; use --latents target")
     if args.bc_timesteps > args.total_timesteps:
-        fail(
-            f"--bc-timesteps {args.bc_timesteps} is above --total-timesteps {args.total_timesteps}, of which it is a part"
-        )
+        fail(f"--bc-timesteps {args.bc_timesteps} is above --total-timesteps {args.total_timesteps}")
     return args, resumed
 
 
@@ -393,7 +395,7 @@ if __name__ == "__main__":
     dataset, identity = datasets.load(args, device)
     if args.td_target == "published" and args.latents == "data":
         dataset["returns"] = torch.as_tensor(reward_to_go(dataset, args.gamma)[0], dtype=torch.float32, device=device)
-    log = runs.Log(args, resumed, device, identity, Agent.METRICS)
+    log = Log(args, resumed, device, identity, Agent.METRICS)
 
     # --- Agents, one per seed ---
     replay = Replay(dataset, args.num_seeds, args.online_timesteps)
@@ -410,7 +412,7 @@ if __name__ == "__main__":
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
     explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed
-    stop = runs.StopRequest()  # true after SIGTERM or Ctrl-C
+    stop = StopRequest()  # true after SIGTERM or Ctrl-C
     step, evaluated = (resumed["step"], resumed["evaluated"]) if resumed is not None else (0, 0)
     saved, last_step = step, args.total_timesteps + args.online_timesteps
 

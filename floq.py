@@ -27,10 +27,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import arguments, checkpoint, datasets, envs, export, fail, graphs, policies, rollout, runs, warn
+from common import arguments, checkpoint, datasets, envs, export, fail, graphs, policies, rollout, warn
 from common.device import setup_torch
 from common.draws import Draws
+from common.log import Log
 from common.replay import Replay
+from common.signals import StopRequest
 from common.stacked import Stacked
 
 # --- Arguments ---
@@ -424,15 +426,10 @@ def update(agents, batch, noise):
 
 def parse_args(words=None):
     """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
-    args, resumed = arguments.parse(
-        Args,
-        TUNED,
-        TUNED_ONLINE,
-        QUICK,
-        INFERENCE,
-        may_be_zero=("alpha", "noise_coverage", "reward_offset"),
-        words=words,
-    )
+    args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, INFERENCE, words=words)
+    above_zero = "noise_samples critic_flow_steps actor_flow_steps flow_num_ensembles distill_num_ensembles num_bins"
+    above_zero += " sigma block_width block_depth value_hidden_dims actor_hidden_dims"
+    arguments.check_numbers(args, above_zero.split(), at_least_zero=("alpha", "noise_coverage", "reward_offset"))
     if args.num_bins < 2:
         fail(f"--num-bins {args.num_bins}: a histogram needs at least 2 edges")
     if args.train_at_zero_only and args.critic_flow_steps > 1:
@@ -459,7 +456,7 @@ if __name__ == "__main__":
 
     # --- Data ---
     dataset, identity = datasets.load(args, device)
-    log = runs.Log(args, resumed, device, identity)
+    log = Log(args, resumed, device, identity)
 
     # --- Agents, one per seed ---
     replay = Replay(dataset, args.num_seeds, args.online_timesteps)
@@ -476,7 +473,7 @@ if __name__ == "__main__":
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
     explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed
-    stop = runs.StopRequest()  # true after SIGTERM or Ctrl-C
+    stop = StopRequest()  # true after SIGTERM or Ctrl-C
     step, evaluated = (resumed["step"], resumed["evaluated"]) if resumed is not None else (0, 0)
     saved, last_step = step, args.total_timesteps + args.online_timesteps
 

@@ -25,10 +25,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import arguments, checkpoint, datasets, envs, export, fail, graphs, policies, rollout, runs
+from common import arguments, checkpoint, datasets, envs, export, fail, graphs, policies, rollout
 from common.device import setup_torch
 from common.draws import Draws
+from common.log import Log
 from common.replay import Replay
+from common.signals import StopRequest
 from common.stacked import Stacked
 
 # --- Arguments ---
@@ -360,6 +362,8 @@ def update(agents, batch, noise):
 def parse_args(words=None):
     """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
     args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, INFERENCE, words=words)
+    above_zero = "alpha flow_steps num_ensembles time_embed_dim value_hidden_dims actor_hidden_dims"
+    arguments.check_numbers(args, above_zero.split())
     if args.time_embed_dim % 2:
         fail(f"--time-embed-dim {args.time_embed_dim} must be even: half of it are sines, half cosines")
     if envs.is_pixels(args.env_id):
@@ -382,7 +386,7 @@ if __name__ == "__main__":
 
     # --- Data ---
     dataset, identity = datasets.load(args, device)
-    log = runs.Log(args, resumed, device, identity)
+    log = Log(args, resumed, device, identity)
 
     # --- Agents, one per seed ---
     replay = Replay(dataset, args.num_seeds, args.online_timesteps)
@@ -399,7 +403,7 @@ if __name__ == "__main__":
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
     explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed
-    stop = runs.StopRequest()  # true after SIGTERM or Ctrl-C
+    stop = StopRequest()  # true after SIGTERM or Ctrl-C
     step, evaluated = (resumed["step"], resumed["evaluated"]) if resumed is not None else (0, 0)
     saved, last_step = step, args.total_timesteps + args.online_timesteps
 

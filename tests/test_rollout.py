@@ -32,7 +32,7 @@ def draw_noise(generator, num_steps):
 
 
 def evaluate(workers, policy, num_episodes=3, step=5, **kwargs):
-    seeds = list(range(10, 10 + len(workers.where)))
+    seeds = list(range(10, 10 + workers.num_seeds))
     return rollout.evaluate(workers, policy, draw_noise, seeds, num_episodes, step, "cpu", **kwargs)
 
 

@@ -1,6 +1,7 @@
 """Runs as a user starts them: equal csv files, resume after SIGKILL and SIGTERM, bad input, faults while training."""
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from conftest import (
     wait_for_row,
 )
 
-from common import checkpoint, python_environment, runs
+from common import checkpoint, log, python_environment, runs
 
 LENGTHS = "--total-timesteps 420 --eval-interval 150 --log-interval 20 --save-interval 90 --num-seeds 2 --eval-episodes 1".split()
 
@@ -113,7 +114,7 @@ def test_sigterm_saves_and_the_run_can_go_on(flags, finished, tmp_path):
     resumed = run("floq", "--resume", run_dir)
     assert_same_results(run_dir, finished)
     if "damaged" in resumed.stderr:
-        assert "going on from checkpoint_previous.pt" in resumed.stderr
+        assert "continuing from checkpoint_previous.pt" in resumed.stderr
 
 
 def test_resuming_a_finished_run_changes_nothing(finished):
@@ -196,6 +197,15 @@ def test_a_copied_file_trains_resumes_evaluates_and_launches(name, maze_data, tm
         copy.unlink()
 
 
+def test_a_copys_new_number_may_be_anything(tmp_path, monkeypatch):
+    field = "    entropy_coef: float = -1.0  # weight of an entropy\n\n    # Speed\n"
+    (tmp_path / "my_q_flow.py").write_text((ROOT / "q_flow.py").read_text().replace("\n    # Speed\n", field))
+    monkeypatch.syspath_prepend(tmp_path)
+    copy = importlib.import_module("my_q_flow")
+    for words, value in (([], -1.0), (["--entropy-coef", "0"], 0.0), (["--entropy-coef", "-2.5"], -2.5)):
+        assert copy.parse_args(words)[0].entropy_coef == value
+
+
 def test_a_copys_name_must_be_an_identifier(tmp_path):
     for name in ("my-q_flow.py", "2q_flow.py"):
         shutil.copy(ROOT / "q_flow.py", tmp_path / name)
@@ -235,7 +245,7 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, capsys):
         (tmp_path / "checkpoint.pt").write_bytes(damage)
         assert checkpoint.load(tmp_path)["step"] == 1
         message = capsys.readouterr().err
-        assert "checkpoint.pt is damaged" in message and "going on from checkpoint_previous.pt at step 1" in message
+        assert "checkpoint.pt is damaged" in message and "continuing from checkpoint_previous.pt at step 1" in message
     (tmp_path / "checkpoint.pt").unlink()  # the moment between the two renames of a save
     assert checkpoint.load(tmp_path)["step"] == 1
     (tmp_path / "checkpoint_previous.pt").write_bytes(b"junk")
@@ -267,16 +277,16 @@ def test_non_finite_weights_are_not_saved(tmp_path):
 
 def test_non_finite_loss_names_step_loss_and_seed(tmp_path):
     history = torch.zeros(5, 3, 2)
-    runs.check_finite(history, ["a", "b", "c"], 11, [7, 8], tmp_path)
+    log.check_finite(history, ["a", "b", "c"], 11, [7, 8], tmp_path)
     history[3, 1, 1] = float("nan")
     with pytest.raises(SystemExit, match=r"b is nan at step 14 \(seed 8\)"):
-        runs.check_finite(history, ["a", "b", "c"], 11, [7, 8], tmp_path)
+        log.check_finite(history, ["a", "b", "c"], 11, [7, 8], tmp_path)
 
 
 def test_diverging_training_stops_and_keeps_the_last_checkpoint(flags, tmp_path):
     diverging = [*flags, "--learning-rate", 1e30, "--save-interval", 1, "--runs-dir", tmp_path]
     failed = run("floq", *diverging, check=False)
-    assert failed.returncode == 1 and "at step" in failed.stderr and "is from before it" in failed.stderr, (
+    assert failed.returncode == 1 and "at step" in failed.stderr and "is from an earlier step" in failed.stderr, (
         failed.stderr[-2000:]
     )
     agent = checkpoint.load(only_run(tmp_path))["agent"]
@@ -329,6 +339,18 @@ def test_a_dead_evaluation_worker_ends_the_run_with_its_updates_saved(flags, tmp
 )
 def test_bad_arguments_exit_with_2_and_say_what_to_do(words, message):
     assert_refused("floq", words, message)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_no_number_of_an_algorithm_may_be_negative(algorithm, capsys):
+    """The numbers that all share are checked in common/arguments.py, an algorithm's own where its file says so."""
+    for field in dataclasses.fields(ALGORITHMS[algorithm].Args):
+        first = field.default[0] if isinstance(field.default, tuple) else field.default
+        if (isinstance(first, (int, float)) and not isinstance(first, bool)) or field.name == "generated_episodes":
+            flag = f"--{field.name.replace('_', '-')}"
+            with pytest.raises(SystemExit) as stopped:
+                ALGORITHMS[algorithm].parse_args([flag, "-1"])
+            assert stopped.value.code == 2 and flag in capsys.readouterr().err, flag
 
 
 def test_unwritable_run_directory(flags, tmp_path):
