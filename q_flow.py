@@ -1,16 +1,16 @@
 """Q-Flow: policy improvement by intermediate values of a flow policy (arXiv 2605.13435), on OGBench.
 
 The idea: a flow policy turns noise into an action in K Euler steps. A value function V(s,x,t) of the latents x at flow
-time t says what the action at the end will be worth; it learns that by rolling latents out with the policy. Its gradient
-in x then bends the flow: the velocity is regressed on the behaviour's velocity plus grad V / lambda. Nothing is
-differentiated through the solver, there is no cloning network and no distillation; the policy that acts is the flow.
+time t says what the action at the end will be worth; it learns that by rolling latents out with the policy. Its
+gradient in x then bends the flow: the velocity is regressed on the behaviour's velocity plus grad V / lambda. Nothing
+is differentiated through the solver, there is no cloning network and no distillation; the policy that acts is the flow.
 
-Read first: Agent.roll_out (the flow), Agent.critic_loss and Agent.actor_loss (what is learned), update (one step), and
-then the main program at the end. An agent is written for one seed; common/stacked.py runs one per seed side by side.
+Read first: Agent.roll_out (the flow), Agent.critic_loss, Agent.actor_loss (what is learned), update (one step), then
+the main program at the end. An agent is written for one seed; common/stacked.py runs several side by side.
 
     python q_flow.py --quick                                            # minutes on two CPU cores, data included
     python q_flow.py --env-id cube-single-play-singletask-v0            # the published hyperparameters
-    python q_flow.py --env-id antmaze-giant-navigate-singletask-v0 --num-seeds 8 --online-timesteps 1000000  # then online
+    python q_flow.py --env-id antmaze-giant-navigate-singletask-v0 --num-seeds 8 --online-timesteps 1000000  # online
 
 Notation in the shapes: E ensemble members, B batch, N rows, D observation and A action dimension, K Euler steps.
 """
@@ -97,7 +97,7 @@ class Args:
     compile: bool = True  # compile the losses: up to two minutes at first, then faster updates
     cudagraphs: bool = True  # replay the whole update as one CUDA graph (on a GPU)
     matmul_precision: Literal["highest", "high", "medium"] | None = None
-    """float32 products: highest is exact, high TF32, medium bfloat16 (default: high on a GPU with TF32, else highest)"""
+    """float32 products: highest (exact), high (TF32), medium (bfloat16); default: high where a GPU has TF32"""
 
 
 # The paper's settings for each environment; the time embedding is that of the authors' results notebook.
@@ -163,7 +163,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step does.
+        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -176,7 +176,7 @@ class MLP(nn.Module):
 
 
 def gelu(x):
-    """GELU in its tanh form, (1 + tanh(u)) x / 2; compiled as sigmoid(2u) x, the same, since CPUs compute tanh slowly."""
+    """GELU in its tanh form, (1 + tanh(u)) x / 2; compiled as sigmoid(2u) x, the same: CPUs compute tanh slowly."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
@@ -188,9 +188,7 @@ def aggregate(x, how):
 
 
 def time_frequencies(dim):
-    """f_i = 256^(i / (dim / 2 - 1)) for i = 0..dim / 2 - 1, (dim / 2,); in float64, rounded once, so that they are the same
-    on every processor.
-    """
+    """f_i = 256^(i / (dim / 2 - 1)), i = 0..dim / 2 - 1; rounded once, from float64: the same on every processor."""
     return torch.linspace(0, math.log(256), dim // 2, dtype=torch.float64).exp().float()
 
 
@@ -342,15 +340,13 @@ class Agent(nn.Module):
 def update(agents, batch, noise):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
 
-    Args:
-        agents: the seeds' agents, see common/stacked.py.
-        batch, noise: as for Agent.critic_loss, with a leading axis of seeds.
+    Batch and noise are those of Agent.critic_loss with a leading axis of seeds; agents: see common/stacked.py.
     """
     agents.optimizer.zero_grad()
     metrics = agents.backward("critic_loss", batch, noise, trains=("critic", "inner_value"))
     metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow",))
 
-    # The EMA comes before Adam's step, so that the targets lag by one update as in the released code.
+    # The EMA comes before Adam's step, so that the targets lag by one update.
     agents.ema("target_critic", "critic", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
@@ -372,7 +368,7 @@ def parse_args(words=None):
 
 
 def load(directory, seed=None):
-    """The policy of a run directory or an exported folder: `q_flow.load(DIR).act(observation)`; see common/policies.py."""
+    """The policy of a run directory or an exported folder: `load(DIR).act(observation)`; see common/policies.py."""
     return policies.load(Agent, Args, directory, seed)
 
 

@@ -1,7 +1,7 @@
 """Trained policies as folders that can be passed on: written from a checkpoint, read without running a stranger's code.
 
-A folder holds `policy.safetensors` (the weights that acting needs, each with a leading axis of seeds), `config.json` (what
-else acting needs, where the weights come from and what they scored) and `README.md` (the same for people).
+A folder holds `policy.safetensors` (the weights that acting needs, each with a leading axis of seeds), `config.json`
+(what else acting needs, where the weights come from and what they scored) and `README.md` (the same for people).
 """
 
 import csv
@@ -70,7 +70,7 @@ def write(directory, networks, saved, rows, seed=None):
 
 
 def write_run(run_dir, networks):
-    """Writes the policy of a run's latest checkpoint to `policy/` in its directory, with the evaluation of its last step."""
+    """Writes the policy of a run's latest checkpoint to `policy/` in its directory, with that step's evaluation."""
     saved = checkpoint.load(run_dir)
     write(Path(run_dir) / "policy", networks, saved, last_evaluation(Path(run_dir) / "eval.csv", saved["step"]))
 
@@ -129,29 +129,46 @@ def card(config):
     """The model card of a folder, as markdown."""
     args, rows, data = config["args"], config["evaluation"], config["dataset"]
     name, env_id = config["algorithm"], args["env_id"]
-    lines = [
-        "---", "license: mit", "library_name: cleanflow", "tags: [reinforcement-learning, offline-rl, ogbench]", "---", "",
-        f"# {name} on {env_id}", "",
-        f"A policy trained with CleanFlow's `{name}.py` for {config['step']:,} updates.", "",
-    ]  # fmt: skip
+    settings = "\n".join(f"{key} = {value}" for key, value in args.items())
+    versions = ", ".join(f"{key} {value}" for key, value in config["versions"].items())
+    scores = "This policy has not been evaluated.\n"
     if rows:
         success = [100 * row["success"] for row in rows]
         spread = f" +- {np.std(success, ddof=1):.1f} (standard deviation over seeds)" if len(rows) > 1 else ""
-        lines += [
-            f"Success: {np.mean(success):.1f}%{spread}, {int(rows[0]['episodes'])} episodes per seed.", "",
-            "| seed | success | return | episode length |", "|---|---|---|---|",
-            *[f"| {r['seed']} | {r['success']:.2f} | {r['episode_return']:.1f} | {r['episode_length']:.1f} |" for r in rows],
-            "",
-        ]  # fmt: skip
-    else:
-        lines += ["This policy has not been evaluated.", ""]
-    lines += [
-        f"Data: `{data['file']}` ({data['source']}, {data['transitions']:,} transitions, SHA-256 `{data['sha256']}`).", "",
-        "Load and act, from CleanFlow's folder, on a CPU, without the data:", "",
-        "```python", f"import {name}", "", f'policy = {name}.load("THIS_FOLDER")', "action = policy.act(observation)",
-        "```", "",
-        f"Evaluate or film: `python {name}.py --evaluate THIS_FOLDER --capture-video`", "",
-        "Settings:", "", "```", *[f"{key} = {value}" for key, value in args.items()], "```", "",
-        "Versions: " + ", ".join(f"{key} {value}" for key, value in config["versions"].items()) + ".", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+        names = ("seed", "success", "episode_return", "episode_length")
+        table = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+        table += ["| " + " | ".join(f"{row[key]:.4g}" for key in names) + " |" for row in rows]
+        scores = f"Success: {np.mean(success):.1f}%{spread}, {rows[0]['episodes']} episodes per seed.\n\n"
+        scores += "\n".join(table) + "\n"
+    return f"""---
+license: mit
+library_name: cleanflow
+tags: [reinforcement-learning, offline-rl, ogbench]
+---
+
+# {name} on {env_id}
+
+A policy trained with CleanFlow's `{name}.py` for {config["step"]:,} updates.
+
+{scores}
+Data: `{data["file"]}` ({data["source"]}, {data["transitions"]:,} transitions, SHA-256 `{data["sha256"]}`).
+
+Load and act, from CleanFlow's folder, on a CPU, without the data:
+
+```python
+import {name}
+
+policy = {name}.load("THIS_FOLDER")
+action = policy.act(observation)
+```
+
+Evaluate and film: `python {name}.py --evaluate THIS_FOLDER --capture-video`
+
+Settings:
+
+```
+{settings}
+```
+
+Versions: {versions}.
+"""

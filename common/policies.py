@@ -81,8 +81,8 @@ def load(Agent, Args, directory, seed=None, acting=always_act):
         acting: function (args, step) of the name of the agent's method that acts.
 
     Raises:
-        SystemExit: (code 2) for another algorithm's folder, a seed that it does not hold, and what `export.read_any` and
-            `rebuild` refuse.
+        SystemExit: (code 2) for another algorithm's folder, a seed that it does not hold, and what `export.read_any`
+            and `rebuild` refuse.
     """
     saved = export.read_any(directory, "load:")
     if saved["algorithm"] != algorithm(Args()):
