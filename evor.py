@@ -232,7 +232,7 @@ class Agent(nn.Module):
         """Flow TD: points z_t of the return field of (s,a), and their labels, (B, 1) each.
 
         Args:
-            batch: observations, next_observations (B, D), actions (B, A), rewards, masks, for data latents returns (B,).
+            batch: observations, next_observations (B, D), actions (B, A), rewards, masks, data latents: returns (B,).
             noise: an update's entries of draw_noise, (B, dim).
         """
         args = self.args

@@ -126,5 +126,5 @@ def evaluate(Agent, args, saved, inference, device, acting=always_act):
     if args.capture_video:
         print(f"videos: {directory}/videos")
     if args.export is not None:
-        export.write(args.export, Agent.ACTS, saved, rows, args.export_seed)
+        export.write(args.export, Agent.ACTS, saved | {"args": saved["args"] | settings}, rows, args.export_seed)
         print(f"policy: {args.export}")

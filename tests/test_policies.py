@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ALGORITHMS, ENV_ID, assert_refused, only_run, run
+from conftest import ALGORITHMS, ENV_ID, assert_refused, run
 
 from common import checkpoint, export, policies, rollout
 
@@ -93,16 +93,16 @@ def test_evaluate_changes_the_settings_of_acting(name, exported, tmp_path):
     assert getattr(ALGORITHMS[name].load(tmp_path / "new").args, setting) == value
 
 
-def test_value_flows_evaluates_either_policy(exported, tmp_path):
+def test_value_flows_plays_either_policy(exported, tmp_path):
     _, folder = exported["value_flows"]
-    rows = {}
-    for policy in ("act", "act_online", None):
-        copy = tmp_path / str(policy)
-        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("inference.csv"))
-        words = () if policy is None else ("--eval-policy", policy)
-        run("value_flows", "--evaluate", copy, "--eval-episodes", 3, *words)
-        rows[policy] = [row["episode_return"] for row in read_csv(copy / "inference.csv")]
-    assert rows[None] == rows["act_online"] != rows["act"]  # the run ended in its online phase
+    run("value_flows", "--evaluate", folder, "--eval-episodes", 1, "--eval-policy", "act", "--export", tmp_path)
+    import value_flows
+
+    by_phase, chosen = value_flows.load(folder), value_flows.load(tmp_path)
+    assert (by_phase.policy.__name__, chosen.policy.__name__) == ("act_online", "act")  # the run ended online
+    assert not np.array_equal(by_phase.act(observations().numpy()), chosen.act(observations().numpy()))
+    assert value_flows.acting(value_flows.Args(total_timesteps=5), 5) == "act"
+    assert value_flows.acting(value_flows.Args(total_timesteps=5), 6) == "act_online"
 
 
 @pytest.mark.parametrize("name", NAMES)
