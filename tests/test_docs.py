@@ -26,7 +26,7 @@ MOVING = {
 }
 # Commands of other packages, and files that a page asks its reader to make.
 ELSEWHERE = {"pytest", "venv", "pip"}
-READERS_OWN = {"my_floq.py", "my_algorithm.py"}
+READERS_OWN = {"my_algorithm.py"}
 
 
 # --- Reading a page ---
