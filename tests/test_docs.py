@@ -82,8 +82,9 @@ def targets(text):
 
 
 def commands(text):
-    """The commands of a page's code blocks that start Python, as words; comments are gone, lines with \\ are joined."""
-    for block in code_blocks(text):
+    """The commands that start Python, in code blocks and in sentences, as words; without comments, lines joined."""
+    inline = [span.replace("\n", " ") for span in re.findall(r"`(python [^`]+)`", without_code(text))]
+    for block in code_blocks(text) + inline:
         for line in block.replace("\\\n", " ").splitlines():
             for part in line.split("&&"):
                 if re.match(r"\s*python\s", part):
