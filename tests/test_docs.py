@@ -131,8 +131,9 @@ def module_source(name):
     """The text of a module or package of this repository; None if there is none."""
     path = ROOT / name.replace(".", "/")
     files = sorted(path.glob("*.py")) if (path / "__main__.py").is_file() else [path.with_suffix(".py")]
-    files = [file for file in files if file.is_file()] or [ROOT / MOVING[name]] * (name in MOVING)
-    return "\n".join(file.read_text() for file in files if file.is_file()) or None
+    if not files[0].is_file() and name in MOVING:
+        files = [ROOT / MOVING[name]]
+    return "\n".join(file.read_text() for file in files) if files[0].is_file() else None
 
 
 def flags(words):
