@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from conftest import ROOT
 
-from benchmarks import figures
+from benchmarks.studies import return_figures
 from common.returns import reward_to_go
 
 
@@ -36,23 +36,23 @@ def test_reward_to_go_by_hand():
 
 def test_longest_way_to_success_stays_within_a_trajectory():
     data = chain([0.0] * 10, [1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0], starts=[0, 5])
-    assert figures.longest_way_to_success(data).tolist() == [5, 6, 7]
+    assert return_figures.longest_way_to_success(data).tolist() == [5, 6, 7]
 
 
 def test_nearest_rows_include_the_row_itself():
     data = chain([0.0] * 10, [1.0] * 10, starts=[0])
-    assert sorted(figures.nearest(data, 4, np.arange(10), 3).tolist()) == [3, 4, 5]
-    assert sorted(figures.nearest(data, 4, np.array([0, 1, 8]), 2).tolist()) == [0, 1]
+    assert sorted(return_figures.nearest(data, 4, np.arange(10), 3).tolist()) == [3, 4, 5]
+    assert sorted(return_figures.nearest(data, 4, np.array([0, 1, 8]), 2).tolist()) == [0, 1]
 
 
 def test_agreement_of_learned_and_monte_carlo_returns():
     returns = np.array([-30.0, -20.0, -10.0, 0.0])
-    np.testing.assert_allclose(figures.agreement(returns + 2, returns), (1.0, 2.0, 2.0))
-    np.testing.assert_allclose(figures.agreement(-returns - 30, returns), (-1.0, 0.0, 20.0))
+    np.testing.assert_allclose(return_figures.agreement(returns + 2, returns), (1.0, 2.0, 2.0))
+    np.testing.assert_allclose(return_figures.agreement(-returns - 30, returns), (-1.0, 0.0, 20.0))
 
 
-def draw(*words, script="figures"):
-    command = [sys.executable, "-m", f"benchmarks.{script}", *map(str, words)]
+def draw(*words, script="return_figures"):
+    command = [sys.executable, "-m", f"benchmarks.studies.{script}", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
 
 
@@ -83,21 +83,21 @@ def test_figure_of_an_evor_run(online_runs, tmp_path):
 
 
 def test_one_seed_has_a_mean_and_no_interval(tmp_path):
-    from benchmarks import inference_scaling
+    from benchmarks.studies import evor_inference
 
     rows = [{"success": 0.25}, {"success": 0.75}]
-    assert inference_scaling.success_text(rows[:1]) == "25.0%"
-    assert inference_scaling.success_text(rows).startswith("50.0% +- ")
+    assert evor_inference.success_text(rows[:1]) == "25.0%"
+    assert evor_inference.success_text(rows).startswith("50.0% +- ")
     base = dict(num_actions=16, tau_q=1.0, tau_r=10.0, num_returns=8)
     rows = [{"sweep": name, "seed": 0, "success": 0.5} | base for name in base]
-    inference_scaling.draw(tmp_path / "scaling.png", rows, base)
+    evor_inference.draw(tmp_path / "scaling.png", rows, base)
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_inference_scaling_of_a_run(online_runs, tmp_path):
     words = ("--run", online_runs["evor"], "--episodes", 1, "--output", tmp_path / "scaling", "--no-cuda")
     sweeps = ("--num-actions", 1, 3, "--tau-q", 0.1, "--tau-r", 10, "--num-returns", 2)
-    done = draw(*words, *sweeps, script="inference_scaling")
+    done = draw(*words, *sweeps, script="evor_inference")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = list(csv.DictReader(open(tmp_path / "scaling.csv")))
     columns = ("sweep", "num_actions", "tau_q", "tau_r", "num_returns")
@@ -112,9 +112,9 @@ def test_inference_scaling_of_a_run(online_runs, tmp_path):
     ]
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
-    failed = draw("--run", online_runs["floq"], script="inference_scaling")
+    failed = draw("--run", online_runs["floq"], script="evor_inference")
     assert failed.returncode == 2 and "is a run of floq.py, not of evor.py" in failed.stderr
-    failed = draw(*words, "--tau-q", 0, script="inference_scaling")
+    failed = draw(*words, "--tau-q", 0, script="evor_inference")
     assert failed.returncode == 2 and "--tau-q (0.0,): must be above zero" in failed.stderr
-    failed = draw("--run", tmp_path, script="inference_scaling")
+    failed = draw("--run", tmp_path, script="evor_inference")
     assert failed.returncode == 2 and "--run" in failed.stderr and "no usable checkpoint" in failed.stderr

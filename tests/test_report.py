@@ -13,7 +13,8 @@ import pytest
 from conftest import ALGORITHMS, ROOT
 
 import floq
-from benchmarks import collect_results, error_rates, report, scores
+from benchmarks import collect_results, report, scores
+from benchmarks.studies import error_rates
 
 TASK = "cube-double-play-singletask-task{}-v0"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, gradients, networks
 
-from benchmarks import toy_2d
+from benchmarks.studies import toy_2d
 
 SMALL = toy_2d.ToyArgs(seeds=2, batch_size=8, width=8, depth=2, flow_steps=4)
 NAMES = toy_2d.ToyArgs().datasets
@@ -132,7 +132,7 @@ def test_flow_consistency_is_zero_at_the_end_and_of_a_constant_value():
 
 
 def test_costs_are_measured_of_all_four():
-    from benchmarks import q_flow_cost
+    from benchmarks.studies import q_flow_cost
 
     rows = q_flow_cost.measure(q_flow_cost.CostArgs(repeats=2, quick=True, cuda=False))
     gflop = {row["method"]: row["gflop"] for row in rows}
@@ -145,7 +145,7 @@ def test_costs_are_measured_of_all_four():
 
 
 def start(*words):
-    command = [sys.executable, "-m", "benchmarks.toy_2d", *map(str, words)]
+    command = [sys.executable, "-m", "benchmarks.studies.toy_2d", *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
 

@@ -308,11 +308,11 @@ def test_a_run_takes_the_range_of_returns_from_its_data(maze_data, tmp_path):
 
 
 def test_value_flows_learns_a_two_mode_return_distribution():
-    """The coin chain: +-0.9^k with equal probability, k steps before the end (benchmarks/return_accuracy.py).
+    """The coin chain: +-0.9^k with equal probability, k steps before the end (benchmarks/studies/return_accuracy.py).
 
     An untrained flow is at a distance of 0.5 or more; see docs/value_flows.md for the spread over seeds and weights.
     """
-    from benchmarks import return_accuracy
+    from benchmarks.studies import return_accuracy
 
     mdp, args = return_accuracy.make_mdp("coin"), return_accuracy.small_args(value_flows, batch_size=256)
     agent, diverged = return_accuracy.train(value_flows, args, mdp, updates=2_000, seeds=[0])

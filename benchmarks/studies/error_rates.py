@@ -1,7 +1,7 @@
 """How often a verdict is right: simulated pairs of measured and published scores with the scatter of real ones.
 
-    python -m benchmarks.error_rates            # the table, in a minute on one core
-    python -m benchmarks.error_rates --write    # and into docs/benchmarks.md
+    python -m benchmarks.studies.error_rates            # the table, in a minute on one core
+    python -m benchmarks.studies.error_rates --write    # and into docs/benchmarks.md
 
 Released curves of FQL and two comparable methods, 12 seeds each: a task's last-three mean scatters over seeds with a
 median deviation of 9.3, 6.0 and 16.1 points (tasks between 10 and 90%); the mean over an environment's five tasks

@@ -1,8 +1,8 @@
 """Figures in the spirit of the papers, drawn from a run's checkpoint.
 
-    python -m benchmarks.figures value_flows --run runs/RUN_DIR
-    python -m benchmarks.figures value_flows --run runs/RUN_DIR --output docs/value_flows_returns.png --seed 1
-    python -m benchmarks.figures evor --run runs/RUN_DIR
+    python -m benchmarks.studies.return_figures value_flows --run runs/RUN_DIR
+    python -m benchmarks.studies.return_figures value_flows --run runs/RUN_DIR --output docs/value_flows_returns.png --seed 1
+    python -m benchmarks.studies.return_figures evor --run runs/RUN_DIR
 
 Above, the learned return distribution at four state-action pairs of the validation data, with Monte-Carlo returns of the
 data beside it (of the pair's nearest neighbours, since a state occurs once). Below left, learned returns against the

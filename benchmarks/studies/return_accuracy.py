@@ -1,8 +1,8 @@
 """Return distributions learned on small MDPs where the truth is known: 1-Wasserstein distance, error of the mean, modes.
 
-    python -m benchmarks.return_accuracy                                        # EVOR's targets and Value Flows, all MDPs
-    python -m benchmarks.return_accuracy --mdps coin --gammas 0.9 --variants value_flows:bcfm_lambda=0 value_flows
-    python -m benchmarks.return_accuracy --output docs/evor_returns             # also a csv file and a picture
+    python -m benchmarks.studies.return_accuracy                                 # EVOR's targets and Value Flows, all MDPs
+    python -m benchmarks.studies.return_accuracy --mdps coin --gammas 0.9 --variants value_flows:bcfm_lambda=0 value_flows
+    python -m benchmarks.studies.return_accuracy --output docs/evor_returns      # also a csv file and a picture
 
 The MDPs (actions change nothing in them, so that there is one policy):
 
@@ -26,7 +26,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from benchmarks.figures import return_samples
+from benchmarks.studies.return_figures import return_samples
 from common import draws, fail, runs
 from common.stacked import Stacked
 

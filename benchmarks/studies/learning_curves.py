@@ -1,6 +1,6 @@
 """Draws the learning curves of several runs in one picture: a thin line a seed, the mean over the seeds thick.
 
-    python -m benchmarks.curves docs/floq_quick.png floq=runs/A "cloning (alpha 1e6)=runs/B"
+    python -m benchmarks.studies.learning_curves docs/floq_quick.png floq=runs/A "cloning (alpha 1e6)=runs/B"
 
 Each word is label=RUN_DIR or label=FILE.csv, a run's eval.csv.
 """
@@ -53,5 +53,5 @@ def draw(output, labelled):
 if __name__ == "__main__":
     words = sys.argv[1:]
     if len(words) < 2 or not all("=" in word for word in words[1:]):
-        fail("usage: python -m benchmarks.curves OUT.png LABEL=RUN_DIR [LABEL=RUN_DIR ...]")
+        fail("usage: python -m benchmarks.studies.learning_curves OUT.png LABEL=RUN_DIR [LABEL=RUN_DIR ...]")
     draw(words[0], [tuple(word.split("=", 1)) for word in words[1:]])

@@ -1,7 +1,7 @@
 """EVOR's improvement at inference: success against candidates, temperatures and return samples, from one checkpoint.
 
-    python -m benchmarks.inference_scaling --run runs/RUN_DIR
-    python -m benchmarks.inference_scaling --run runs/RUN_DIR --episodes 20 --output docs/evor_inference
+    python -m benchmarks.studies.evor_inference --run runs/RUN_DIR
+    python -m benchmarks.studies.evor_inference --run runs/RUN_DIR --episodes 20 --output docs/evor_inference
 
 Nothing is trained: each setting changes one of --num-actions, --tau-q, --tau-r and --num-returns of the run (evor.py
 --evaluate does one). Writes OUTPUT.csv, one row a setting and seed, as it goes, and OUTPUT.png:

@@ -1,7 +1,7 @@
 """What an update of Q-Flow costs beside other ways to improve a policy, with the same networks on the same machine.
 
-    python -m benchmarks.q_flow_cost                      # published sizes, this machine's default device
-    python -m benchmarks.q_flow_cost --output benchmarks/results/q_flow_cost.csv
+    python -m benchmarks.studies.q_flow_cost                      # published sizes, this machine's default device
+    python -m benchmarks.studies.q_flow_cost --output benchmarks/results/q_flow_cost.csv
 
     q_flow        q_flow.py's update: values on the latents, guidance, two roll-outs of the flow without gradients
     actor_critic  no flow at all: TD with a one-step policy's action, and alpha * squared distance to the data - Q
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import q_flow
-from benchmarks import toy_2d
+from benchmarks.studies import toy_2d
 from common import fail, graphs
 from common.device import setup_torch
 from common.stacked import Stacked
