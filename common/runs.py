@@ -1,4 +1,4 @@
-"""A run: its directory, csv rows, progress, Weights & Biases, learning curve and signals."""
+"""A run: its directory, csv rows, progress, Weights & Biases and signals."""
 
 import csv
 import dataclasses
@@ -18,6 +18,7 @@ import torch
 
 from common import fail
 from common.arguments import algorithm
+from common.curves import plot_curve, read_success
 
 CHECK_INTERVAL = 50  # updates between checks for non-finite losses
 
@@ -333,46 +334,6 @@ def log_wandb(wandb_runs, rows, prefix, step):
     for run, row in zip(wandb_runs, rows):
         values = {f"{prefix}/{name}": value for name, value in row.items() if name not in ("step", "seed", "phase")}
         run.log(values, step=step)
-
-
-# --- Learning curve ---
-
-
-def read_success(path, phase=None):
-    """{seed: {step: success in percent}} of an eval.csv, or of one phase of it."""
-    curves = {}
-    with open(path) as file:
-        for row in csv.DictReader(file):
-            if phase in (None, row["phase"]):
-                curves.setdefault(int(row["seed"]), {})[int(row["step"])] = 100 * float(row["success"])
-    return curves
-
-
-def plot_curve(run_dir):
-    """Draws curve.png: success against steps, one thin line a seed, their mean thick, a mark where going online."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    offline, online = (read_success(run_dir / "eval.csv", phase) for phase in ("offline", "online"))
-    curves = {seed: curve | online.get(seed, {}) for seed, curve in offline.items()}
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for seed, curve in sorted(curves.items()):
-        label = f"seed {seed}" if len(curves) <= 8 else None
-        axes.plot(*zip(*sorted(curve.items())), marker=".", linewidth=1, alpha=0.6, label=label)
-    if len(curves) > 1:
-        steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))
-        axes.plot(
-            steps, [np.mean([c[s] for c in curves.values()]) for s in steps], color="black", linewidth=2.5, label="mean"
-        )
-    if online:
-        axes.axvline(max(map(max, offline.values())), color="grey", linestyle="--", label="online phase begins")
-    axes.set(xlabel="updates", ylabel="success (%)", ylim=(-3, 103), title=run_dir.name.split("__")[0])
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", fontsize="small")
-    figure.savefig(run_dir / "curve.png", dpi=120)
-    plt.close(figure)
 
 
 # --- Signals ---
