@@ -1,5 +1,6 @@
 """benchmarks.launch as a user starts it: which jobs, mistakes, killed workers, Ctrl-C, two at once, a real SLURM."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -246,6 +247,92 @@ def test_two_launchers_share_the_jobs(tmp_path):
     assert len(stub_runs(tmp_path)) == 4
     for run_dir in stub_runs(tmp_path):
         assert_each_step_once(run_dir)
+
+
+def test_a_machine_that_vanishes(tmp_path):
+    """Everything is killed at once, and the files are left as a power cut leaves them: half a row, zeros, no state."""
+    words = stub_sweep(tmp_path, env_ids="cube-single-play-singletask-task{1,2}-v0")
+    process = start_launch(*words)
+    wait_for(process, lambda: len([d for d in stub_runs(tmp_path) if (d / "checkpoint.pt").exists()]) == 4)
+    process.kill()
+    for pid in trainers(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    for run_dir, torn in zip(stub_runs(tmp_path), (b"1", b"19,0,0.", b"\0" * 100, b"\0" * 100 + b"\n")):
+        with open(run_dir / "eval.csv", "ab") as file:
+            file.write(torn)
+    for path in tmp_path.glob("launch/*/state.json"):
+        path.write_bytes(b"")
+    finish_launch(start_launch("--status", *words))
+    out, _ = finish_launch(start_launch(*words))
+    assert out.count("done, step 20/20") == 4 and len(stub_runs(tmp_path)) == 4
+    for run_dir in stub_runs(tmp_path):
+        assert_each_step_once(run_dir)
+
+
+def test_jobs_outlive_their_launcher(tmp_path):
+    words = stub_sweep(tmp_path, "--", "--total-timesteps", 100, env_ids="cube-single-play-singletask-task{1,2}-v0")
+    process = start_launch(*words)
+    wait_for(process, lambda: len(trainers(tmp_path)) == 4)
+    process.kill()
+    process.communicate()
+    before = set(trainers(tmp_path))
+    process = start_launch(*words)
+    out, _ = finish_launch(process)
+    assert before and not trainers(tmp_path)
+    assert out.count("step 100/100") == 4 and len(stub_runs(tmp_path)) == 4
+    for run_dir in stub_runs(tmp_path):
+        assert_each_step_once(run_dir, 100)
+
+
+def test_a_stopped_process_is_waited_for_and_woken_to_save(tmp_path):
+    words = stub_sweep(tmp_path, "--", "--total-timesteps", 60, env_ids="cube-single-play-singletask-task{1,2}-v0")
+    process = start_launch(*words)
+    wait_for(process, lambda: len([d for d in stub_runs(tmp_path) if (d / "checkpoint.pt").exists()]) == 4)
+    stopped = trainers(tmp_path)[0]
+    os.kill(stopped, signal.SIGSTOP)
+    wait_for(process, lambda: trainers(tmp_path) == [stopped])  # the others end; it is neither given up nor doubled
+    process.send_signal(signal.SIGINT)
+    out, _ = finish_launch(process, 130)
+    assert out.count("done, step 60/60") == 3 and "killed" not in out and "failed" not in out
+    out, _ = finish_launch(start_launch(*words))
+    assert out.count("skipped") == 3 and out.count("done, step 60/60") == 1 and len(stub_runs(tmp_path)) == 4
+    for run_dir in stub_runs(tmp_path):
+        assert_each_step_once(run_dir, 60)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 128 MB, mounted for the test."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", str(directory)]
+    if os.geteuid() != 0 or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("a disk cannot be mounted here")
+    yield directory
+    subprocess.run(["umount", "--lazy", str(directory)])
+
+
+def test_a_full_disk_is_waited_for(small_disk):
+    """No restart is used up, no traceback is shown although the launcher's own output is on that disk."""
+    words = stub_sweep(small_disk, "--", "--total-timesteps", 60, env_ids="cube-single-play-singletask-v0")
+    with open(small_disk / "output", "w") as output:
+        command = [sys.executable, "-m", "benchmarks.launch", *map(str, words)]
+        process = subprocess.Popen(command, env=os.environ | ONE_THREAD, cwd=ROOT, stdout=output, stderr=output)
+    wait_for(process, lambda: len([d for d in stub_runs(small_disk) if (d / "checkpoint.pt").exists()]) == 2)
+    with open(small_disk / "large", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(2**16))
+    wait_for(process, lambda: not trainers(small_disk))
+    time.sleep(3)  # several looks at the jobs
+    assert process.poll() is None and not trainers(small_disk)
+    (small_disk / "large").unlink()
+    assert process.wait(timeout=60) == 0
+    text = (small_disk / "output").read_text(errors="replace")
+    assert text.count("done, step 60/60") == 2 and "Traceback" not in text
+    assert len(stub_runs(small_disk)) == 2
+    for run_dir in stub_runs(small_disk):
+        assert_each_step_once(run_dir, 60)
 
 
 def test_the_table(stub_job):
