@@ -51,15 +51,15 @@ def csv_text(rows, columns=None):
 
 
 def write(path, rows):
-    """Writes dictionaries with the same keys as a csv file."""
+    """Writes dictionaries as a csv file; the columns are those of the first one."""
     with open(path, "w", newline="") as file:
         file.write(csv_text(rows))
 
 
 def markdown(header, lines):
     """A markdown table of a header's and the lines' cells."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
+    first, *rest = (f"| {' | '.join(map(str, row))} |\n" for row in [header, *lines])
+    return "".join([first, "|" + "---|" * len(header) + "\n", *rest])
 
 
 def aligned(rows, right=()):

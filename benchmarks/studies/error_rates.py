@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from benchmarks import report, scores
+from benchmarks.tables import markdown
 from common import fail
 
 # (unit, deviation over the seeds, seeds here, published seeds, whether the deviation is published)
@@ -95,7 +96,7 @@ def make_table(pairs):
         unit, deviation, ours, theirs, known = case
         numbers = [f"{x:.1f}" for x in rates(case, pairs)]
         lines.append([unit, deviation, ours, str(theirs) + ("" if known else ", no deviation"), *numbers])
-    return report.table(HEADER, lines)
+    return markdown(HEADER, lines)
 
 
 if __name__ == "__main__":

@@ -64,12 +64,10 @@ def success_text(rows):
 
 def draw(path, rows, base):
     """Saves the picture of the rows; `base` are the run's own settings, which the sweeps share."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 4, figsize=(12, 3.2), layout="constrained", sharey=True)
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    panels = figure.subplots(1, 4, sharey=True)
     for axes, name in zip(panels, SWEEPS):
         values = sorted({row[name] for row in rows if row["sweep"] == name})
         groups = [[100 * row["success"] for row in rows if row["sweep"] == name and row[name] == v] for v in values]
@@ -86,7 +84,6 @@ def draw(path, rows, base):
     others = ", ".join(f"{name} {value:g}" for name, value in base.items())
     figure.suptitle(f"one checkpoint; dotted: the run's settings ({others})", fontsize="medium")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

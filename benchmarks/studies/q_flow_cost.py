@@ -8,15 +8,13 @@
     one_step      FQL: that, distilled from a cloning flow that is trained beside it and integrated without gradients
     backprop      TD with the flow's action, and the flow improved by -Q of its end point through every Euler step
 
-All have q_flow.py's critics (two, 4 x 512) and policy networks (4 x 512), batch 256, 10 Euler steps, one Adam. Updates are
-timed in turn (q_flow, actor_critic, ..., q_flow, ...), so that a busy machine slows all alike. Medians.
+All have q_flow.py's critics (two, 4 x 512) and policy networks (4 x 512), batch 256, 10 Euler steps, one Adam. Updates
+are timed in turn (q_flow, actor_critic, ..., q_flow, ...), so that a busy machine slows all alike. Medians.
 """
 
-import csv
 import statistics
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import tyro
@@ -24,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import q_flow
+from benchmarks import tables
 from benchmarks.studies import toy_2d
 from common import fail, graphs
 from common.device import setup_torch
@@ -152,7 +151,4 @@ if __name__ == "__main__":
             f"({1000 * row['low']:.1f}-{1000 * row['high']:.1f})  q_flow takes {row['q_flow_is']:.2f} times as long"
         )
     if options.output:
-        with open(Path(options.output), "w", newline="") as file:
-            writer = csv.DictWriter(file, table[0])
-            writer.writeheader()
-            writer.writerows(table)
+        tables.write(options.output, table)
