@@ -10,9 +10,9 @@
 
 Every setting is a process of its own. It times A B M A B M ...: an update of the setting, one of the same algorithm
 without compile, graph or reduced precision, and a float32-sized matrix product at the setting's precision (on a GPU
-bursts of 20 updates, since a training run does not wait for each). Efficiency = operations
-(counted by torch) / seconds / the rate of that product, so that a busy machine slows both. Medians after a warm-up,
-with quartiles; speed-up = median of the ratios of neighbours.
+bursts of 20 updates, since a training run does not wait for each). Efficiency = operations (counted by torch) / seconds
+/ the rate of that product, so that a busy machine slows both. Medians after a warm-up, with quartiles; speed-up =
+median of the ratios of neighbours.
 """
 
 import importlib

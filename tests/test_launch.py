@@ -362,18 +362,21 @@ def test_devices(monkeypatch, capsys):
 # --- SLURM ---
 
 
-def test_states_of_slurm_jobs(stub_job):
+def test_states_of_slurm_jobs(stub_job, monkeypatch):
     state.write_state(stub_job, slurm="7_1")
+
+    def look(queued):
+        monkeypatch.setattr(slurm_jobs, "queue", lambda jobs: queued)
+        slurm_jobs.look([stub_job])
+        return stub_job.state
+
     places = {"PENDING": "waiting", "RUNNING": "running", "COMPLETING": "running"}
     for queued, expected in [({"7_1": place}, name) for place, name in places.items()] + [(None, "waiting")]:
-        slurm_jobs.look(stub_job, queued)
-        assert stub_job.state == expected
-    slurm_jobs.look(stub_job, {"7_0": "RUNNING"})
-    assert (stub_job.state, stub_job.note) == ("failed", "SLURM job 7_1 has left the queue")
+        assert look(queued) == expected
+    assert (look({"7_0": "RUNNING"}), stub_job.note) == ("failed", "SLURM job 7_1 has left the queue")
     lock = state.take_lock(stub_job)
     state.sign_lock(lock, os.getpid())
-    slurm_jobs.look(stub_job, {})
-    assert stub_job.state == "running" and stub_job.note.endswith(f"process {os.getpid()}")
+    assert look({}) == "running" and stub_job.note.endswith(f"process {os.getpid()}")
     assert state.take_lock(stub_job) is None
     lock.close()
     assert state.locked_by(stub_job) is None

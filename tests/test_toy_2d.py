@@ -131,16 +131,6 @@ def test_flow_consistency_is_zero_at_the_end_and_of_a_constant_value():
     assert (agent.flow_consistency(noise) == 0).all()
 
 
-def test_costs_are_measured_of_all_four():
-    from benchmarks.studies import q_flow_cost
-
-    rows = q_flow_cost.measure(q_flow_cost.CostArgs(repeats=2, quick=True, cuda=False))
-    gflop = {row["method"]: row["gflop"] for row in rows}
-    # One network is regressed in an actor-critic; a one-step policy adds the flow; the others solve it, once or twice.
-    assert gflop["actor_critic"] < gflop["one_step"] < gflop["q_flow"] and gflop["actor_critic"] < gflop["backprop"]
-    assert all(row["low"] <= row["seconds"] <= row["high"] for row in rows)
-
-
 # --- The script ---
 
 

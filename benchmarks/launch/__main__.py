@@ -19,7 +19,6 @@ from typing import Literal
 
 from benchmarks.launch import local, slurm, state
 from benchmarks.launch.jobs import make_jobs
-from benchmarks.launch.table import table
 from common import fail, num_cores
 
 
@@ -66,17 +65,10 @@ def main():
     if on_slurm and not options.status and shutil.which("sbatch") is None:
         fail("sbatch not found: install SLURM or use --executor local / print")
     jobs, num_gpus = make_jobs(options, extra)
-    if options.status and options.watch:
-        return slurm.watch(jobs)
     if options.status:
-        queued = slurm.queue(jobs)
-        for job in jobs:
-            slurm.look(job, queued)
-        print("\n".join(table(jobs)))
-        return 0
+        return slurm.watch(jobs) if options.watch else slurm.show(jobs)
     if options.executor == "print":
-        print_commands(jobs)
-        return 0
+        return print_commands(jobs)
     try:
         (Path(options.runs_dir) / "launch").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,19 +80,19 @@ def main():
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, num_cores() // len(devices))))
     code = local.run(jobs, devices, threads, options.max_restarts)
     if code >= 128:
-        again = shlex.join(["python", "-m", "benchmarks.launch", *words])
-        print(f"stopped; continue with the same command: {again}")
+        print(f"stopped; continue with the same command: python -m benchmarks.launch {shlex.join(words)}")
     return code
 
 
 def print_commands(jobs):
-    """Prints the command of every job that is not done."""
+    """Prints the command of every job that is not done; returns the exit code."""
     for job in jobs:
         action, run_dir = state.choose(job)
         if action == "skip":
             print(f"done already: {run_dir}", file=sys.stderr)
         else:
             print(shlex.join(local.command(job, "python", action, run_dir)))
+    return 0
 
 
 def prepare(jobs, on_slurm):

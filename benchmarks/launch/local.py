@@ -43,16 +43,10 @@ def missing_space(job):
 
 
 def start(job, device, threads):
-    """Starts the process that trains a waiting job, unless the job is done, has a process, or finds the disk full.
+    """Starts the process that trains a waiting job, unless the job is done, has a process, or finds the disk full: then
+    its state and note say so, and None is returned. An OSError means that it cannot be started.
 
-    The process holds the job's lock until it ends. It gets no signal of the terminal, and outlives a launcher that is
-    killed.
-
-    Returns:
-        The process, a subprocess.Popen, or None: the job's state and note say why.
-
-    Raises:
-        OSError: if it cannot be started, or its logs cannot be written.
+    The process holds the job's lock until it ends. It gets no signal of the terminal and outlives a killed launcher.
     """
     lock = state.take_lock(job)
     if lock is None:  # of another launcher, or of one that was killed
@@ -88,8 +82,7 @@ def run(jobs, devices, threads, max_restarts, grace=math.inf):
     """Trains jobs until each is done or given up, or a signal comes.
 
     Args:
-        devices: a name per job that runs at a time.
-        threads: OMP_NUM_THREADS of each.
+        devices: a name per job that runs at a time; threads: OMP_NUM_THREADS of each.
         max_restarts: of a job whose process has ended early; ends on a full disk do not count.
         grace: seconds that jobs get for saving when a signal has come.
 

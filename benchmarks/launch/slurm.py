@@ -13,13 +13,10 @@ WATCH_SECONDS = 5
 
 
 def train(job, gpus, cpus, max_restarts, grace):
-    """What runs in a process of SLURM's: trains a job.
+    """What runs in a process of SLURM's: trains a job. Its RuntimeError for a job given up makes SLURM's a failed one.
 
     At SIGTERM the algorithm saves and leaves, and SLURM decides what follows. At SIGUSR2, which SLURM sends before the
     time limit, it saves, and the job is queued again.
-
-    Raises:
-        RuntimeError: if the job was given up, so that SLURM's job is a failed one.
     """
     threads = os.environ.get("OMP_NUM_THREADS", str(cpus))
     code = local.run([job], local.find_devices((), gpus), threads, max_restarts, grace)
@@ -33,14 +30,7 @@ def train(job, gpus, cpus, max_restarts, grace):
 
 
 def run(jobs, options):
-    """Submits the jobs that wait, and with --watch stays until all have ended.
-
-    Returns:
-        The exit code: 0, or 1 if a job has failed.
-
-    Raises:
-        SystemExit: (code 2) if sbatch refuses.
-    """
+    """Submits the jobs that wait, with --watch until all have ended; returns the exit code (2: sbatch refuses)."""
     import submitit
 
     os.environ.update(python_environment())  # SLURM's processes import `train`
@@ -89,32 +79,39 @@ def queue(jobs):
     return queued
 
 
-def look(job, queued):
-    """Sets a job's state, here or on SLURM, to what the disk, its lock and SLURM's queue tell; queued: of `queue`."""
-    finished, holder = state.refresh(job), state.locked_by(job)
-    stored = state.read_json(job.folder / "state.json")
-    number = stored.get("slurm")
-    place = (queued or {}).get(number)
-    job.note = holder or (f"SLURM {number} {place}" if place else "")
-    if finished:
-        job.state, job.note = "done", ""
-    elif holder or place in ("RUNNING", "COMPLETING"):
-        job.state = "running"
-    elif stored.get("failed") and not place:
-        job.state, job.note = "failed", stored["failed"]
-    elif number and not place and queued is not None:
-        job.state, job.note = "failed", f"SLURM job {number} has left the queue"
-    else:
-        job.state = "waiting"
+def look(jobs):
+    """Sets the jobs' states, here or on SLURM, to what the disk, their locks and SLURM's queue tell."""
+    queued = queue(jobs)
+    for job in jobs:
+        finished, holder = state.refresh(job), state.locked_by(job)
+        stored = state.read_json(job.folder / "state.json")
+        number = stored.get("slurm")
+        place = (queued or {}).get(number)
+        job.note = holder or (f"SLURM {number} {place}" if place else "")
+        if finished:
+            job.state, job.note = "done", ""
+        elif holder or place in ("RUNNING", "COMPLETING"):
+            job.state = "running"
+        elif stored.get("failed") and not place:
+            job.state, job.note = "failed", stored["failed"]
+        elif number and not place and queued is not None:
+            job.state, job.note = "failed", f"SLURM job {number} has left the queue"
+        else:
+            job.state = "waiting"
+
+
+def show(jobs):
+    """Shows the table once; returns the exit code."""
+    look(jobs)
+    print("\n".join(table(jobs)))
+    return 0
 
 
 def watch(jobs):
     """Shows the table until every job has ended; returns the exit code."""
     screen = Screen(jobs)
     while True:
-        queued = queue(jobs)
-        for job in jobs:
-            look(job, queued)
+        look(jobs)
         screen.draw()
         if all(job.state in ("done", "failed") for job in jobs):
             return report_failures(jobs)

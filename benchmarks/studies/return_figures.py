@@ -185,7 +185,7 @@ def draw(agents, s, data, num_samples, title, output):
 
 if __name__ == "__main__":
     options = tyro.cli(FiguresArgs, description=__doc__)
-    payload = checkpoint.load(options.run)
+    payload = checkpoint.load(options.run, "--run")
     if payload["algorithm"] != options.algorithm:
         fail(f"--run {options.run} is a run of {payload['algorithm']}.py, not of {options.algorithm}.py")
     module = importlib.import_module(options.algorithm)

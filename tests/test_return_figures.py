@@ -1,6 +1,5 @@
-"""The figure script: Monte-Carlo returns by hand, neighbours, and a picture from a run's checkpoint."""
+"""The figures of returns: Monte-Carlo returns by hand, neighbours, and a picture from a run's checkpoint."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -51,8 +50,8 @@ def test_agreement_of_learned_and_monte_carlo_returns():
     np.testing.assert_allclose(return_figures.agreement(-returns - 30, returns), (-1.0, 0.0, 20.0))
 
 
-def draw(*words, script="return_figures"):
-    command = [sys.executable, "-m", f"benchmarks.studies.{script}", *map(str, words)]
+def draw(*words):
+    command = [sys.executable, "-m", "benchmarks.studies.return_figures", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
 
 
@@ -69,7 +68,7 @@ def test_figure_of_a_run(online_runs, tmp_path):
     failed = draw("value_flows", "--run", online_runs["floq"])
     assert failed.returncode == 2 and "is a run of floq.py" in failed.stderr
     failed = draw("value_flows", "--run", tmp_path)
-    assert failed.returncode == 2 and "no usable checkpoint" in failed.stderr
+    assert failed.returncode == 2 and f"--run {tmp_path} has no usable checkpoint" in failed.stderr
 
 
 def test_figure_of_an_evor_run(online_runs, tmp_path):
@@ -77,44 +76,3 @@ def test_figure_of_an_evor_run(online_runs, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert "rank correlation" in done.stdout and done.stdout.count("learned") == 4
-
-
-# --- Inference scaling ---
-
-
-def test_one_seed_has_a_mean_and_no_interval(tmp_path):
-    from benchmarks.studies import evor_inference
-
-    rows = [{"success": 0.25}, {"success": 0.75}]
-    assert evor_inference.success_text(rows[:1]) == "25.0%"
-    assert evor_inference.success_text(rows).startswith("50.0% +- ")
-    base = dict(num_actions=16, tau_q=1.0, tau_r=10.0, num_returns=8)
-    rows = [{"sweep": name, "seed": 0, "success": 0.5} | base for name in base]
-    evor_inference.draw(tmp_path / "scaling.png", rows, base)
-    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_inference_scaling_of_a_run(online_runs, tmp_path):
-    words = ("--run", online_runs["evor"], "--episodes", 1, "--output", tmp_path / "scaling", "--no-cuda")
-    sweeps = ("--num-actions", 1, 3, "--tau-q", 0.1, "--tau-r", 10, "--num-returns", 2)
-    done = draw(*words, *sweeps, script="evor_inference")
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = list(csv.DictReader(open(tmp_path / "scaling.csv")))
-    columns = ("sweep", "num_actions", "tau_q", "tau_r", "num_returns")
-    settings = [tuple(row[column] for column in columns) for row in rows]
-    assert settings[::2] == settings[1::2] and [row["seed"] for row in rows] == 5 * ["0", "1"]
-    assert settings[::2] == [
-        ("num_actions", "1", "1.0", "10.0", "4"),
-        ("num_actions", "3", "1.0", "10.0", "4"),
-        ("tau_q", "3", "0.1", "10.0", "4"),
-        ("tau_r", "3", "1.0", "10.0", "4"),
-        ("num_returns", "3", "1.0", "10.0", "2"),
-    ]
-    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-
-    failed = draw("--run", online_runs["floq"], script="evor_inference")
-    assert failed.returncode == 2 and "is a run of floq.py, not of evor.py" in failed.stderr
-    failed = draw(*words, "--tau-q", 0, script="evor_inference")
-    assert failed.returncode == 2 and "--tau-q (0.0,): must be above zero" in failed.stderr
-    failed = draw("--run", tmp_path, script="evor_inference")
-    assert failed.returncode == 2 and "--run" in failed.stderr and "no usable checkpoint" in failed.stderr
