@@ -60,7 +60,7 @@ def main():
 
     words = sys.argv[1:]
     own, extra = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    options = tyro.cli(LaunchArgs, args=own, description=__doc__)
+    options = tyro.cli(LaunchArgs, args=own, prog="python -m benchmarks.launch", description=__doc__)
     on_slurm = options.executor == "slurm"
     if on_slurm and not options.status and shutil.which("sbatch") is None:
         fail("sbatch not found: install SLURM or use --executor local / print")
