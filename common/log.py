@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from common import runs
 from common.arguments import algorithm
+from common.curves import plot_curve, read_success
 
 CHECK_INTERVAL = 50  # updates between checks for non-finite losses
 
@@ -109,7 +110,7 @@ class Log:
         self.bar.write(f"step {rows[0]['step']:>8}: success {success}" + (" (one per seed)" if len(rows) > 1 else ""))
         if self.bar.n == self.bar.initial:  # no update has counted yet
             restart_estimate(self.bar)
-        runs.plot_curve(self.run_dir)
+        plot_curve(self.run_dir)
 
     def state(self):
         """What a checkpoint needs of the run: where it comes from, and the sizes of its csv files."""
@@ -151,7 +152,7 @@ def result(run_dir):
     """A run's success by the published statistics, as text: offline, the mean of the last three evaluations; with an
     online phase, the last evaluation of each phase; mean and standard deviation over the seeds.
     """
-    offline, online = (runs.read_success(run_dir / "eval.csv", phase) for phase in ("offline", "online"))
+    offline, online = (read_success(run_dir / "eval.csv", phase) for phase in ("offline", "online"))
 
     def over_seeds(curves, num_last):
         last = sorted({step for curve in curves.values() for step in curve})[-num_last:]

@@ -1,4 +1,4 @@
-"""A run's directory: its arguments, csv rows and learning curve."""
+"""A run's directory: its arguments and its csv rows."""
 
 import contextlib
 import csv
@@ -13,7 +13,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from common import fail
@@ -119,40 +118,3 @@ def csv_sizes(run_dir):
             os.fsync(file.fileno())
             sizes[name] = os.fstat(file.fileno()).st_size
     return sizes
-
-
-def read_success(path, phase=None):
-    """{seed: {step: success in percent}} of an eval.csv, or of one phase of it."""
-    curves = {}
-    with open(path) as file:
-        for row in csv.DictReader(file):
-            if phase in (None, row["phase"]):
-                curves.setdefault(int(row["seed"]), {})[int(row["step"])] = 100 * float(row["success"])
-    return curves
-
-
-def plot_curve(run_dir):
-    """Draws curve.png: success against steps, one thin line a seed, their mean thick, a mark where going online."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    offline, online = (read_success(run_dir / "eval.csv", phase) for phase in ("offline", "online"))
-    curves = {seed: curve | online.get(seed, {}) for seed, curve in offline.items()}
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for seed, curve in sorted(curves.items()):
-        label = f"seed {seed}" if len(curves) <= 8 else None
-        axes.plot(*zip(*sorted(curve.items())), marker=".", linewidth=1, alpha=0.6, label=label)
-    if len(curves) > 1:
-        steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))
-        axes.plot(
-            steps, [np.mean([c[s] for c in curves.values()]) for s in steps], color="black", linewidth=2.5, label="mean"
-        )
-    if online:
-        axes.axvline(max(map(max, offline.values())), color="grey", linestyle="--", label="online phase begins")
-    axes.set(xlabel="updates", ylabel="success (%)", ylim=(-3, 103), title=run_dir.name.split("__")[0])
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", fontsize="small")
-    figure.savefig(run_dir / "curve.png", dpi=120)
-    plt.close(figure)

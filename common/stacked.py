@@ -143,14 +143,6 @@ class Stacked:
             self.optimizer.load_state_dict(saved["optimizer"] | settings)
 
 
-def load(Agent, args, saved, device):
-    """The agents of a run's checkpoint `saved`, for acting or measuring; args: its arguments."""
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    agents = Stacked(lambda: Agent(args, **saved["agent_inputs"]), seeds, device, args.learning_rate)
-    agents.load_state_dict(saved)
-    return agents
-
-
 class _Caller(nn.Module):
     """A method of an agent as a module, which is what torch.func.functional_call calls."""
 

@@ -14,16 +14,6 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 MOST_WORDS = 35  # of a sentence
 README_LINES = 130
 
-# Modules that are moving: the name in the pages, and the file until then. To be emptied once they have moved.
-MOVING = {
-    "benchmarks.studies.toy_2d": "benchmarks/toy_2d.py",
-    "benchmarks.studies.return_accuracy": "benchmarks/return_accuracy.py",
-    "benchmarks.studies.q_flow_cost": "benchmarks/q_flow_cost.py",
-    "benchmarks.studies.evor_inference": "benchmarks/inference_scaling.py",
-    "benchmarks.studies.return_figures": "benchmarks/figures.py",
-    "benchmarks.studies.error_rates": "benchmarks/error_rates.py",
-    "benchmarks.studies.learning_curves": "benchmarks/curves.py",
-}
 # Commands of other packages, and files that a page asks its reader to make.
 ELSEWHERE = {"pytest", "venv", "pip"}
 READERS_OWN = {"my_algorithm.py"}
@@ -131,8 +121,6 @@ def module_source(name):
     """The text of a module or package of this repository; None if there is none."""
     path = ROOT / name.replace(".", "/")
     files = sorted(path.glob("*.py")) if (path / "__main__.py").is_file() else [path.with_suffix(".py")]
-    if not files[0].is_file() and name in MOVING:
-        files = [ROOT / MOVING[name]]
     return "\n".join(file.read_text() for file in files) if files[0].is_file() else None
 
 

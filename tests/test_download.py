@@ -155,7 +155,7 @@ def test_failure_names_every_answer_and_three_ways_out_and_leaves_no_file(tmp_pa
         download.download(FILE, tmp_path)
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    for words in (gone_url, "404", unreachable, "refused", dropping.url, "of %d bytes" % len(CONTENT)):
+    for words in (gone_url, "404", unreachable, "refused", dropping.url, f"of {len(CONTENT)} bytes"):
         assert words in message
     for way in ("--dataset-source generated", "--dataset-path", "CLEANFLOW_DATASET_MIRRORS"):
         assert way in message

@@ -369,12 +369,12 @@ def test_returns_are_clipped_to_their_range():
 
 
 def test_evor_learns_a_two_mode_return_distribution():
-    """The coin chain: +-0.9^k with equal probability, k steps before the end (benchmarks/return_accuracy.py).
+    """The coin chain: +-0.9^k with equal probability, k steps before the end (benchmarks/studies/return_accuracy.py).
 
     An untrained flow is at a distance of 0.5 or more; see docs/evor.md for the spread over seeds and variants.
     """
     import evor
-    from benchmarks import return_accuracy
+    from benchmarks.studies import return_accuracy
 
     mdp = return_accuracy.make_mdp("coin")
     args = return_accuracy.small_args(evor, batch_size=256)

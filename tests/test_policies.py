@@ -11,6 +11,7 @@ import torch
 from conftest import ALGORITHMS, ENV_ID, assert_refused, run
 
 from common import checkpoint, export, policies, rollout
+from common.workers import start_workers, stop_workers
 
 NAMES = sorted(ALGORITHMS)
 CHANGES = {"value_flows": ("--num-samples", 2), "q_flow": ("--flow-steps", 1), "evor": ("--num-actions", 2)}
@@ -271,12 +272,12 @@ def test_videos_are_filmed(exported, tmp_path):
     shutil.copytree(folder, copy)
     workers = None
     try:
-        workers = rollout.start_workers(ENV_ID, 1, 1, render=True)
+        workers = start_workers(ENV_ID, 1, 1, render=True)
     except RuntimeError:
         pytest.skip("no OpenGL here")
     finally:
         if workers is not None:
-            rollout.stop_workers(workers)
+            stop_workers(workers)
     out = run("floq", "--evaluate", copy, "--eval-episodes", 1, "--capture-video").stdout
     assert f"videos: {copy}/videos" in out
     assert sorted(path.name for path in (copy / "videos").iterdir()) == ["step430-seed0.gif", "step430-seed1.gif"]

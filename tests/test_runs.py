@@ -31,7 +31,8 @@ from conftest import (
 
 from common import checkpoint, log, python_environment, runs
 
-LENGTHS = "--total-timesteps 420 --eval-interval 150 --log-interval 20 --save-interval 90 --num-seeds 2 --eval-episodes 1".split()
+LENGTHS = "--total-timesteps 420 --eval-interval 150 --log-interval 20 --save-interval 90".split()
+LENGTHS += ["--num-seeds", "2", "--eval-episodes", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,7 @@ def test_a_later_evaluation_is_cut_off_with_its_updates(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_a_copied_file_trains_resumes_evaluates_and_launches(name, maze_data, tmp_path):
-    """`cp floq.py my_floq.py` and start: killed and resumed, its run equals the uninterrupted one, and the original's."""
+    """`cp floq.py my_floq.py` and start: killed and resumed, its run equals the uninterrupted and the original's."""
     copy = ROOT / f"my_{name}_{os.getpid()}.py"
     lengths = "--total-timesteps 60 --eval-interval 30 --log-interval 10 --save-interval 20".split()
     flags = ["--env-id", ENV_ID, "--dataset-path", maze_data, *SMALL_FLAGS[name], *lengths]
@@ -296,7 +297,8 @@ def test_diverging_training_stops_and_keeps_the_last_checkpoint(flags, tmp_path)
 def test_full_disk_keeps_the_last_checkpoint(flags, tmp_path):
     code = (
         "import resource, sys, runpy; sys.argv = sys.argv[1:];"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); runpy.run_path(sys.argv[0], run_name='__main__')"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000));"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     small = [*flags, "--runs-dir", tmp_path]
     command = [sys.executable, "-c", code, ROOT / "floq.py", *small, "--block-width", 64]
@@ -426,7 +428,11 @@ def test_quick_wins_over_tuned_and_a_flag_over_quick():
 
 
 def test_wandb_is_imported_only_when_asked(flags, tmp_path):
-    code = "import sys, runpy; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nfinally: print('wandb' in sys.modules)"
+    code = (
+        "import sys, runpy; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print('wandb' in sys.modules)"
+    )
     short = [*flags, "--total-timesteps", 2, "--runs-dir", tmp_path]
     command = [sys.executable, "-c", code, ROOT / "floq.py", *short]
     shown = subprocess.run([str(w) for w in command], capture_output=True, text=True, timeout=120, cwd=ROOT)

@@ -1,8 +1,8 @@
 """Q-Flow's study in two dimensions: what three ways of improving a flow policy do to the data and its modes.
 
-    python -m benchmarks.toy_2d                                   # four data sets, reduced size: 20 minutes on 2 CPU cores
-    python -m benchmarks.toy_2d --datasets moons --seeds 1        # one of them
-    python -m benchmarks.toy_2d --full                            # the paper's size: for a GPU
+    python -m benchmarks.studies.toy_2d                               # four data sets, reduced: 20 minutes, 2 CPU cores
+    python -m benchmarks.studies.toy_2d --datasets moons --seeds 1    # one of them
+    python -m benchmarks.studies.toy_2d --full                        # the paper's size: for a GPU
 
 Actions are points of the plane, every point of a data set carries a reward, and there is one state and one step. Each
 method improves a flow policy u on the rewards while it stays near the data, with lambda as the strength of staying:
@@ -83,7 +83,7 @@ def make_points(name, n, seed=0):
     """Points of a data set.
 
     Returns:
-        points (n, 2) in [-1, 1], float32; rewards (n,) in [0, 1], float32; modes (n,), int: the piece of the data that a
+        points (n, 2) in [-1, 1], float32; rewards (n,) in [0, 1], float32; modes (n,), int: the piece of data that a
         point is of. On the roll rewards rise and fall three times, on spirals and moons they rise towards the far ends,
         every second Gaussian is good.
     """
