@@ -89,7 +89,7 @@ class Args:
     tau_r: float = 10.0  # temperature of the soft maximum over return samples (small: their maximum, large: their mean)
     td_target: Literal["exact", "published"] = "exact"
     """label of flow TD: the straight way's velocity r + gamma z' - z_0, or the paper's r + gamma vbar(z_t, t|s', a')"""
-    latents: Literal["data", "target"] = "data"  # the published label's z_1: the data's reward-to-go, or a sample
+    latents: Literal["data", "target"] = "data"  # z_1 of the published label: the data's reward-to-go, or a sample
     bc_timesteps: int = 0  # first updates, of the policy alone, which is then frozen (0: policy and returns together)
     num_ensembles: int = 2  # return fields E
     clip_flow_returns: bool = True  # keep end points of returns in [min(r_min, 0), max(r_max, 0)] / (1 - gamma)
@@ -160,7 +160,7 @@ class MLP(nn.Module):
 
 
 def gelu(x):
-    """GELU in its tanh form, (1 + tanh(u)) x / 2; compiled as sigmoid(2u) x, the same: CPUs compute tanh slowly."""
+    """GELU in its tanh form, x (1 + tanh u) / 2; compiled as x sigmoid(2u), the same: CPUs compute tanh slowly."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
@@ -186,7 +186,7 @@ class Agent(nn.Module):
     """
 
     ACTS = ("actor_flow", "target_critic_flow")  # the networks that acting needs
-    METRICS = ("critic/critic_loss", "critic/target_mean", "actor/bc_flow_loss")  # of which a phase gives some
+    METRICS = ("critic/critic_loss", "critic/target_mean", "actor/bc_flow_loss")  # with bc_timesteps a phase has some
 
     def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
         super().__init__()
@@ -214,7 +214,7 @@ class Agent(nn.Module):
         return x.clamp(-1, 1).unflatten(0, (-1, C))
 
     def field(self, fields, condition, z, t):
-        """Return fields v_e(z, t|s, a): [s, a] (N, D + A), z (N, 1) or (E, N, 1), t (N, 1) or a float -> (E, N, 1)."""
+        """Return fields' v_e(z, t|s, a): [s, a] (N, D + A), z (N, 1) or (E, N, 1), t (N, 1) or a float -> (E, N, 1)."""
         t = t.expand_as(z) if torch.is_tensor(t) else torch.full_like(z, t)
         return fields(condition, torch.cat([z, t], dim=-1))
 
@@ -232,7 +232,7 @@ class Agent(nn.Module):
         """Flow TD: points z_t of the return field of (s,a), and their labels, (B, 1) each.
 
         Args:
-            batch: observations, next_observations (B, D), actions (B, A), rewards, masks, data latents: returns (B,).
+            batch: observations, next_observations (B, D), actions (B, A), rewards, masks, for data latents returns.
             noise: an update's entries of draw_noise, (B, dim).
         """
         args = self.args
@@ -264,7 +264,7 @@ class Agent(nn.Module):
         """L_critic, and its parts for the log; trains the return fields. Arguments as for flow_td."""
         z_t, label = self.flow_td(batch, noise)  # (B, 1)
 
-        # Regression of every field: v(z_t, t | s, a) -> label. Its mean is the mean return, since z_0 has mean zero.
+        # Regression of every field: v(z_t, t | s, a) -> label. The label's mean is the mean return: z_0 has mean zero.
         condition = torch.cat([batch["observations"], batch["actions"]], dim=-1)  # (B, D + A)
         velocity = self.field(self.critic_flow, condition, z_t, noise["time"])  # (E, B, 1)
         critic_loss = (velocity - label).square().mean()
@@ -291,7 +291,7 @@ class Agent(nn.Module):
         return soft_maximum(self.returns(condition, noise).view(-1, C, R), self.args.tau_r)
 
     def act(self, observations, noise):
-        """Inference: the base policy's candidates, rated and chosen by softmax: (N, D), (N, C A + C + R) -> (N, A)."""
+        """Inference: the base policy's candidates, rated and chosen by softmax: (N, D), (N, C*A + C + R) -> (N, A)."""
         args, C, A, R = self.args, self.args.num_actions, self.action_dim, self.args.num_returns
         action_noise, choice_noise, return_noise = noise.split([C * A, C, R], dim=-1)
         actions = self.flow_actions(observations, action_noise.unflatten(-1, (C, A)))  # (N, C, A)
@@ -301,7 +301,7 @@ class Agent(nn.Module):
         return actions.gather(1, index).squeeze(1)
 
     def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates: {name: (num_updates, B, dim)}."""
+        """Every random number of `num_updates` updates, by what becomes of it: {name: (num_updates, B, dim)}."""
         B, A = self.args.batch_size, self.action_dim
         device = generator.device
         normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
@@ -315,7 +315,7 @@ class Agent(nn.Module):
         } | ({"latent": normal(B, 1)} if self.samples_latents else {})
 
     def draw_act_noise(self, generator, num_steps):
-        """The random numbers of `num_steps` actions: (num_steps, C A + C + R), see `act`."""
+        """The random numbers of `num_steps` actions: (num_steps, C*A + C + R), see `act`."""
         size = self.args.num_actions * (self.action_dim + 1) + self.args.num_returns
         return torch.randn(num_steps, size, generator=generator, device=generator.device)
 
@@ -340,7 +340,7 @@ def update(agents, batch, noise, trains=("returns", "policy")):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
 
     Batch and noise are those of Agent.critic_loss with a leading axis of seeds; agents: see common/stacked.py.
-    `trains` says what moves; the rest stays bit-equal: Adam passes over weights without a gradient.
+    `trains` says what moves; the rest stays bit-equal: Adam skips weights without a gradient.
     """
     agents.optimizer.zero_grad()
     metrics = {}
@@ -349,7 +349,7 @@ def update(agents, batch, noise, trains=("returns", "policy")):
     if "policy" in trains:
         metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow",))
 
-    # The EMA comes before Adam's step, so that the targets lag by one update.
+    # The EMA comes before Adam's step, as in all released code here: the targets lag by one update.
     agents.ema("target_critic_flow", "critic_flow", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
@@ -400,8 +400,8 @@ if __name__ == "__main__":
         replay.restore(resumed["replay"], count=max(0, resumed["step"] - args.total_timesteps))
 
     # --- Training: offline, then online ---
-    one_update = lambda draws, trains: update(agents, *replay.inputs(draws), trains)
-    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)
+    one_update = lambda draws, trains: update(agents, *replay.inputs(draws), trains)  # the batch, and noise
+    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)  # compiles the losses
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
@@ -428,7 +428,7 @@ if __name__ == "__main__":
             rows = evaluator(act, draw_act_noise, step, stop)
             log.evaluation(rows, phase="offline" if step <= args.total_timesteps else "online")
             evaluated = evaluated if rows is None else step  # None: a signal came; evaluated again after --resume
-        if stop:
+        if stop and saved == step:
             stop.leave(log.run_dir, step)
         if step == last_step:
             break

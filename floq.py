@@ -11,7 +11,7 @@ then the main program at the end. An agent is written for one seed; common/stack
 
     python floq.py --quick                                            # minutes on two CPU cores, data included
     python floq.py --env-id cube-single-play-singletask-v0            # the published hyperparameters
-    python floq.py --env-id puzzle-3x3-play-singletask-v0 --num-seeds 8 --track    # eight seeds in one process
+    python floq.py --env-id puzzle-3x3-play-singletask-v0 --num-seeds 8    # eight seeds in one process
 
 Notation in the shapes: E ensemble members, B batch, m noise samples, N rows, D observation dimension, A action
 dimension, K Euler steps.
@@ -109,7 +109,7 @@ class Args:
     """float32 products: highest (exact), high (TF32), medium (bfloat16); default: high where a GPU has TF32"""
 
 
-# The paper's best settings for each environment.
+# The paper's settings for each environment, the best of its configurations.
 TUNED = {
     "antmaze-large-navigate": dict(alpha=10.0),
     "antmaze-giant-navigate": dict(alpha=10.0, gamma=0.995, q_agg="min", batch_size=512, critic_flow_steps=4),
@@ -180,7 +180,7 @@ class MLP(nn.Module):
 
 
 def gelu(x):
-    """GELU in its tanh form, (1 + tanh(u)) x / 2; compiled as sigmoid(2u) x, the same: CPUs compute tanh slowly."""
+    """GELU in its tanh form, x (1 + tanh u) / 2; compiled as x sigmoid(2u), the same: CPUs compute tanh slowly."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
@@ -248,7 +248,7 @@ class Agent(nn.Module):
     Args:
         args: see Args.
         obs_dim, action_dim: dimensions of observations and actions.
-        min_reward, max_reward: the dataset's extreme rewards, which with 0 (as released) fix the value flow's ranges.
+        min_reward, max_reward: the dataset's; as released, r_min = min(min_reward, 0) and r_max = max(max_reward, 0).
     """
 
     ACTS = ("actor_onestep_flow",)  # the networks that acting needs
@@ -258,7 +258,7 @@ class Agent(nn.Module):
         self.args, self.action_dim = args, action_dim
         horizon = 1 / (1 - args.gamma)
         min_reward, max_reward = min(min_reward, 0.0), max(max_reward, 0.0)
-        self.z_low, self.z_high = args.noise_coverage * min_reward * horizon, args.noise_coverage * max_reward * horizon
+        self.start_low, self.start_high = (args.noise_coverage * r * horizon for r in (min_reward, max_reward))
         q_min, q_max = (min_reward - args.reward_offset) * horizon, (max_reward + args.reward_offset) * horizon
 
         critic_dims = (obs_dim + action_dim, *args.value_hidden_dims, 1)  # inputs [s, a]
@@ -271,7 +271,7 @@ class Agent(nn.Module):
         self.target_critic_flow = copy.deepcopy(self.critic_flow).requires_grad_(False)
 
     def onestep_action(self, observations, noise):
-        """mu(s, n), unclipped: (N, D), (N, A) -> (N, A)."""
+        """mu(s, n), as released unclipped: (N, D), (N, A) -> (N, A)."""
         return self.actor_onestep_flow(torch.cat([observations, noise], dim=-1))
 
     def bc_velocity(self, observations, x, t):
@@ -281,7 +281,7 @@ class Agent(nn.Module):
 
     def start_noise(self, uniform):
         """z_0 in [l, u], from uniform numbers in [0, 1] of any shape."""
-        return self.z_low + (self.z_high - self.z_low) * uniform
+        return self.start_low + (self.start_high - self.start_low) * uniform
 
     def flow_q(self, flow, observations, actions, z_0):
         """End points of a value flow from z_0: (N, D), (N, A), (N, 1) -> (E, N)."""
@@ -372,7 +372,7 @@ class Agent(nn.Module):
         return self.onestep_action(observations, noise).clamp(-1, 1)
 
     def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates: {name: (num_updates, rows, dim)}."""
+        """Every random number of `num_updates` updates, by what becomes of it: {name: (num_updates, rows, dim)}."""
         B, A, m = self.args.batch_size, self.action_dim, self.args.noise_samples
         device = generator.device
         normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
@@ -401,7 +401,7 @@ def update(agents, batch, noise):
     metrics = agents.backward("critic_loss", batch, noise, trains=("critic_flow", "critic"))
     metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_bc_flow", "actor_onestep_flow"))
 
-    # The EMA comes before Adam's step, so that the targets lag by one update.
+    # The EMA comes before Adam's step, as in all released code here: the targets lag by one update.
     agents.ema("target_critic_flow", "critic_flow", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
@@ -451,8 +451,8 @@ if __name__ == "__main__":
         replay.restore(resumed["replay"], count=max(0, resumed["step"] - args.total_timesteps))
 
     # --- Training: offline, then online ---
-    one_update = lambda draws: update(agents, *replay.inputs(draws))
-    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)
+    one_update = lambda draws: update(agents, *replay.inputs(draws))  # the batch, and noise
+    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)  # compiles the losses
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
@@ -479,7 +479,7 @@ if __name__ == "__main__":
             rows = evaluator(act, draw_act_noise, step, stop)
             log.evaluation(rows, phase="offline" if step <= args.total_timesteps else "online")
             evaluated = evaluated if rows is None else step  # None: a signal came; evaluated again after --resume
-        if stop:
+        if stop and saved == step:
             stop.leave(log.run_dir, step)
         if step == last_step:
             break

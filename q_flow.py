@@ -3,7 +3,7 @@
 The idea: a flow policy turns noise into an action in K Euler steps. A value function V(s,x,t) of the latents x at flow
 time t says what the action at the end will be worth; it learns that by rolling latents out with the policy. Its
 gradient in x then bends the flow: the velocity is regressed on the behaviour's velocity plus grad V / lambda. Nothing
-is differentiated through the solver, there is no cloning network and no distillation; the policy that acts is the flow.
+is differentiated through the solver, and there is no cloning network and no second policy: the flow itself acts.
 
 Read first: Agent.roll_out (the flow), Agent.critic_loss, Agent.actor_loss (what is learned), update (one step), then
 the main program at the end. An agent is written for one seed; common/stacked.py runs several side by side.
@@ -12,7 +12,8 @@ the main program at the end. An agent is written for one seed; common/stacked.py
     python q_flow.py --env-id cube-single-play-singletask-v0            # the published hyperparameters
     python q_flow.py --env-id antmaze-giant-navigate-singletask-v0 --num-seeds 8 --online-timesteps 1000000  # online
 
-Notation in the shapes: E ensemble members, B batch, N rows, D observation and A action dimension, K Euler steps.
+Notation in the shapes: E ensemble members, B batch, N rows, D observation dimension, A action dimension,
+K Euler steps.
 """
 
 import copy
@@ -176,7 +177,7 @@ class MLP(nn.Module):
 
 
 def gelu(x):
-    """GELU in its tanh form, (1 + tanh(u)) x / 2; compiled as sigmoid(2u) x, the same: CPUs compute tanh slowly."""
+    """GELU in its tanh form, x (1 + tanh u) / 2; compiled as x sigmoid(2u), the same: CPUs compute tanh slowly."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
@@ -222,8 +223,8 @@ class Agent(nn.Module):
         critic_dims = (obs_dim + action_dim, *args.value_hidden_dims, 1)  # inputs [s, a]
         value_dims = (obs_dim + action_dim + value_t_dim, *args.value_hidden_dims, 1)  # inputs [s, x, emb(t)]
         policy_dims = (obs_dim + action_dim + policy_t_dim, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
-        self.critic = MLP(critic_dims, args.layer_norm, E)
-        self.inner_value = MLP(value_dims, args.layer_norm, E)
+        self.critic = MLP(critic_dims, args.layer_norm, E)  # the paper's outer value Q
+        self.inner_value = MLP(value_dims, args.layer_norm, E)  # its inner value V
         self.actor_flow = MLP(policy_dims, args.actor_layer_norm)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
@@ -283,9 +284,9 @@ class Agent(nn.Module):
 
         # 3. Regressions. As released, intermediate values are aggregated before the square, critics are not.
         q = self.q_values(self.critic, observations, actions)  # (E, B)
-        outer_loss = (q - target).square().mean()
+        outer_loss = (q - target).square().mean()  # L_Q
         inner_value = aggregate(self.inner_values(observations, x_t, t), args.q_agg)  # (B,)
-        distillation_loss = (inner_value - inner_target).square().mean()
+        distillation_loss = (inner_value - inner_target).square().mean()  # L_V
 
         return outer_loss + distillation_loss, {
             "critic/outer_loss": outer_loss,
@@ -319,7 +320,7 @@ class Agent(nn.Module):
         return self.roll_out(observations, noise, torch.zeros_like(noise[..., :1]))
 
     def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates: {name: (num_updates, B, dim)}."""
+        """Every random number of `num_updates` updates, by what becomes of it: {name: (num_updates, B, dim)}."""
         B, A = self.args.batch_size, self.action_dim
         device = generator.device
         normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
@@ -346,7 +347,7 @@ def update(agents, batch, noise):
     metrics = agents.backward("critic_loss", batch, noise, trains=("critic", "inner_value"))
     metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow",))
 
-    # The EMA comes before Adam's step, so that the targets lag by one update.
+    # The EMA comes before Adam's step, as in all released code here: the targets lag by one update.
     agents.ema("target_critic", "critic", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
@@ -393,8 +394,8 @@ if __name__ == "__main__":
         replay.restore(resumed["replay"], count=max(0, resumed["step"] - args.total_timesteps))
 
     # --- Training: offline, then online ---
-    one_update = lambda draws: update(agents, *replay.inputs(draws))
-    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)
+    one_update = lambda draws: update(agents, *replay.inputs(draws))  # the batch, and noise
+    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)  # compiles the losses
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
@@ -421,7 +422,7 @@ if __name__ == "__main__":
             rows = evaluator(act, draw_act_noise, step, stop)
             log.evaluation(rows, phase="offline" if step <= args.total_timesteps else "online")
             evaluated = evaluated if rows is None else step  # None: a signal came; evaluated again after --resume
-        if stop:
+        if stop and saved == step:
             stop.leave(log.run_dir, step)
         if step == last_step:
             break

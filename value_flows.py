@@ -1,10 +1,10 @@
 """Value Flows: return distributions by flow matching (Dong et al. 2025, arXiv 2510.07650), on OGBench.
 
 The idea: the return of (s,a) is a random variable, and its distribution is the end point of a scalar flow from N(0,1).
-Two return fields v(z,t|s,a) are trained by flow matching towards Bellman targets: r + gamma times a return of (s',a')
-(BCFM), and the field itself carried through r + gamma z (DCFM). The flow's derivative dz_1/dz_0 tells how much returns
-spread; transitions with uncertain returns weigh more. One Euler step reads off Q. The policy draws 16 actions from a
-behaviour-cloning flow and takes the best (rejection sampling); online, a distilled one-step policy explores.
+Two return fields v(z,t|s,a) are trained by flow matching towards two Bellman targets: r + gamma times a return of
+(s',a') (BCFM), and the target field of (s',a') at z, asked for at r + gamma z (DCFM). The flow's derivative dz_1/dz_0
+tells how much returns spread; transitions with uncertain returns weigh more. One Euler step reads off Q. The policy
+draws 16 actions from a cloning flow and takes the best (rejection sampling); online, a one-step policy explores.
 
 Read first: Agent.returns (the flow), Agent.critic_loss, Agent.actor_loss (what is learned), update (one step), then
 the main program at the end. An agent is written for one seed; common/stacked.py runs several side by side.
@@ -180,14 +180,14 @@ class MLP(nn.Module):
 
 
 def gelu(x):
-    """GELU in its tanh form, (1 + tanh(u)) x / 2; compiled as sigmoid(2u) x, the same: CPUs compute tanh slowly."""
+    """GELU in its tanh form, x (1 + tanh u) / 2; compiled as x sigmoid(2u), the same: CPUs compute tanh slowly."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 class Network(nn.Module):
-    """An MLP on observations and further inputs. Images are seen through an encoder of the network's own.
+    """An MLP on encoded observations and further inputs; callers encode, `network.encoder(observations)`, once a flow.
 
     Args:
         obs_dim: dimension of observations; for images their shape (H, W, channels).
@@ -240,7 +240,7 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.action_dim, self.is_pixels = args, action_dim, not isinstance(obs_dim, int)
         horizon = 1 / (1 - args.gamma)
-        self.z_min, self.z_max = min_reward * horizon, max_reward * horizon
+        self.z_min, self.z_max = min_reward * horizon, max_reward * horizon  # as released, without 0
 
         critic_dims = (action_dim + 2, *args.value_hidden_dims, 1)  # inputs [s, a, z, t]
         bc_flow_dims = (action_dim + 1, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
@@ -251,7 +251,7 @@ class Agent(nn.Module):
         self.target_critic_flow = copy.deepcopy(self.critic_flow).requires_grad_(False)
 
     def onestep_action(self, observations, noise):
-        """mu(s, n), clipped: (N, D), (N, A) -> (N, A)."""
+        """mu(s, n), as released clipped: (N, D), (N, A) -> (N, A)."""
         states = self.actor_onestep_flow.encoder(observations)
         return self.actor_onestep_flow.mlp(states, noise).clamp(-1, 1)
 
@@ -280,7 +280,7 @@ class Agent(nn.Module):
         return z
 
     def return_derivatives(self, fields, condition, z):
-        """dPhi(z; 1)/dz by the flow derivative ODE dJ/dt = (dv/dz) J, J_0 = 1, without the clipping of returns.
+        """dPhi(z; 1)/dz by the flow derivative ODE dJ/dt = (dv/dz) J, J_0 = 1; clipping is not differentiated.
 
         Arguments as for returns, (E, N, 1) out. A row's velocity depends on its own z only, so that the gradient of the
         velocities' sum has each row's dv/dz.
@@ -300,7 +300,7 @@ class Agent(nn.Module):
     def q_values(self, observations, actions, noise):
         """Q(s, a) = agg_e C(z + v_e(z, 0 | s, a)): (N, D), (N, C, A), (N, C, 1) -> (N, C).
 
-        One Euler step is enough: at t = 0 the regression's solution is v(z, 0) = E[return] - z.
+        One Euler step is enough: at t = 0 BCFM's solution is v(z, 0) = E[return] - z.
         """
         C = noise.shape[1]
         states = self.critic_flow.encoder(observations).repeat_interleave(C, dim=0)  # (N*C, D)
@@ -330,7 +330,7 @@ class Agent(nn.Module):
 
         # No gradient through steps 1 to 3: they make the regression's fixed weights and labels.
         with torch.no_grad():
-            # 1. The next action, by rejection sampling.
+            # 1. The next action, by rejection sampling with the online fields, as released.
             candidates, next_q = noise["next_action_candidates"], noise["next_q"]  # (B, C, A), (B, C, 1)
             next_actions = self.rejection_sampling(next_observations, candidates, next_q)  # (B, A)
 
@@ -407,7 +407,7 @@ class Agent(nn.Module):
         return batch | {name: pixels.crop(batch[name], noise["crop"]) for name in ("observations", "next_observations")}
 
     def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates: {name: (num_updates, B, ...)}."""
+        """Every random number of `num_updates` updates, by what becomes of it: {name: (num_updates, B, ...)}."""
         B, A, C = self.args.batch_size, self.action_dim, self.args.num_samples
         device = generator.device
         normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
@@ -425,7 +425,7 @@ class Agent(nn.Module):
         } | ({"crop": pixels.draw_crops(generator, num_updates, B)} if self.is_pixels else {})
 
     def draw_act_noise(self, generator, num_steps):
-        """The random numbers of `num_steps` actions: (num_steps, C, A + 1)."""
+        """The random numbers of `num_steps` actions: (num_steps, C, A + 1), the last for q_values."""
         shape = (num_steps, self.args.num_samples, self.action_dim + 1)
         return torch.randn(shape, generator=generator, device=generator.device)
 
@@ -441,7 +441,7 @@ def update(agents, batch, noise):
     metrics = agents.backward("critic_loss", batch, noise, trains=("critic_flow",))
     metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow", "actor_onestep_flow"))
 
-    # The EMA comes before Adam's step, so that the targets lag by one update.
+    # The EMA comes before Adam's step, as in all released code here: the targets lag by one update.
     agents.ema("target_critic_flow", "critic_flow", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
@@ -491,8 +491,8 @@ if __name__ == "__main__":
         replay.restore(resumed["replay"], count=max(0, resumed["step"] - args.total_timesteps))
 
     # --- Training: offline, then online ---
-    one_update = lambda draws: update(agents, *replay.inputs(draws))
-    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)
+    one_update = lambda draws: update(agents, *replay.inputs(draws))  # the batch, and noise
+    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)  # compiles the losses
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
     act, draw_act_noise = agents.function("act_online"), agents.agent.draw_act_noise  # the policy that explores
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
@@ -519,7 +519,7 @@ if __name__ == "__main__":
             rows = evaluator(agents.function(acting(args, step)), draw_act_noise, step, stop)
             log.evaluation(rows, phase="offline" if step <= args.total_timesteps else "online")
             evaluated = evaluated if rows is None else step  # None: a signal came; evaluated again after --resume
-        if stop:
+        if stop and saved == step:
             stop.leave(log.run_dir, step)
         if step == last_step:
             break

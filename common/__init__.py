@@ -21,7 +21,9 @@ def warn(message):
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def check_system(platform=sys.platform, version=sys.version_info, packages=("torch", "ogbench", "mujoco", "tyro")):
+def check_system(
+    platform=sys.platform, version=sys.version_info, packages=("torch", "ogbench", "mujoco", "tyro", "safetensors")
+):
     """Ends the program where this project cannot run: on Windows, on another Python, without its packages."""
     if platform == "win32":
         fail("CleanFlow runs on Linux and macOS, not on Windows (WSL is Linux)")

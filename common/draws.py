@@ -33,7 +33,7 @@ def draw_chunk(agent, args, seeds, num_transitions, chunk, device, online=False)
         num_transitions: of the offline dataset.
         chunk: number of the chunk.
         device: torch device.
-        online: whether indices are integers below 2**62, which `Replay.batch` brings into the buffer's range, and "act"
+        online: whether indices are integers below 2**62, whose remainder by the buffer's size is taken, and "act"
             is drawn too, the noise of one action per update.
 
     Returns:

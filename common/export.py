@@ -39,7 +39,8 @@ def write(directory, networks, saved, rows, seed=None):
         seed: the one seed to write; None for all.
 
     Raises:
-        SystemExit: (code 2) for a seed that the run does not have, or a folder that cannot be written.
+        SystemExit: (code 2) for a seed that the run does not have, a folder that holds something else, or one that
+            cannot be written.
     """
     directory, args = Path(directory), saved["args"]
     seeds = list(range(args["seed"], args["seed"] + args["num_seeds"]))
@@ -58,6 +59,8 @@ def write(directory, networks, saved, rows, seed=None):
     config["evaluation"] = [row for row in rows if row["seed"] in chosen]
     packages = ("torch", "ogbench", "mujoco", "numpy")
     config["versions"] = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / WEIGHTS).exists():
+        fail(f"--export {directory}: the folder holds something else; name a new or an empty one")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         files = {WEIGHTS: safetensors.torch.save(weights), CONFIG: json.dumps(config, indent=2).encode()}
@@ -141,14 +144,13 @@ def card(config):
         scores = f"Success: {np.mean(success):.1f}%{spread}, {rows[0]['episodes']} episodes per seed.\n\n"
         scores += "\n".join(table) + "\n"
     return f"""---
-license: mit
 library_name: cleanflow
 tags: [reinforcement-learning, offline-rl, ogbench]
 ---
 
 # {name} on {env_id}
 
-A policy trained with CleanFlow's `{name}.py` for {config["step"]:,} updates.
+A policy trained with `{name}.py` of CleanFlow for {config["step"]:,} updates.
 
 {scores}
 Data: `{data["file"]}` ({data["source"]}, {data["transitions"]:,} transitions, SHA-256 `{data["sha256"]}`).

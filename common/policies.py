@@ -22,7 +22,7 @@ def rebuild(Agent, args, saved, device, directory):
     Args:
         Agent: the algorithm's.
         args: its arguments, as trained.
-        saved: of export.read_any.
+        saved: what export.read_any returned.
         device: torch device.
         directory: for messages.
 
@@ -32,7 +32,7 @@ def rebuild(Agent, args, saved, device, directory):
     try:
         seeds = range(args.seed, args.seed + args.num_seeds)
         agents = Stacked(lambda: Agent(args, **saved["agent_inputs"]), seeds, device, args.learning_rate)
-        if "optimizer" not in saved:
+        if "optimizer" not in saved:  # an exported folder
             agents.keep(Agent.ACTS)
         agents.load_state_dict(saved)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -99,13 +99,13 @@ def load(Agent, Args, directory, seed=None, acting=always_act):
 def evaluate(Agent, args, saved, inference, device, acting=always_act):
     """Evaluates a run or an exported folder anew (`--evaluate`), and exports its policy (`--export`).
 
-    The same `--seed`, step and number of episodes make the same episodes as in training. A row per seed is added to
+    The same `--seed` and step make the same episodes as in training. A row per seed is added to
     inference.csv in the directory: the settings that may differ, the seed of the episodes, eval.csv's columns.
 
     Args:
         Agent: the algorithm's.
         args: of this program: `evaluate` is the directory, `seed` the episodes' first.
-        saved: of export.read_any.
+        saved: what export.read_any returned.
         inference: names of the settings that --evaluate may change.
         device: torch device.
         acting: function (args, step) of the name of the agent's method that acts.
@@ -115,14 +115,16 @@ def evaluate(Agent, args, saved, inference, device, acting=always_act):
     settings = {name: getattr(args, name) for name in inference}
     method = acting(args, step)
     first = saved["args"]["seed"]
-    episodes = list(range(args.seed, args.seed + args.num_seeds))  # a seed of the episodes for each agent
-    evaluator = rollout.Evaluator(args, episodes, device, directory)
+    episode_seeds = list(range(args.seed, args.seed + args.num_seeds))  # one for each agent
+    evaluator = rollout.Evaluator(args, episode_seeds, device, directory)
     rows = evaluator(agents.function(method), agents.agent.draw_act_noise, step)
     evaluator.close()
     rows = [settings | {"episodes_seed": row["seed"]} | row | {"seed": first + i} for i, row in enumerate(rows)]
     runs.append_rows(directory / "inference.csv", rows)
     for row in rows:
-        print(f"seed {row['seed']}: success {row['success']:.2f} at step {step}, {settings}")
+        print(
+            f"seed {row['seed']}: success {row['success']:.2f} at step {step}" + (f", {settings}" if settings else "")
+        )
     if args.capture_video:
         print(f"videos: {directory}/videos")
     if args.export is not None:

@@ -53,7 +53,7 @@ class Replay:
         self.count = count
 
     def inputs(self, draws):
-        """What an update takes: the batch that the draws of `draws.Draws` choose, and the noise that they also hold."""
+        """What an update takes: the batch at `draws["indices"]`, and the other entries of `draws`, the noise."""
         return self.batch(draws), {name: value for name, value in draws.items() if name not in ("indices", "count")}
 
     def batch(self, draws):

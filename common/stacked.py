@@ -20,7 +20,7 @@ class Stacked:
         learning_rate: Adam's.
 
     Attributes:
-        agent: one of the agents as it began, which says what all have in common (it does not train).
+        agent: the first agent as it began: the settings that all share. Its own weights do not train.
         parameters: {name of an agent's parameter: (S, ...)}; those whose `requires_grad` is False are left to `ema`.
         optimizer: one Adam for all of them (Adam is elementwise, so several would be the same).
         compiled: whether losses run through torch.compile.
@@ -57,7 +57,7 @@ class Stacked:
             trains: names of the networks, the attributes of the agent.
         """
         parameters = {name: p if name.split(".")[0] in trains else p.detach() for name, p in self.parameters.items()}
-        losses, metrics = self._stack(loss, self.compiled)(parameters, batch, noise)
+        losses, metrics = self._vectorised(loss, self.compiled)(parameters, batch, noise)
         losses.sum().backward()
         return {name: value.detach() for name, value in metrics.items()}
 
@@ -76,12 +76,12 @@ class Stacked:
 
         @torch.no_grad()
         def stacked(*inputs):
-            return self._stack(method, compiled=False)(self.parameters, *inputs)
+            return self._vectorised(method, compiled=False)(self.parameters, *inputs)
 
         stacked.__name__ = method if isinstance(method, str) else method.__name__
         return stacked
 
-    def _stack(self, method, compiled):
+    def _vectorised(self, method, compiled):
         """f(parameters, inputs) -> what the agent's method returns for these inputs; all with a leading axis S."""
         if (method, compiled) not in self.functions:
             caller = _Caller(self.agent, method)
@@ -106,8 +106,11 @@ class Stacked:
         return self.functions[method, compiled]
 
     def keep(self, networks):
-        """Drops the weights of all other networks, which then cannot be used."""
+        """Drops the weights of all other networks; what uses one of them anyway gets NaN."""
         self.parameters = {name: p for name, p in self.parameters.items() if name.split(".")[0] in networks}
+        for name, p in self.agent.named_parameters():
+            if name not in self.parameters:
+                p.data.fill_(torch.nan)
 
     def only(self, index):
         """The agent with this index alone, for acting."""
@@ -151,5 +154,6 @@ class _Caller(nn.Module):
         self.agent, self.method = agent, method
 
     def forward(self, *inputs):
+        # A name, or a plain function of the agent.
         method = getattr(type(self.agent), self.method) if isinstance(self.method, str) else self.method
         return method(self.agent, *inputs)

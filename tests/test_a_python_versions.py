@@ -43,7 +43,9 @@ def test_requirements_pin_everything_but_what_nobody_needs():
              for line in (ROOT / name).read_text().splitlines()]  # fmt: skip
     lines = [line for line in lines if line]
     assert all("==" in line for line in lines) and not any("labmaze" in line for line in lines)
-    pins = re.findall(r'^    "(.*)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)  # Python 3.10 has no tomllib
+    pins = re.findall(
+        r'^    "(.*)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )  # Python 3.10 has no tomllib
     assert len(pins) > 10 and {"torch", "ogbench"} < {pin.split("==")[0] for pin in pins} and set(pins) <= set(lines)
     installed = "pip install -r requirements.txt && pip install --no-deps -r requirements-no-deps.txt"
     assert (ROOT / "README.md").read_text().count(installed) == 2

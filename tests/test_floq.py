@@ -163,7 +163,7 @@ def test_train_at_zero_only_is_the_loss_at_time_zero():
 def test_ranges_steps_and_norms_follow_the_arguments():
     args = small_args(noise_coverage=0.25, gamma=0.9, layer_norm=False, actor_layer_norm=True, actor_flow_steps=3)
     agent = make_agent(args, min_reward=-2.0, max_reward=1.0)
-    assert (agent.z_low, agent.z_high) == pytest.approx((-5.0, 2.5))
+    assert (agent.start_low, agent.start_high) == pytest.approx((-5.0, 2.5))
     assert (agent.critic_flow.edges[0].item(), agent.critic_flow.edges[-1].item()) == pytest.approx((-20.1, 10.1))
     normed = {
         name for name, module in agent.named_children() if any("scales" in n for n, _ in module.named_parameters())
@@ -208,6 +208,6 @@ def test_act_is_the_clipped_onestep_policy():
 def test_the_range_of_rewards_has_zero_in_it(rewards, low, high):
     """As in the released code, whose replay buffer has rows of zeros: also where the data hold no success."""
     agent = make_agent(small_args(noise_coverage=0.25), min_reward=rewards[0], max_reward=rewards[1])
-    assert (agent.z_low, agent.z_high) == pytest.approx((0.25 * low * 100, 0.25 * high * 100))
+    assert (agent.start_low, agent.start_high) == pytest.approx((0.25 * low * 100, 0.25 * high * 100))
     assert agent.critic_flow.edges[0].item() == pytest.approx((low - 0.01) * 100, rel=1e-5)
     assert agent.critic_flow.edges[-1].item() == pytest.approx((high + 0.01) * 100, rel=1e-5)
