@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ALGORITHMS, ENV_ID, assert_refused, run
+from conftest import ALGORITHMS, ENV_ID, ROOT, assert_refused, run
 
 from common import checkpoint, export, policies, rollout
 from common.workers import start_workers, stop_workers
@@ -281,3 +281,26 @@ def test_videos_are_filmed(exported, tmp_path):
     out = run("floq", "--evaluate", copy, "--eval-episodes", 1, "--capture-video").stdout
     assert f"videos: {copy}/videos" in out
     assert sorted(path.name for path in (copy / "videos").iterdir()) == ["step430-seed0.gif", "step430-seed1.gif"]
+
+
+# --- The policies in the repository ---
+
+FOLDERS = sorted(path.parent for path in (ROOT / "benchmarks/policies").glob("*/config.json"))
+
+
+def test_the_policies_of_the_repository_are_small_and_one_per_algorithm():
+    algorithms = [json.loads((folder / "config.json").read_text())["algorithm"] for folder in FOLDERS]
+    assert sorted(algorithms) == NAMES
+    files = [folder / name for folder in FOLDERS for name in (export.WEIGHTS, export.CONFIG, export.CARD)]
+    assert sum(path.stat().st_size for path in files) < 4e6
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
+def test_a_policy_of_the_repository_acts_and_its_card_is_its_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    policy = ALGORITHMS[config["algorithm"]].load(folder)
+    observation = np.linspace(-1, 1, config["agent_inputs"]["obs_dim"])
+    first, second = policy.act(observation), policy.act(observation)
+    assert first.shape == (5,) and not np.array_equal(first, second) and np.abs([first, second]).max() <= 1
+    assert (folder / "README.md").read_text() == export.card(config)
+    assert "/" not in "".join(str(value) for value in config["args"].values())
