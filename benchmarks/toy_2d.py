@@ -532,10 +532,8 @@ def draw(path, data, rows, samples, landscapes):
     legend = "samples on the data blue, off it red; data grey, orange where rewarded"
     figure.suptitle(f"{name}: {legend}\nthe smaller $\\lambda$, the more the reward counts", fontsize=12)
     if reached < FAITHFUL:
-        warning = (
-            f"cloning has {reached:.0%} of its samples on the data, below {FAITHFUL:.0%}: nothing here may be compared"
-        )
-        figure.supxlabel(warning, color="#d62728", fontsize=13)
+        warning = f"cloning has {reached:.1%} of its samples on the data, below {FAITHFUL:.0%}"
+        figure.supxlabel(f"{warning}: nothing here may be compared", color="#d62728", fontsize=13)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -571,16 +569,8 @@ if __name__ == "__main__":
     options = tyro.cli(ToyArgs, description=__doc__)
     for name in options.datasets:
         make_points(name, 10)  # refuses unknown names
-    for name in (
-        "seeds",
-        "batch_size",
-        "pretrain_batch_size",
-        "fit_updates",
-        "width",
-        "depth",
-        "flow_steps",
-        "reward_scale",
-    ):
+    sizes = ("seeds", "fit_updates", "pretrain_batch_size", "batch_size", "width", "depth", "flow_steps")
+    for name in (*sizes, "reward_scale"):
         if getattr(options, name) <= 0:
             fail(f"--{name.replace('_', '-')} {getattr(options, name)}: must be above zero")
     if options.updates < 50 or options.pretrain_updates < 0 or options.batch_size > NUM_POINTS:
