@@ -424,8 +424,8 @@ def study(name, options, device, progress):
             if key != "strength":
                 begin = start.parameters[key]
                 parameter.data.copy_(begin.repeat(len(lambdas), *[1] * (begin.ndim - 1)))
-        updates, learning_rate = num_updates(name, options), 1e-3 if options.full else 2e-3
-        norms = train(method, agents, draw_batches(agents, method, *inputs), updates, learning_rate, progress)
+        batches = draw_batches(agents, method, *inputs)
+        norms = train(method, agents, batches, num_updates(name, options), 1e-3, progress)
 
         keys = list(itertools.product(lambdas, range(options.seeds)))  # as the agents are stacked
         x = noise.expand(len(keys), -1, -1)
