@@ -1,22 +1,22 @@
 """EVOR: expressive value learning, improved at inference (arXiv 2510.08218), on OGBench.
 
 The idea: a flow policy clones the data, and a scalar flow from N(0,1) learns the distribution of the return that this
-base policy earns from (s,a): policy evaluation, nothing is maximised in training. All improvement is made when acting:
-draw candidate actions from the base policy, rate each by a soft maximum of its return samples, and draw one of them by a
-softmax of the ratings. How many candidates and how greedily is chosen at inference, without training again.
+base policy earns from (s,a): policy evaluation, nothing is maximised in training. All improvement is made when
+acting: draw candidate actions from the base policy, rate each by a soft maximum of its return samples, draw one of
+them by a softmax of the ratings. How many candidates and how greedily is chosen at inference, without training again.
 
     python evor.py --quick                                                  # minutes on two CPU cores, data included
     python evor.py --env-id cube-single-play-singletask-v0 --num-seeds 8    # full size, eight seeds stacked
     python evor.py --evaluate runs/RUN_DIR --num-actions 64 --tau-q 0.1     # a trained run, improved more
 
-Neither the authors' code nor the paper's full text could be read here: docs/evor.md says what is known and what was chosen.
+Neither the authors' code nor the paper's full text could be read: docs/evor.md says what is known and what was chosen.
 The default label of flow TD is exact and differs from the paper's (`--td-target published`).
 
-Read first: Agent.flow_td (the targets), Agent.critic_loss and Agent.actor_loss (what is learned), Agent.act, update (one
-step), and then the main program. An agent is written for one seed; common/stacked.py runs one per seed side by side.
+Read first: Agent.flow_td (the targets), Agent.critic_loss, Agent.actor_loss (what is learned), Agent.act, update (one
+step), then the main program. An agent is written for one seed; common/stacked.py runs several side by side.
 
-Notation in the shapes: E return fields, B batch, C candidate actions, R return samples, N rows, D observation and A action
-dimension, K Euler steps.
+Notation in the shapes: E return fields, B batch, C candidate actions, R return samples, N rows, D observation
+dimension, A action dimension, K Euler steps.
 """
 
 import copy
@@ -29,11 +29,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import arguments, checkpoint, datasets, envs, fail, graphs, rollout, runs, stacked
+from common import arguments, checkpoint, datasets, envs, export, fail, graphs, policies, rollout
 from common.device import setup_torch
 from common.draws import Draws
+from common.log import Log
 from common.replay import Replay
 from common.returns import reward_to_go
+from common.signals import StopRequest
 from common.stacked import Stacked
 
 # --- Arguments ---
@@ -54,7 +56,9 @@ class Args:
     runs_dir: str = "runs"  # directory that run directories are made in
     resume: str | None = None  # run directory to continue; its arguments apply
     evaluate: str | None = None
-    """run directory to evaluate only; its arguments apply, those of the choice among candidates may change"""
+    """run directory or exported folder to evaluate only, without data; its arguments apply, --seed is the episodes'"""
+    export: str | None = None  # with --evaluate: write the policy to this folder, with the evaluation's scores
+    export_seed: int | None = None  # with --export: the one seed to write (default: all)
     quick: bool = False  # the whole pipeline small, in minutes on two cores: generated data, small networks (see QUICK)
 
     # Data and evaluation
@@ -84,7 +88,7 @@ class Args:
     tau_q: float = 1.0  # temperature of the choice among candidates, in units of return (small: the best, large: any)
     tau_r: float = 10.0  # temperature of the soft maximum over return samples (small: their maximum, large: their mean)
     td_target: Literal["exact", "published"] = "exact"
-    """label of flow TD: the straight way's velocity r + gamma z' - z_0, or the paper's r + gamma sbar(z_t, t | s', a')"""
+    """label of flow TD: the straight way's velocity r + gamma z' - z_0, or the paper's r + gamma vbar(z_t, t|s', a')"""
     latents: Literal["data", "target"] = "data"  # the published label's z_1: the data's reward-to-go, or a sample
     bc_timesteps: int = 0  # first updates, of the policy alone, which is then frozen (0: policy and returns together)
     num_ensembles: int = 2  # return fields E
@@ -98,7 +102,7 @@ class Args:
     compile: bool = True  # compile the losses: up to two minutes at first, then faster updates
     cudagraphs: bool = True  # replay the whole update as one CUDA graph (on a GPU)
     matmul_precision: Literal["highest", "high", "medium"] | None = None
-    """float32 products: highest is exact, high TF32, medium bfloat16 (default: high on a GPU with TF32, else highest)"""
+    """float32 products: highest (exact), high (TF32), medium (bfloat16); default: high where a GPU has TF32"""
 
 
 # The paper's settings for each environment, and for going online: the same everywhere, and not known.
@@ -143,7 +147,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step does.
+        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -156,7 +160,7 @@ class MLP(nn.Module):
 
 
 def gelu(x):
-    """GELU in its tanh form, (1 + tanh(u)) x / 2; compiled as sigmoid(2u) x, the same, since CPUs compute tanh slowly."""
+    """GELU in its tanh form, (1 + tanh(u)) x / 2; compiled as sigmoid(2u) x, the same: CPUs compute tanh slowly."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
@@ -178,9 +182,10 @@ class Agent(nn.Module):
     Args:
         args: see Args.
         obs_dim, action_dim: dimensions of observations and actions.
-        min_reward, max_reward: the dataset's extreme rewards; with 0, of an ended episode, they fix the range of returns.
+        min_reward, max_reward: the dataset's extreme rewards; with 0, for an end, they fix the range of returns.
     """
 
+    ACTS = ("actor_flow", "target_critic_flow")  # the networks that acting needs
     METRICS = ("critic/critic_loss", "critic/target_mean", "actor/bc_flow_loss")  # of which a phase gives some
 
     def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
@@ -209,7 +214,7 @@ class Agent(nn.Module):
         return x.clamp(-1, 1).unflatten(0, (-1, C))
 
     def field(self, fields, condition, z, t):
-        """Return fields' v_e(z, t | s, a): [s, a] (N, D + A), z (N, 1) or (E, N, 1), t (N, 1) or a float -> (E, N, 1)."""
+        """Return fields v_e(z, t|s, a): [s, a] (N, D + A), z (N, 1) or (E, N, 1), t (N, 1) or a float -> (E, N, 1)."""
         t = t.expand_as(z) if torch.is_tensor(t) else torch.full_like(z, t)
         return fields(condition, torch.cat([z, t], dim=-1))
 
@@ -224,15 +229,11 @@ class Agent(nn.Module):
 
     @torch.no_grad()  # labels are the regression's constants, and the policy is not trained by returns
     def flow_td(self, batch, noise):
-        """Flow TD: the points z_t of the return field of (s,a), and their labels.
+        """Flow TD: points z_t of the return field of (s,a), and their labels, (B, 1) each.
 
         Args:
-            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,); for the published label with
-                latents of the data also returns (B,), see reward_to_go.
+            batch: observations, next_observations (B, D), actions (B, A), rewards, masks, data latents: returns (B,).
             noise: an update's entries of draw_noise, (B, dim).
-
-        Returns:
-            z_t and label, (B, 1) each.
         """
         args = self.args
         rewards, masks = batch["rewards"].unsqueeze(-1), batch["masks"].unsqueeze(-1)  # (B, 1)
@@ -252,8 +253,8 @@ class Agent(nn.Module):
             z_1 = self.returns(condition, noise["latent"])  # (B, 1)
         z_t = (1 - t) * z_0 + t * z_1  # (B, 1)
 
-        # 3. The label. Exact: the velocity of the straight way from z_0 to z_1. Published: the Bellman equation of fields,
-        #    the next field at the same z_t and t.
+        # 3. The label. Exact: the velocity of the straight way from z_0 to z_1. Published: the Bellman equation of
+        #    fields, the next field at the same z_t and t.
         if args.td_target == "exact":
             return z_t, z_1 - z_0
         next_velocity = self.field(self.target_critic_flow, next_condition, z_t, t).mean(dim=0)  # (B, 1)
@@ -263,7 +264,7 @@ class Agent(nn.Module):
         """L_critic, and its parts for the log; trains the return fields. Arguments as for flow_td."""
         z_t, label = self.flow_td(batch, noise)  # (B, 1)
 
-        # Regression of every field: v(z_t, t | s, a) -> label. The mean label is the mean return, since z_0 has mean zero.
+        # Regression of every field: v(z_t, t | s, a) -> label. Its mean is the mean return, since z_0 has mean zero.
         condition = torch.cat([batch["observations"], batch["actions"]], dim=-1)  # (B, D + A)
         velocity = self.field(self.critic_flow, condition, z_t, noise["time"])  # (E, B, 1)
         critic_loss = (velocity - label).square().mean()
@@ -320,7 +321,7 @@ class Agent(nn.Module):
 
 
 def soft_maximum(returns, tau_r):
-    """Q = tau_R ln mean_j exp(r_j / tau_R), from the maximum (tau_R small) to the mean: (..., R) -> (...), always finite."""
+    """Q = tau_R ln mean_j exp(r_j / tau_R), from the maximum (tau_R small) to the mean: (..., R) -> (...), finite."""
     top = returns.amax(dim=-1, keepdim=True)  # exact near it, and near the mean by log1p and expm1
     return top.squeeze(-1) + tau_r * torch.expm1((returns - top) / tau_r).mean(dim=-1).log1p()
 
@@ -328,7 +329,7 @@ def soft_maximum(returns, tau_r):
 def softmax_choice(q, tau_q, noise):
     """Index drawn from softmax(Q / tau_Q): (..., C), standard normal noise (..., C) -> (...).
 
-    The Gumbel trick: argmax of Q / tau_Q + g, with g = -ln(-ln Phi(noise)) a Gumbel variable (acting's noise is normal).
+    The Gumbel trick: argmax of Q / tau_Q + g; g = -ln(-ln Phi(noise)) is a Gumbel variable (acting's noise is normal).
     """
     beyond = torch.erfc(noise.abs() / math.sqrt(2)) / 2  # probability of the tail beyond the noise
     gumbel = -torch.log(-torch.where(noise < 0, beyond.log(), torch.log1p(-beyond)))
@@ -338,10 +339,8 @@ def softmax_choice(q, tau_q, noise):
 def update(agents, batch, noise, trains=("returns", "policy")):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
 
-    Args:
-        agents: the seeds' agents, see common/stacked.py.
-        batch, noise: as for Agent.flow_td, with a leading axis of seeds.
-        trains: what moves; the rest stays bit-equal, since Adam passes over weights that have no gradient.
+    Batch and noise are those of Agent.critic_loss with a leading axis of seeds; agents: see common/stacked.py.
+    `trains` says what moves; the rest stays bit-equal: Adam passes over weights without a gradient.
     """
     agents.optimizer.zero_grad()
     metrics = {}
@@ -350,7 +349,7 @@ def update(agents, batch, noise, trains=("returns", "policy")):
     if "policy" in trains:
         metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow",))
 
-    # The EMA comes before Adam's step, so that the targets lag by one update. Untrained fields equal their targets.
+    # The EMA comes before Adam's step, so that the targets lag by one update.
     agents.ema("target_critic_flow", "critic_flow", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
@@ -361,16 +360,21 @@ def update(agents, batch, noise, trains=("returns", "policy")):
 
 def parse_args(words=None):
     """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
-    args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, inference=INFERENCE, words=words)
+    args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, INFERENCE, words=words)
+    above_zero = "flow_steps num_actions num_returns tau_q tau_r num_ensembles value_hidden_dims actor_hidden_dims"
+    arguments.check_numbers(args, above_zero.split(), at_least_zero=("bc_timesteps",))
     if envs.is_pixels(args.env_id):
         fail(f"--env-id {args.env_id}: evor.py works on state observations")
     if args.td_target == "published" and args.latents == "data" and args.online_timesteps:
         fail("--latents data: the reward-to-go of an online transition is not known yet; use --latents target")
     if args.bc_timesteps > args.total_timesteps:
-        fail(
-            f"--bc-timesteps {args.bc_timesteps} is above --total-timesteps {args.total_timesteps}, of which it is a part"
-        )
+        fail(f"--bc-timesteps {args.bc_timesteps} is above --total-timesteps {args.total_timesteps}")
     return args, resumed
+
+
+def load(directory, seed=None):
+    """The policy of a run directory or an exported folder: `load(DIR).act(observation)`; see common/policies.py."""
+    return policies.load(Agent, Args, directory, seed)
 
 
 if __name__ == "__main__":
@@ -378,17 +382,14 @@ if __name__ == "__main__":
     device = setup_torch(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
 
-    # --- Evaluation only ---
     if args.evaluate is not None:
-        agents = stacked.load(Agent, args, resumed, device)
-        rollout.evaluate_run(args, agents, resumed["step"], INFERENCE, device)
-        raise SystemExit
+        raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device))
 
     # --- Data ---
     dataset, identity = datasets.load(args, device)
     if args.td_target == "published" and args.latents == "data":
         dataset["returns"] = torch.as_tensor(reward_to_go(dataset, args.gamma)[0], dtype=torch.float32, device=device)
-    log = runs.Log(args, resumed, device, identity, Agent.METRICS)
+    log = Log(args, resumed, device, identity, Agent.METRICS)
 
     # --- Agents, one per seed ---
     replay = Replay(dataset, args.num_seeds, args.online_timesteps)
@@ -405,7 +406,7 @@ if __name__ == "__main__":
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
     explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed
-    stop = runs.StopRequest()  # true after SIGTERM or Ctrl-C
+    stop = StopRequest()  # true after SIGTERM or Ctrl-C
     step, evaluated = (resumed["step"], resumed["evaluated"]) if resumed is not None else (0, 0)
     saved, last_step = step, args.total_timesteps + args.online_timesteps
 
@@ -446,3 +447,4 @@ if __name__ == "__main__":
     evaluator.close()
     explorer.close()
     log.close()
+    export.write_run(log.run_dir, Agent.ACTS)

@@ -2,19 +2,19 @@
 
 The idea: Q(s,a) is the end point of a scalar flow. A velocity network v(z,t|s,a) carries a noise z_0 ~ U[l,u] to the
 value z_1 in K Euler steps, so that a small network is applied K times in a row: more computation with the same weights.
-It is trained by flow matching towards the TD target y = r + gamma E[Q(s',a')], whose own flow runs with an EMA copy. A
-plain critic is distilled from the flow; it gives the policy its gradient. The policy is FQL's: a behaviour-cloning flow,
-distilled into a one-step policy that maximises the critic.
+It is trained by flow matching towards the TD target y = r + gamma E[Q(s',a')], whose own flow runs with an EMA copy.
+A plain critic is distilled from the flow; it gives the policy its gradient. The policy is FQL's: a behaviour-cloning
+flow, distilled into a one-step policy that maximises the critic.
 
-Read first: ValueFlow (the flow's velocity), Agent.critic_loss and Agent.actor_loss (what is learned), update (one step),
-and then the main program at the end. An agent is written for one seed; common/stacked.py runs one per seed side by side.
+Read first: ValueFlow (the flow's velocity), Agent.critic_loss, Agent.actor_loss (what is learned), update (one step),
+then the main program at the end. An agent is written for one seed; common/stacked.py runs several side by side.
 
     python floq.py --quick                                            # minutes on two CPU cores, data included
     python floq.py --env-id cube-single-play-singletask-v0            # the published hyperparameters
     python floq.py --env-id puzzle-3x3-play-singletask-v0 --num-seeds 8 --track    # eight seeds in one process
 
-Notation in the shapes: E ensemble members, B batch, m noise samples, N rows, D observation and A action dimension, K Euler
-steps.
+Notation in the shapes: E ensemble members, B batch, m noise samples, N rows, D observation dimension, A action
+dimension, K Euler steps.
 """
 
 import copy
@@ -27,10 +27,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import arguments, checkpoint, datasets, envs, fail, graphs, rollout, runs, warn
+from common import arguments, checkpoint, datasets, envs, export, fail, graphs, policies, rollout, warn
 from common.device import setup_torch
 from common.draws import Draws
+from common.log import Log
 from common.replay import Replay
+from common.signals import StopRequest
 from common.stacked import Stacked
 
 # --- Arguments ---
@@ -50,6 +52,10 @@ class Args:
     capture_video: bool = False  # save a video of each seed's first evaluation episode (needs OpenGL)
     runs_dir: str = "runs"  # directory that run directories are made in
     resume: str | None = None  # run directory to continue; its arguments apply
+    evaluate: str | None = None
+    """run directory or exported folder to evaluate only, without data; its arguments apply, --seed is the episodes'"""
+    export: str | None = None  # with --evaluate: write the policy to this folder, with the evaluation's scores
+    export_seed: int | None = None  # with --export: the one seed to write (default: all)
     quick: bool = False  # the whole pipeline small, in minutes on two cores: generated data, small networks (see QUICK)
 
     # Data and evaluation
@@ -60,8 +66,7 @@ class Args:
     """OGBench's file, downloaded if missing, or one made here with OGBench's scripted collectors"""
     generated_episodes: int | None = None  # episodes of a generated dataset (default: as the official one)
     success_timing: Literal["post", "pre"] = "post"  # judge success after the action (published scores) or before it
-    total_timesteps: int = 2_000_000
-    """gradient updates of the offline phase (published: 2M, or 1M before an online phase of 2M)"""
+    total_timesteps: int = 2_000_000  # gradient updates of the offline phase (published before going online: 1M)
     online_timesteps: int = 0  # environment steps of the online phase, each with an update (0: no such phase)
     eval_interval: int = 100_000  # updates between evaluations; more after the first update and at each phase's end
     eval_episodes: int = 50  # evaluation episodes per seed
@@ -81,12 +86,10 @@ class Args:
     noise_coverage: float = 0.1  # kappa: the start noise covers [l, u] = kappa * [r_min, r_max] / (1 - gamma)
     q_agg: Literal["mean", "min"] = "mean"  # aggregation of the target flows over the ensemble
     normalize_q_loss: bool = False  # divide the policy's Q term by the mean absolute Q
-    train_at_zero_only: bool = False
-    """train the velocity at t = 0 only (use with critic_flow_steps 1: a single-pass critic)"""
+    train_at_zero_only: bool = False  # train the velocity at t = 0 only (with critic_flow_steps 1: a single pass)
     flow_num_ensembles: int = 2  # velocity networks
     distill_num_ensembles: int = 2  # distilled critics
-    use_prob_embed: bool = True
-    """embed z as an HL-Gauss histogram before the velocity network, instead of scaling its range to [0, 1]"""
+    use_prob_embed: bool = True  # embed z as an HL-Gauss histogram, instead of scaling its range to [0, 1]
     num_bins: int = 51  # edges of the HL-Gauss histogram, one more than its bins
     sigma: float = 16.0  # deviation of the HL-Gauss histogram's Gaussian, in bin widths
     reward_offset: float = 0.01  # the HL-Gauss histogram covers [r_min - offset, r_max + offset] / (1 - gamma)
@@ -103,7 +106,7 @@ class Args:
     compile: bool = True  # compile the losses: up to two minutes at first, then faster updates
     cudagraphs: bool = True  # replay the whole update as one CUDA graph (on a GPU)
     matmul_precision: Literal["highest", "high", "medium"] | None = None
-    """float32 products: highest is exact, high TF32, medium bfloat16 (default: high on a GPU with TF32, else highest)"""
+    """float32 products: highest (exact), high (TF32), medium (bfloat16); default: high where a GPU has TF32"""
 
 
 # The paper's best settings for each environment.
@@ -124,6 +127,9 @@ TUNED = {
 TUNED_ONLINE = {environment: dict(total_timesteps=1_000_000) for environment in TUNED}
 TUNED_ONLINE["antsoccer-arena-navigate"] |= dict(alpha=30.0)
 TUNED_ONLINE["humanoidmaze-large-navigate"] |= dict(critic_flow_steps=16)
+
+# What --evaluate may change: nothing, since the policy acts in one step.
+INFERENCE = ()
 
 # What --quick changes: data that are made here, and sizes that learn within minutes on two cores.
 QUICK = dict(exp_name=f"{Path(__file__).stem}-quick", cuda=False, env_id="cube-single-noisy-singletask-v0")
@@ -161,7 +167,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step does.
+        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -174,7 +180,7 @@ class MLP(nn.Module):
 
 
 def gelu(x):
-    """GELU in its tanh form, (1 + tanh(u)) x / 2; compiled as sigmoid(2u) x, the same, since CPUs compute tanh slowly."""
+    """GELU in its tanh form, (1 + tanh(u)) x / 2; compiled as sigmoid(2u) x, the same: CPUs compute tanh slowly."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
@@ -197,13 +203,8 @@ def hl_gauss(z, edges, sigma):
 
     p_i = [erf((b_{i+1} - z) / (sqrt2 sigma w)) - erf((b_i - z) / (sqrt2 sigma w))] / (the same over the whole range)
 
-    Args:
-        z: (..., 1), any real numbers.
-        edges: (bins + 1,), equally spaced by w.
-        sigma: deviation in bin widths.
-
-    Returns:
-        (..., bins), non-negative with sum 1; zeros where z is so far outside that the whole range has no mass.
+    z (..., 1), edges b (bins + 1,) spaced by w, sigma in bin widths -> (..., bins): at least 0, with sum 1, or all 0
+    where z is so far outside that the whole range has no mass.
     """
     mass = torch.erf((edges - z) / (math.sqrt(2) * sigma * (edges[1] - edges[0]))).diff(dim=-1)  # (..., bins)
     total = mass.sum(dim=-1, keepdim=True)
@@ -213,10 +214,7 @@ def hl_gauss(z, edges, sigma):
 class ValueFlow(nn.Module):
     """Velocities v_e(z, t | s, a) of the value flow, e = 1..E, from inputs [s, a, emb(z), emb(t)].
 
-    Args:
-        args: see Args.
-        condition_dim: of (s, a).
-        q_min, q_max: range of the histogram that embeds z.
+    `condition_dim` is the dimension of (s, a); [q_min, q_max] is the range of the histogram that embeds z.
     """
 
     def __init__(self, args, condition_dim, q_min, q_max):
@@ -250,9 +248,10 @@ class Agent(nn.Module):
     Args:
         args: see Args.
         obs_dim, action_dim: dimensions of observations and actions.
-        min_reward, max_reward: the dataset's extreme rewards; with 0, which belongs to them as in the released code, they fix
-            the value flow's ranges.
+        min_reward, max_reward: the dataset's extreme rewards, which with 0 (as released) fix the value flow's ranges.
     """
+
+    ACTS = ("actor_onestep_flow",)  # the networks that acting needs
 
     def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
         super().__init__()
@@ -396,15 +395,13 @@ class Agent(nn.Module):
 def update(agents, batch, noise):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
 
-    Args:
-        agents: the seeds' agents, see common/stacked.py.
-        batch, noise: as for Agent.critic_loss, with a leading axis of seeds.
+    Batch and noise are those of Agent.critic_loss with a leading axis of seeds; agents: see common/stacked.py.
     """
     agents.optimizer.zero_grad()
     metrics = agents.backward("critic_loss", batch, noise, trains=("critic_flow", "critic"))
     metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_bc_flow", "actor_onestep_flow"))
 
-    # The EMA comes before Adam's step, so that the targets lag by one update as in the released code.
+    # The EMA comes before Adam's step, so that the targets lag by one update.
     agents.ema("target_critic_flow", "critic_flow", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
@@ -415,18 +412,22 @@ def update(agents, batch, noise):
 
 def parse_args(words=None):
     """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
-    args, resumed = arguments.parse(
-        Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "noise_coverage", "reward_offset"), words=words
-    )
+    args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, INFERENCE, words=words)
+    above_zero = "noise_samples critic_flow_steps actor_flow_steps flow_num_ensembles distill_num_ensembles num_bins"
+    above_zero += " sigma block_width block_depth value_hidden_dims actor_hidden_dims"
+    arguments.check_numbers(args, above_zero.split(), at_least_zero=("alpha", "noise_coverage", "reward_offset"))
     if args.num_bins < 2:
         fail(f"--num-bins {args.num_bins}: a histogram needs at least 2 edges")
     if args.train_at_zero_only and args.critic_flow_steps > 1:
-        warn(
-            f"--train-at-zero-only with --critic-flow-steps {args.critic_flow_steps}: only step 1 has a trained velocity"
-        )
+        warn(f"--train-at-zero-only: of --critic-flow-steps {args.critic_flow_steps} only step 1 is trained")
     if envs.is_pixels(args.env_id):
         fail(f"--env-id {args.env_id}: floq.py works on state observations, as its paper does")
     return args, resumed
+
+
+def load(directory, seed=None):
+    """The policy of a run directory or an exported folder: `load(DIR).act(observation)`; see common/policies.py."""
+    return policies.load(Agent, Args, directory, seed)
 
 
 if __name__ == "__main__":
@@ -434,9 +435,12 @@ if __name__ == "__main__":
     device = setup_torch(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
 
+    if args.evaluate is not None:
+        raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device))
+
     # --- Data ---
     dataset, identity = datasets.load(args, device)
-    log = runs.Log(args, resumed, device, identity)
+    log = Log(args, resumed, device, identity)
 
     # --- Agents, one per seed ---
     replay = Replay(dataset, args.num_seeds, args.online_timesteps)
@@ -453,7 +457,7 @@ if __name__ == "__main__":
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
     explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed
-    stop = runs.StopRequest()  # true after SIGTERM or Ctrl-C
+    stop = StopRequest()  # true after SIGTERM or Ctrl-C
     step, evaluated = (resumed["step"], resumed["evaluated"]) if resumed is not None else (0, 0)
     saved, last_step = step, args.total_timesteps + args.online_timesteps
 
@@ -493,3 +497,4 @@ if __name__ == "__main__":
     evaluator.close()
     explorer.close()
     log.close()
+    export.write_run(log.run_dir, Agent.ACTS)

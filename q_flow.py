@@ -1,16 +1,16 @@
 """Q-Flow: policy improvement by intermediate values of a flow policy (arXiv 2605.13435), on OGBench.
 
 The idea: a flow policy turns noise into an action in K Euler steps. A value function V(s,x,t) of the latents x at flow
-time t says what the action at the end will be worth; it learns that by rolling latents out with the policy. Its gradient
-in x then bends the flow: the velocity is regressed on the behaviour's velocity plus grad V / lambda. Nothing is
-differentiated through the solver, there is no cloning network and no distillation; the policy that acts is the flow.
+time t says what the action at the end will be worth; it learns that by rolling latents out with the policy. Its
+gradient in x then bends the flow: the velocity is regressed on the behaviour's velocity plus grad V / lambda. Nothing
+is differentiated through the solver, there is no cloning network and no distillation; the policy that acts is the flow.
 
-Read first: Agent.roll_out (the flow), Agent.critic_loss and Agent.actor_loss (what is learned), update (one step), and
-then the main program at the end. An agent is written for one seed; common/stacked.py runs one per seed side by side.
+Read first: Agent.roll_out (the flow), Agent.critic_loss, Agent.actor_loss (what is learned), update (one step), then
+the main program at the end. An agent is written for one seed; common/stacked.py runs several side by side.
 
     python q_flow.py --quick                                            # minutes on two CPU cores, data included
     python q_flow.py --env-id cube-single-play-singletask-v0            # the published hyperparameters
-    python q_flow.py --env-id antmaze-giant-navigate-singletask-v0 --num-seeds 8 --online-timesteps 1000000  # then online
+    python q_flow.py --env-id antmaze-giant-navigate-singletask-v0 --num-seeds 8 --online-timesteps 1000000  # online
 
 Notation in the shapes: E ensemble members, B batch, N rows, D observation and A action dimension, K Euler steps.
 """
@@ -25,10 +25,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import arguments, checkpoint, datasets, envs, fail, graphs, rollout, runs
+from common import arguments, checkpoint, datasets, envs, export, fail, graphs, policies, rollout
 from common.device import setup_torch
 from common.draws import Draws
+from common.log import Log
 from common.replay import Replay
+from common.signals import StopRequest
 from common.stacked import Stacked
 
 # --- Arguments ---
@@ -48,6 +50,10 @@ class Args:
     capture_video: bool = False  # save a video of each seed's first evaluation episode (needs OpenGL)
     runs_dir: str = "runs"  # directory that run directories are made in
     resume: str | None = None  # run directory to continue; its arguments apply
+    evaluate: str | None = None
+    """run directory or exported folder to evaluate only, without data; its arguments apply, --seed is the episodes'"""
+    export: str | None = None  # with --evaluate: write the policy to this folder, with the evaluation's scores
+    export_seed: int | None = None  # with --export: the one seed to write (default: all)
     quick: bool = False  # the whole pipeline small, in minutes on two cores: generated data, small networks (see QUICK)
 
     # Data and evaluation
@@ -91,7 +97,7 @@ class Args:
     compile: bool = True  # compile the losses: up to two minutes at first, then faster updates
     cudagraphs: bool = True  # replay the whole update as one CUDA graph (on a GPU)
     matmul_precision: Literal["highest", "high", "medium"] | None = None
-    """float32 products: highest is exact, high TF32, medium bfloat16 (default: high on a GPU with TF32, else highest)"""
+    """float32 products: highest (exact), high (TF32), medium (bfloat16); default: high where a GPU has TF32"""
 
 
 # The paper's settings for each environment; the time embedding is that of the authors' results notebook.
@@ -117,6 +123,9 @@ TUNED_ONLINE = {
     "cube-double-play": {},
     "puzzle-4x4-play": {},
 }
+
+# What --evaluate may change.
+INFERENCE = ("flow_steps",)
 
 # What --quick changes: data that are made here, and sizes that learn within minutes on two cores.
 QUICK = dict(exp_name=f"{Path(__file__).stem}-quick", cuda=False, env_id="cube-single-noisy-singletask-v0")
@@ -154,7 +163,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step does.
+        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -167,7 +176,7 @@ class MLP(nn.Module):
 
 
 def gelu(x):
-    """GELU in its tanh form, (1 + tanh(u)) x / 2; compiled as sigmoid(2u) x, the same, since CPUs compute tanh slowly."""
+    """GELU in its tanh form, (1 + tanh(u)) x / 2; compiled as sigmoid(2u) x, the same: CPUs compute tanh slowly."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
@@ -179,9 +188,7 @@ def aggregate(x, how):
 
 
 def time_frequencies(dim):
-    """f_i = 256^(i / (dim / 2 - 1)) for i = 0..dim / 2 - 1, (dim / 2,); in float64, rounded once, so that they are the same
-    on every processor.
-    """
+    """f_i = 256^(i / (dim / 2 - 1)), i = 0..dim / 2 - 1; rounded once, from float64: the same on every processor."""
     return torch.linspace(0, math.log(256), dim // 2, dtype=torch.float64).exp().float()
 
 
@@ -201,6 +208,8 @@ class Agent(nn.Module):
         obs_dim, action_dim: dimensions of observations and actions.
         min_reward, max_reward: the dataset's extreme rewards (not used: Q-Flow's values are not bounded).
     """
+
+    ACTS = ("actor_flow",)  # the networks that acting needs
 
     def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
         super().__init__()
@@ -331,15 +340,13 @@ class Agent(nn.Module):
 def update(agents, batch, noise):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
 
-    Args:
-        agents: the seeds' agents, see common/stacked.py.
-        batch, noise: as for Agent.critic_loss, with a leading axis of seeds.
+    Batch and noise are those of Agent.critic_loss with a leading axis of seeds; agents: see common/stacked.py.
     """
     agents.optimizer.zero_grad()
     metrics = agents.backward("critic_loss", batch, noise, trains=("critic", "inner_value"))
     metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow",))
 
-    # The EMA comes before Adam's step, so that the targets lag by one update as in the released code.
+    # The EMA comes before Adam's step, so that the targets lag by one update.
     agents.ema("target_critic", "critic", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
@@ -350,7 +357,9 @@ def update(agents, batch, noise):
 
 def parse_args(words=None):
     """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
-    args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, words=words)
+    args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, INFERENCE, words=words)
+    above_zero = "alpha flow_steps num_ensembles time_embed_dim value_hidden_dims actor_hidden_dims"
+    arguments.check_numbers(args, above_zero.split())
     if args.time_embed_dim % 2:
         fail(f"--time-embed-dim {args.time_embed_dim} must be even: half of it are sines, half cosines")
     if envs.is_pixels(args.env_id):
@@ -358,14 +367,22 @@ def parse_args(words=None):
     return args, resumed
 
 
+def load(directory, seed=None):
+    """The policy of a run directory or an exported folder: `load(DIR).act(observation)`; see common/policies.py."""
+    return policies.load(Agent, Args, directory, seed)
+
+
 if __name__ == "__main__":
     args, resumed = parse_args()
     device = setup_torch(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
 
+    if args.evaluate is not None:
+        raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device))
+
     # --- Data ---
     dataset, identity = datasets.load(args, device)
-    log = runs.Log(args, resumed, device, identity)
+    log = Log(args, resumed, device, identity)
 
     # --- Agents, one per seed ---
     replay = Replay(dataset, args.num_seeds, args.online_timesteps)
@@ -382,7 +399,7 @@ if __name__ == "__main__":
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
     explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed
-    stop = runs.StopRequest()  # true after SIGTERM or Ctrl-C
+    stop = StopRequest()  # true after SIGTERM or Ctrl-C
     step, evaluated = (resumed["step"], resumed["evaluated"]) if resumed is not None else (0, 0)
     saved, last_step = step, args.total_timesteps + args.online_timesteps
 
@@ -422,3 +439,4 @@ if __name__ == "__main__":
     evaluator.close()
     explorer.close()
     log.close()
+    export.write_run(log.run_dir, Agent.ACTS)

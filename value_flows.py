@@ -6,15 +6,15 @@ Two return fields v(z,t|s,a) are trained by flow matching towards Bellman target
 spread; transitions with uncertain returns weigh more. One Euler step reads off Q. The policy draws 16 actions from a
 behaviour-cloning flow and takes the best (rejection sampling); online, a distilled one-step policy explores.
 
-Read first: Agent.returns (the flow), Agent.critic_loss and Agent.actor_loss (what is learned), update (one step), and
-then the main program at the end. An agent is written for one seed; common/stacked.py runs one per seed side by side.
+Read first: Agent.returns (the flow), Agent.critic_loss, Agent.actor_loss (what is learned), update (one step), then
+the main program at the end. An agent is written for one seed; common/stacked.py runs several side by side.
 
     python value_flows.py --quick                                         # minutes on two CPU cores, data included
     python value_flows.py --env-id cube-double-play-singletask-task1-v0   # the published hyperparameters
     python value_flows.py --env-id scene-play-singletask-v0 --num-seeds 8 --online-timesteps 1000000  # then online
 
-Notation in the shapes: E return fields, B batch, C candidate actions, N rows, D observation and A action dimension, K Euler
-steps.
+Notation in the shapes: E return fields, B batch, C candidate actions, N rows, D observation dimension, A action
+dimension, K Euler steps.
 """
 
 import copy
@@ -27,10 +27,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import arguments, checkpoint, datasets, envs, fail, graphs, pixels, rollout, runs
+from common import arguments, checkpoint, datasets, envs, export, fail, graphs, pixels, policies, rollout
 from common.device import setup_torch
 from common.draws import Draws
+from common.log import Log
 from common.replay import Replay
+from common.signals import StopRequest
 from common.stacked import Stacked
 
 # --- Arguments ---
@@ -50,6 +52,10 @@ class Args:
     capture_video: bool = False  # save a video of each seed's first evaluation episode (needs OpenGL)
     runs_dir: str = "runs"  # directory that run directories are made in
     resume: str | None = None  # run directory to continue; its arguments apply
+    evaluate: str | None = None
+    """run directory or exported folder to evaluate only, without data; its arguments apply, --seed is the episodes'"""
+    export: str | None = None  # with --evaluate: write the policy to this folder, with the evaluation's scores
+    export_seed: int | None = None  # with --export: the one seed to write (default: all)
     quick: bool = False  # the whole pipeline small, in minutes on two cores: generated data, small networks (see QUICK)
 
     # Data and evaluation
@@ -79,6 +85,7 @@ class Args:
     dcfm_lambda: float = 1.0  # weight of distributional conditional flow matching
     confidence_weight_temp: float = 0.3  # temperature of the confidence weights sigmoid(-temp / deviation) + 0.5
     num_samples: int = 16  # candidate actions C of rejection sampling (1: pure behaviour cloning)
+    eval_policy: Literal["act", "act_online"] | None = None  # what evaluations play (default: act_online once online)
     num_flow_steps: int = 10  # Euler steps K of every flow: returns and actions
     ret_agg: Literal["mean", "min"] = "mean"  # aggregation of target returns over the two fields
     q_agg: Literal["mean", "min"] = "mean"  # aggregation of Q-values and of deviations over the two fields
@@ -94,7 +101,7 @@ class Args:
     compile: bool = True  # compile the losses: up to two minutes at first, then faster updates
     cudagraphs: bool = True  # replay the whole update as one CUDA graph (on a GPU)
     matmul_precision: Literal["highest", "high", "medium"] | None = None
-    """float32 products: highest is exact, high TF32, medium bfloat16 (default: high on a GPU with TF32, else highest)"""
+    """float32 products: highest (exact), high (TF32), medium (bfloat16); default: high where a GPU has TF32"""
 
 
 # The paper's settings for each environment.
@@ -121,6 +128,9 @@ TUNED_ONLINE = {
     "scene-play": dict(alpha=300.0),
 }
 
+# What --evaluate may change.
+INFERENCE = ("eval_policy", "num_samples", "num_flow_steps")
+
 # What --quick changes: data that are made here, and sizes that learn within minutes on two cores.
 QUICK = dict(exp_name=f"{Path(__file__).stem}-quick", cuda=False, env_id="cube-single-noisy-singletask-v0")
 QUICK |= dict(dataset_source="generated", generated_episodes=120)
@@ -130,8 +140,6 @@ QUICK |= dict(value_hidden_dims=(256, 256, 256), actor_hidden_dims=(256, 256, 25
 
 
 # --- Networks ---
-
-NUM_FIELDS = 2  # return fields E
 
 
 class MLP(nn.Module):
@@ -159,7 +167,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step does.
+        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -172,7 +180,7 @@ class MLP(nn.Module):
 
 
 def gelu(x):
-    """GELU in its tanh form, (1 + tanh(u)) x / 2; compiled as sigmoid(2u) x, the same, since CPUs compute tanh slowly."""
+    """GELU in its tanh form, (1 + tanh(u)) x / 2; compiled as sigmoid(2u) x, the same: CPUs compute tanh slowly."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
@@ -195,8 +203,9 @@ class Network(nn.Module):
         self.mlp = MLP((obs_dim + dims[0], *dims[1:]), layer_norm, ensemble)
 
     def forward(self, condition, x, t):
-        """Velocity of a flow at its state x and time t: condition (N, .) of encoded observations, and actions for return
-        fields, x (N, .) or (E, N, .), t (N, 1) or a float; see MLP.
+        """Velocity of a flow at its state x (N, .) or (E, N, .) and time t (N, 1) or a float; see MLP.
+
+        The condition (N, .) holds encoded observations, and of return fields actions too.
         """
         t = t.expand_as(x[..., :1]) if torch.is_tensor(t) else torch.full_like(x[..., :1], t)
         return self.mlp(condition, torch.cat([x, t], dim=-1))
@@ -224,6 +233,9 @@ class Agent(nn.Module):
         min_reward, max_reward: the dataset's extreme rewards, which fix the range of returns.
     """
 
+    ACTS = ("actor_flow", "critic_flow", "actor_onestep_flow")  # the networks that acting needs
+    NUM_FIELDS = 2  # return fields E
+
     def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
         super().__init__()
         self.args, self.action_dim, self.is_pixels = args, action_dim, not isinstance(obs_dim, int)
@@ -233,7 +245,7 @@ class Agent(nn.Module):
         critic_dims = (action_dim + 2, *args.value_hidden_dims, 1)  # inputs [s, a, z, t]
         bc_flow_dims = (action_dim + 1, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
         onestep_dims = (action_dim, *args.actor_hidden_dims, action_dim)  # inputs [s, noise]
-        self.critic_flow = Network(obs_dim, critic_dims, args.value_layer_norm, (NUM_FIELDS,))
+        self.critic_flow = Network(obs_dim, critic_dims, args.value_layer_norm, (self.NUM_FIELDS,))
         self.actor_flow = Network(obs_dim, bc_flow_dims, args.actor_layer_norm)
         self.actor_onestep_flow = Network(obs_dim, onestep_dims, args.actor_layer_norm)
         self.target_critic_flow = copy.deepcopy(self.critic_flow).requires_grad_(False)
@@ -258,16 +270,9 @@ class Agent(nn.Module):
         return z.clamp(self.z_min, self.z_max) if self.args.clip_flow_returns else z
 
     def returns(self, fields, condition, z, end_time):
-        """Carries noise to returns, Phi(z; T): K Euler steps of T / K.
+        """Carries noise to returns, Phi(z; T): K Euler steps of T / K with self.critic_flow or its target as `fields`.
 
-        Args:
-            fields: self.critic_flow or its target.
-            condition: encoded observations and actions, (N, D + A).
-            z: start noise (N, 1).
-            end_time: T in [0, 1], (N, 1) or a number.
-
-        Returns:
-            (E, N, 1), each field's own.
+        Encoded observations and actions (N, D + A), start noise (N, 1), T in [0, 1] (N, 1) or a float -> (E, N, 1).
         """
         step = end_time / self.args.num_flow_steps
         for k in range(self.args.num_flow_steps):
@@ -281,7 +286,7 @@ class Agent(nn.Module):
         velocities' sum has each row's dv/dz.
         """
         K = self.args.num_flow_steps
-        z, J = z.expand(NUM_FIELDS, -1, -1), 1.0  # (E, N, 1)
+        z, J = z.expand(self.NUM_FIELDS, -1, -1), 1.0  # (E, N, 1)
         for k in range(K):
 
             def summed(z):
@@ -326,9 +331,8 @@ class Agent(nn.Module):
         # No gradient through steps 1 to 3: they make the regression's fixed weights and labels.
         with torch.no_grad():
             # 1. The next action, by rejection sampling.
-            next_actions = self.rejection_sampling(
-                next_observations, noise["next_action_candidates"], noise["next_q"]
-            )  # (B, A)
+            candidates, next_q = noise["next_action_candidates"], noise["next_q"]  # (B, C, A), (B, C, 1)
+            next_actions = self.rejection_sampling(next_observations, candidates, next_q)  # (B, A)
 
             # 2. Confidence weight w in [0.5, 1), from the derivative of the return flow of (s, a).
             condition = torch.cat([target.encoder(observations), actions], dim=-1)  # (B, D + A)
@@ -429,9 +433,7 @@ class Agent(nn.Module):
 def update(agents, batch, noise):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
 
-    Args:
-        agents: the seeds' agents, see common/stacked.py.
-        batch, noise: as for Agent.critic_loss, with a leading axis of seeds.
+    Batch and noise are those of Agent.critic_loss with a leading axis of seeds; agents: see common/stacked.py.
     """
     if agents.agent.is_pixels:
         batch = agents.function("augment")(batch, noise)
@@ -439,7 +441,7 @@ def update(agents, batch, noise):
     metrics = agents.backward("critic_loss", batch, noise, trains=("critic_flow",))
     metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow", "actor_onestep_flow"))
 
-    # The EMA comes before Adam's step, so that the targets lag by one update as in the released code.
+    # The EMA comes before Adam's step, so that the targets lag by one update.
     agents.ema("target_critic_flow", "critic_flow", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
@@ -450,12 +452,22 @@ def update(agents, batch, noise):
 
 def parse_args(words=None):
     """The arguments of a command line (None: this program's), and the checkpoint to continue from, or None."""
-    args, resumed = arguments.parse(
-        Args, TUNED, TUNED_ONLINE, QUICK, may_be_zero=("alpha", "bcfm_lambda", "dcfm_lambda"), words=words
-    )
+    args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, INFERENCE, words=words)
+    above_zero = "confidence_weight_temp num_samples num_flow_steps value_hidden_dims actor_hidden_dims"
+    arguments.check_numbers(args, above_zero.split(), at_least_zero=("alpha", "bcfm_lambda", "dcfm_lambda"))
     if envs.is_pixels(args.env_id) and args.online_timesteps:
         fail(f"--online-timesteps with --env-id {args.env_id}: the online phase works on state observations")
     return args, resumed
+
+
+def acting(args, step):
+    """Name of the policy that acts after `step` updates: rejection sampling offline, the one-step policy online."""
+    return args.eval_policy or ("act" if step <= args.total_timesteps else "act_online")
+
+
+def load(directory, seed=None):
+    """The policy of a run directory or an exported folder: `load(DIR).act(observation)`; see common/policies.py."""
+    return policies.load(Agent, Args, directory, seed, acting)
 
 
 if __name__ == "__main__":
@@ -463,9 +475,12 @@ if __name__ == "__main__":
     device = setup_torch(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
 
+    if args.evaluate is not None:
+        raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device, acting))
+
     # --- Data ---
     dataset, identity = datasets.load(args, device)
-    log = runs.Log(args, resumed, device, identity)
+    log = Log(args, resumed, device, identity)
 
     # --- Agents, one per seed ---
     replay = Replay(dataset, args.num_seeds, args.online_timesteps)
@@ -479,11 +494,10 @@ if __name__ == "__main__":
     one_update = lambda draws: update(agents, *replay.inputs(draws))
     fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
-    act, act_online, draw_act_noise = agents.function("act"), agents.function("act_online"), agents.agent.draw_act_noise
-    frame_stack = pixels.NUM_FRAMES if envs.is_pixels(args.env_id) else 1
-    evaluator = rollout.Evaluator(args, seeds, device, log.run_dir, frame_stack)  # episodes in worker processes
+    act, draw_act_noise = agents.function("act_online"), agents.agent.draw_act_noise  # the policy that explores
+    evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
     explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed
-    stop = runs.StopRequest()  # true after SIGTERM or Ctrl-C
+    stop = StopRequest()  # true after SIGTERM or Ctrl-C
     step, evaluated = (resumed["step"], resumed["evaluated"]) if resumed is not None else (0, 0)
     saved, last_step = step, args.total_timesteps + args.online_timesteps
 
@@ -502,9 +516,8 @@ if __name__ == "__main__":
             save()
             saved = step
         if evaluation_due:
-            offline = step <= args.total_timesteps
-            rows = evaluator(act if offline else act_online, draw_act_noise, step, stop)
-            log.evaluation(rows, phase="offline" if offline else "online")
+            rows = evaluator(agents.function(acting(args, step)), draw_act_noise, step, stop)
+            log.evaluation(rows, phase="offline" if step <= args.total_timesteps else "online")
             evaluated = evaluated if rows is None else step  # None: a signal came; evaluated again after --resume
         if stop:
             stop.leave(log.run_dir, step)
@@ -515,7 +528,7 @@ if __name__ == "__main__":
         online = step >= args.total_timesteps
         draws = draw(step, online)
         if online:
-            transitions = explorer(act_online, draws.pop("act"), step, on_failure=save)
+            transitions = explorer(act, draws.pop("act"), step, on_failure=save)
             draws["count"] = replay.append(transitions)
         metrics = fast_update(draws)
         step += 1
@@ -524,3 +537,4 @@ if __name__ == "__main__":
     evaluator.close()
     explorer.close()
     log.close()
+    export.write_run(log.run_dir, Agent.ACTS)

@@ -3,10 +3,10 @@
     python -m benchmarks.collect_results runs/RUN_DIR [runs/RUN_DIR ...]
     python -m benchmarks.collect_results runs/*__* --skip    # leave out, instead of refuse, what is unfinished
 
-Writes `benchmarks/results/{method}/{env_id}/{run}.csv`, the run's eval.csv, and `{run}.json`: its arguments, versions, device,
-data with its hash, wall time, and the settings that are not the published ones. A run that is unfinished, that has no
-identity, or whose settings, data and seeds are there already with other numbers is refused (exit code 2) before anything is
-written.
+Writes `benchmarks/results/{method}/{env_id}/{run}.csv`, the run's eval.csv, and `{run}.json`: its arguments, versions,
+device, data with its hash, wall time, and the settings that are not the published ones. A run that is unfinished, that
+has no identity, or whose settings, data and seeds are there already with other numbers is refused (exit code 2) before
+anything is written.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks import scores
+from benchmarks import scores, tables
 from common import arguments, envs, fail, generate, runs
 
-# Arguments that name a run or its place; with arguments.MAY_CHANGE, but for the lengths there, those that no number depends on.
+# Arguments that name a run or its place. No number depends on them, nor on arguments.MAY_CHANGE but for its lengths.
 NAMES = {"exp_name", "seed", "num_seeds", "env_id", "quick", "log_interval", "evaluate", "torch_deterministic"}
 # Compared by the data themselves.
 DATA = {"dataset_source", "generated_episodes"}
@@ -91,7 +91,7 @@ def read_run(run_dir):
             f"{run_dir} is unfinished: it has no eval.csv; go on with python {info['algorithm']}.py --resume {run_dir}"
         )
     scores.read_evaluations(path, info["args"])
-    timing = scores.read_table(
+    timing = tables.read_exactly(
         run_dir / "timing.csv", ["step", "updates_per_second", "seconds_training", "seconds_evaluating"]
     )
     last = timing[-1][1] if timing else {"seconds_training": "0", "seconds_evaluating": "0"}
@@ -133,9 +133,8 @@ def main(args):
         path = output / info["algorithm"] / scores.canonical(info["args"]["env_id"]) / f"{run_name(info)}.csv"
         for other, numbers in others:
             if (other, numbers) != (path, evaluations):
-                fail(
-                    f"{run_dir} claims the same settings, data and seeds as {other}, with other numbers; keep one of them"
-                )
+                same = f"{run_dir} claims the same settings, data and seeds as {other}"
+                fail(f"{same}, with other numbers; keep one of them")
         claimed |= {(scores.experiment(info), seed): (path, evaluations) for seed in seeds}
         if others:
             print(f"{run_dir}: there already, {path}")

@@ -4,13 +4,11 @@
     python -m benchmarks.report --write      # and renew README.md, docs/benchmarks.md, its pictures and report.csv
     python -m benchmarks.report --check      # exit code 1 if a verdict got worse than the one in report.csv
 
-A score follows the paper's rule (offline: the mean of the last three evaluations), then the mean over seeds. A verdict rests
-on the interval of the difference to the published score (`benchmarks.scores.verdict`). Runs whose settings are not the
-published ones are listed as reduced and get none. Official and generated data are never put together.
+A score follows the paper's rule (offline: the mean of the last three evaluations), then the mean over seeds. A verdict
+rests on the interval of the difference to the published score (`benchmarks.scores.verdict`). Runs whose settings are
+not the published ones are listed as reduced and get none. Official and generated data are never put together.
 """
 
-import csv
-import io
 import json
 import sys
 from collections import defaultdict
@@ -20,8 +18,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from benchmarks import scores
+from benchmarks import scores, tables
+from benchmarks.tables import markdown
 from common import fail
+from common.curves import draw as draw_curve
 
 REPOSITORY = scores.ROOT.parent
 TITLES = {"floq": "floq", "value_flows": "Value Flows", "q_flow": "Q-Flow", "evor": "EVOR"}
@@ -66,8 +66,9 @@ def summarize(curves_and_protocols, reported=None):
         reported: the published score, or None.
 
     Returns:
-        {samples, seeds, score, half, last, best, difference, difference_half, verdict}: `samples` the scores by seed, `last`
-        the mean of the last evaluation, `best` of each seed's best one (it is chosen by its outcome: not a score).
+        {samples, seeds, score, half, last, best, difference, difference_half, verdict}: `samples` the scores by seed,
+        `last` the mean of the last evaluation, `best` of each seed's best one (it is chosen by its outcome: not a
+        score).
     """
     samples, last, best = [], [], []
     for curves, protocol in curves_and_protocols:
@@ -97,8 +98,8 @@ def make_rows(runs, reported):
         reported: of scores.read_reported.
 
     Returns:
-        list of {COLUMNS..., samples, members}, sorted; `changed` is empty for published settings, `members` are a measured
-        row's runs. A published score without a run is a row with the verdict `not run`.
+        list of {COLUMNS..., samples, members}, sorted; `changed` is empty for published settings, `members` are a
+        measured row's runs. A published score without a run is a row with the verdict `not run`.
     """
     groups = defaultdict(list)
     for run in runs:
@@ -157,20 +158,15 @@ def reported_columns(published):
 
 def csv_text(rows):
     """The rows as csv; a float has two decimals, so that the same results give the same file everywhere."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    for row in rows:
-        cells = {}
-        for name in COLUMNS:
-            value = row[name]
-            if name == "changed":
-                value = " ".join(sorted(value))
-            elif isinstance(value, (float, np.floating)):
-                value = "" if np.isnan(value) else f"{value:.2f}"
-            cells[name] = "" if value is None else value
-        writer.writerow(cells)
-    return text.getvalue()
+
+    def cell(name, value):
+        if name == "changed":
+            return " ".join(sorted(value))
+        if isinstance(value, (float, np.floating)):
+            return "" if np.isnan(value) else f"{value:.2f}"
+        return value  # None is written as nothing
+
+    return tables.csv_text([{name: cell(name, row[name]) for name in COLUMNS} for row in rows], COLUMNS)
 
 
 # --- Check ---
@@ -188,7 +184,7 @@ def worse_verdicts(rows, stored):
     """
     now = {verdict_key(row): row["verdict"] for row in rows if row["verdict"]}
     lines = []
-    for line, row in scores.read_table(stored, COLUMNS):
+    for line, row in tables.read_exactly(stored, COLUMNS):
         if not row["verdict"]:
             continue
         if row["verdict"] not in RANK:
@@ -229,12 +225,6 @@ def bounds(middle, half):
     return f"{middle}" + ("" if np.isnan(half) else f" [{low}, {high}]")
 
 
-def table(header, lines):
-    """A markdown table."""
-    text = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(text + ["| " + " | ".join(map(str, line)) + " |" for line in lines]) + "\n"
-
-
 def unit(env_id):
     """What a score is of: one task, or an environment's five."""
     return "task" if "-singletask-task" in env_id else "environment"
@@ -249,7 +239,8 @@ def published_table(reported):
         cells = [reported.get((method, env_id, protocol)) for method in methods]
         cells = [cell(row["mean"], row["std"], row["num_seeds"]) if row else "" for row in cells]
         lines.append([env_id, protocol, *cells])
-    return table(["environment", "protocol", *(TITLES.get(method, BASELINES.get(method)) for method in methods)], lines)
+    titles = TITLES | BASELINES
+    return markdown(["environment", "protocol", *(titles[method] for method in methods)], lines)
 
 
 def comparison_table(rows, reported, method):
@@ -271,7 +262,7 @@ def comparison_table(rows, reported, method):
             line.append(row.get("verdict") or "")
         lines.append(line)
     header = ["environment", "protocol", "published", "FQL, published", "official data", "difference", "verdict"]
-    return table([*header, "generated data", "difference", "verdict"], lines)
+    return markdown([*header, "generated data", "difference", "verdict"], lines)
 
 
 def reduced_table(rows):
@@ -289,7 +280,7 @@ def reduced_table(rows):
             cell(row["best"], None), len(row["changed"]),
         ])  # fmt: skip
     header = ["method", "environment", "data, transitions", "updates", "episodes", "score", "last", "best"]
-    return table([*header, "settings changed"], lines)
+    return markdown([*header, "settings changed"], lines)
 
 
 def iqm_table(rows):
@@ -303,7 +294,7 @@ def iqm_table(rows):
         mean, low, high = scores.iqm(samples)
         limits = "" if np.isnan(low) else f"[{low:.0f}, {high:.0f}]"
         lines.append([TITLES[method], protocol, source, len(samples), f"{mean:.0f}", limits])
-    return table(["method", "protocol", "data", "tasks", "IQM", "95% interval"], lines)
+    return markdown(["method", "protocol", "data", "tasks", "IQM", "95% interval"], lines)
 
 
 def verdict_table(rows):
@@ -320,7 +311,7 @@ def verdict_table(rows):
                 counts = [verdicts.count(name) for name in RANK]
                 if any(counts):
                     lines.append([TITLES[method], source, kind + "s", *counts])
-    return table(["method", "data", "scores of", *RANK], lines)
+    return markdown(["method", "data", "scores of", *RANK], lines)
 
 
 def measured_text(rows, reported):
@@ -357,25 +348,19 @@ def insert(text, name, block, path):
 
 
 def draw_curves(path, rows, reported):
-    """Saves a method's learning curves: a panel a task, a thin line a seed, the published score as a band."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Saves a method's learning curves: a panel per task, a thin line per seed, the published score as a band."""
+    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     columns = min(3, len(rows))
     lines = -(-len(rows) // columns)
     size = (max(6.4, 4.2 * columns), 3.2 * lines)
-    figure, panels = plt.subplots(lines, columns, figsize=size, layout="constrained", sharey=True, squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
     for axes, row in zip(panels.flat, rows):
         phase = scores.PROTOCOLS[row["protocol"]][0]
-        curves = [curve for run in row["members"] for curve in run["curves"][phase].values()]
-        for curve in curves:
-            axes.plot(*zip(*sorted(curve.items())), color="tab:blue", linewidth=0.8, alpha=0.5)
-        steps = sorted(set.intersection(*map(set, curves)))
-        mean = [np.mean([curve[step] for curve in curves]) for step in steps]
-        axes.plot(steps, mean, color="tab:blue", linewidth=2.5, marker=".", label=f"here, {row['source']} data")
+        measured = [curve for run in row["members"] for curve in run["curves"][phase].values()]
+        draw_curve(axes, measured, f"here, {row['source']} data")
         for name, label in ((row["env_id"], "published"), (scores.environment(row["env_id"]), "published, five tasks")):
             published = None if row["changed"] else reported.get((row["method"], name, row["protocol"]))
             if published:
@@ -384,18 +369,15 @@ def draw_curves(path, rows, reported):
                 axes.axhline(published["mean"], color="tab:orange", label=label)
                 break
         title = row["env_id"].removesuffix("-v0").replace("-singletask", "")
-        axes.set(title=title + (" (reduced run)" if row["changed"] else ""), ylim=(-3, 103), xlabel="updates")
-        axes.title.set_fontsize("medium")
+        axes.set_title(title + (" (reduced run)" if row["changed"] else ""), fontsize="medium")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k
         axes.locator_params(axis="x", nbins=5)
-        axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     for axes in panels.flat[len(rows) :]:
         axes.set_visible(False)
     for axes in panels[:, 0]:
         axes.set_ylabel("success (%)")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 # --- Main ---

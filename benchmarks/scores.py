@@ -1,10 +1,10 @@
 """Published and measured scores, read and checked, and the statistics that compare them.
 
-A measured run is two files, `benchmarks/results/{method}/{env_id}/{run}.csv` (its eval.csv) and `{run}.json` (what made it),
-brought in by `benchmarks.collect_results`. The samples of every interval are seeds, never episodes. Scores are in percent.
+A measured run is two files, `benchmarks/results/{method}/{env_id}/{run}.csv` (its eval.csv) and `{run}.json` (what made
+it), brought in by `benchmarks.collect_results`. The samples of every interval are seeds, never episodes. Scores are in
+percent.
 """
 
-import csv
 import json
 import re
 from collections import defaultdict
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.tables import read_exactly
 from common import fail
 
 ROOT = Path(__file__).resolve().parent
@@ -62,22 +63,6 @@ def environment(env_id):
     return re.sub(r"-singletask(-task\d)?-v0$", "", env_id)
 
 
-def read_table(path, columns):
-    """[(line number, row)] of a csv file with exactly these columns; anything else ends the program with code 2."""
-    try:
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        fail(f"{path} cannot be read: {error}")
-    if reader.fieldnames != columns:
-        fail(f"{path}:1: the columns are {reader.fieldnames}; expected {columns}")
-    for line, row in rows:
-        if None in row or None in row.values():
-            fail(f"{path}:{line}: {len(columns)} values expected")
-    return rows
-
-
 def number(path, line, row, name, kind=float):
     """A field as int or float; anything else ends the program with the file and the line."""
     try:
@@ -90,7 +75,7 @@ def number(path, line, row, name, kind=float):
 
 
 def read_reported(path=ROOT / "reported.csv"):
-    """Published scores: {(method, env_id or environment, protocol): row}, of the first primary source, else the first one.
+    """Published scores: {(method, env_id or environment, protocol): row}, of the first primary source or the first one.
 
     Each row is {mean, std, num_seeds, tasks (None where not known), kind, source}; scores in percent. An environment
     whose five tasks are known has the score that follows from them (`environment_scores`). The deviation printed beside
@@ -102,11 +87,9 @@ def read_reported(path=ROOT / "reported.csv"):
             one source for one score; with the file and the line.
     """
     reported, lines = {}, {}
-    for line, row in read_table(path, REPORTED_COLUMNS):
-        if row["protocol"] not in (*PROTOCOLS, *OTHER_PROTOCOLS):
-            fail(
-                f"{path}:{line}: unknown protocol {row['protocol']!r}; known: {', '.join((*PROTOCOLS, *OTHER_PROTOCOLS))}"
-            )
+    for line, row in read_exactly(path, REPORTED_COLUMNS):
+        if row["protocol"] not in (known := (*PROTOCOLS, *OTHER_PROTOCOLS)):
+            fail(f"{path}:{line}: unknown protocol {row['protocol']!r}; known: {', '.join(known)}")
         if row["kind"] not in ("primary", "secondary"):
             fail(f"{path}:{line}: kind is {row['kind']!r}, not primary or secondary")
         mean = number(path, line, row, "mean")
@@ -168,28 +151,26 @@ def read_evaluations(path, args):
 
     Raises:
         SystemExit: (code 2) with the file and the line for a malformed row, a score outside [0, 1], a row of another
-            protocol (seed, phase, step or number of episodes that the arguments do not give) or one that is there twice;
-            with the file for missing evaluations (an unfinished run).
+            protocol (seed, phase, step or number of episodes that the arguments do not give) or one that is there
+            twice; with the file for missing evaluations (an unfinished run).
     """
     steps = evaluation_steps(args)
     seeds = range(args["seed"], args["seed"] + args["num_seeds"])
     curves = {phase: {seed: {} for seed in seeds} for phase in steps}
-    for line, row in read_table(path, RUN_COLUMNS):
+    for line, row in read_exactly(path, RUN_COLUMNS):
         where = f"{path}:{line}"
         step, seed, episodes = (number(path, line, row, name, int) for name in ("step", "seed", "episodes"))
         success = number(path, line, row, "success")
         if not 0 <= success <= 1:
             fail(f"{where}: success is {row['success']}, outside [0, 1]")
         if row["phase"] not in steps:
-            fail(
-                f"{where}: phase is {row['phase']!r}, but the run has {' and '.join(steps)} only: another protocol's row"
-            )
+            phases = " and ".join(steps)
+            fail(f"{where}: phase is {row['phase']!r}, but the run has {phases} only: another protocol's row")
         if seed not in seeds:
             fail(f"{where}: seed {seed} is none of the run's ({seeds[0]} to {seeds[-1]})")
         if episodes != args["eval_episodes"]:
-            fail(
-                f"{where}: {episodes} episodes, the run has --eval-episodes {args['eval_episodes']}: another protocol's row"
-            )
+            expected = args["eval_episodes"]
+            fail(f"{where}: {episodes} episodes, the run has --eval-episodes {expected}: another protocol's row")
         if step not in steps[row["phase"]]:
             fail(f"{where}: no {row['phase']} evaluation is due at step {step}: another protocol's row")
         if step in curves[row["phase"]][seed]:
@@ -214,13 +195,14 @@ def read_results(directory=ROOT / "results"):
     """Every run below a directory, checked; sorted by method and environment.
 
     Returns:
-        list of {method, env_id (with its task), source, changed, seeds, protocols, curves, info, path}; `curves` as from
-        read_evaluations, `changed` the settings that are not the published ones (none: the run gets a verdict), `source`
-        official, generated or custom.
+        list of {method, env_id (with its task), source, changed, seeds, protocols, curves, info, path}; `curves` as
+        from read_evaluations, `changed` the settings that are not the published ones (none: the run gets a verdict),
+        `source` official, generated or custom.
 
     Raises:
-        SystemExit: (code 2) for a csv file without its json file or the other way round, a json file without an identity, one
-            in a directory of another method or environment, or two runs with the same settings, data and a seed in common.
+        SystemExit: (code 2) for a csv file without its json file or the other way round, a json file without an
+            identity, one in a directory of another method or environment, or two runs with the same settings, data and
+            a seed in common.
     """
     runs, claimed = [], {}
     paths = {path.with_suffix("") for pattern in ("*/*/*.csv", "*/*/*.json") for path in Path(directory).glob(pattern)}
@@ -264,7 +246,7 @@ def read_identity(path):
 
 
 def experiment(info):
-    """What two runs share that differ in their seeds only: method, task, data and every setting that changes the numbers."""
+    """What two runs share that differ in their seeds only: method, task, data, all settings that change the numbers."""
     identity = info["algorithm"], canonical(info["args"]["env_id"]), info["dataset"]["sha256"], info["settings"]
     return json.dumps(identity, sort_keys=True)
 
@@ -298,8 +280,8 @@ def interval(values):
 def difference(values, reported):
     """Measured minus published score and half of its 95% interval (Welch's t); NaN where there is none.
 
-    The published deviation is taken as numpy's default (over n, as the authors' scripts compute it); where a paper gives
-    none, or no number of seeds, the measured one stands in for it.
+    The published deviation is taken as numpy's default (over n, as the authors' scripts compute it); where a paper
+    gives none, or no number of seeds, the measured one stands in for it.
 
     Args:
         values: scores, a seed each.

@@ -2,20 +2,19 @@
 
     python -m benchmarks.speed                                          # all four, 1 and 8 seeds, published sizes
     python -m benchmarks.speed --algorithms floq --num-seeds 1 --quick  # one setting, at the sizes of --quick
-    python -m benchmarks.speed --store                                  # also benchmarks/results/speed_MACHINE.csv and .png
-    python -m benchmarks.speed --check                                  # exit code 1 if a stored efficiency is not reached
+    python -m benchmarks.speed --store                                  # also results/speed_MACHINE.csv and .png
+    python -m benchmarks.speed --check                                  # exit code 1 below a stored efficiency
     python -m benchmarks.speed --profile --quick                        # where the time of an update goes
     python -m benchmarks.speed --against-one-seed --quick --num-seeds 8 # stacked seeds and one seed, in turn
     python -m benchmarks.speed --evaluation --num-seeds 3               # time evaluations instead
 
-Every setting is a process of its own. It times A B M A B M ...: an update of the setting, one of the same algorithm without
-compile, graph or reduced precision, and a float32-sized matrix product at the setting's precision (on a GPU bursts of
-20 updates, since a training run does not wait for each). Efficiency = operations
-(counted by torch) / seconds / the rate of that product, so that a busy machine slows both. Medians after a warm-up, with
-quartiles; speed-up = median of the ratios of neighbours.
+Every setting is a process of its own. It times A B M A B M ...: an update of the setting, one of the same algorithm
+without compile, graph or reduced precision, and a float32-sized matrix product at the setting's precision (on a GPU
+bursts of 20 updates, since a training run does not wait for each). Efficiency = operations (counted by torch) / seconds
+/ the rate of that product, so that a busy machine slows both. Medians after a warm-up, with quartiles; speed-up =
+median of the ratios of neighbours.
 """
 
-import csv
 import importlib
 import itertools
 import json
@@ -34,10 +33,12 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from benchmarks import tables
 from common import draws, fail, graphs, num_cores, rollout, warn
 from common.device import setup_torch
 from common.replay import Replay
 from common.stacked import Stacked
+from common.workers import start_workers, stop_workers
 
 OBS_DIM, ACTION_DIM = 28, 5  # cube-single's
 RESULTS = Path(__file__).parent / "results"
@@ -77,13 +78,13 @@ class SpeedArgs:
     profile: bool = False
     """show what the time of an update goes to instead: products, compiled loops, copies, Adam, the rest, the gaps"""
     against_one_seed: bool = False
-    """time an update of the stacked seeds and updates of one seed in turn instead, and show how many times as long it takes"""
+    """time an update of the stacked seeds and updates of one seed in turn instead: how many times as long it takes"""
     evaluation: bool = False
     """time an evaluation of 50 cube-single episodes a seed instead (untrained policies: full-length episodes)"""
     store: bool = False
     """add the rows to benchmarks/results/speed_MACHINE.csv, which --check compares with, and redraw its picture"""
     check: bool = False
-    """measure the stored settings among those asked for; exit code 1 if an efficiency is below 0.85 of the stored one"""
+    """measure the stored settings among those asked for; exit code 1 if one is below 0.85 of its stored efficiency"""
     output: str | None = None
     """csv and PNG get this path's stem"""
     json: bool = False
@@ -115,8 +116,8 @@ def prepare(algorithm, num_seeds, precision, cuda, quick):
     """Sets torch up for a setting.
 
     Returns:
-        device; a function that waits for it; and make_update(variant), the agent's update as a function without arguments,
-        each call on other random rows of a random dataset.
+        device; a function that waits for it; and make_update(variant), the agent's update as a function without
+        arguments, each call on other random rows of a random dataset.
     """
     module = importlib.import_module(algorithm)
     args = module.Args(**(module.QUICK if quick else module.TUNED.get("scene-play", {})))  # 4 x 512 in all four
@@ -227,9 +228,9 @@ def profile(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, qui
     """What the time of an update goes to, by torch's profiler, after a warm-up.
 
     Returns:
-        A row as a dictionary: milliseconds an update takes while it is profiled, and for each of GROUPS its share of that
-        time and its number of operations (kernels on a GPU) an update. What is left is `gaps`: Python, and on a GPU
-        whatever keeps it waiting.
+        A row as a dictionary: milliseconds an update takes while it is profiled, and for each of GROUPS its share of
+        that time and its number of operations (kernels on a GPU) an update. What is left is `gaps`: Python, and on a
+        GPU whatever keeps it waiting.
     """
     device, synchronize, make_update = prepare(algorithm, num_seeds, precision, cuda, quick)
     update = make_update(variant)
@@ -257,8 +258,8 @@ def against_one_seed(algorithm, num_seeds, precision, variant, cuda=True, repeat
     """Times an update of stacked seeds and `num_seeds` updates of one seed in turn, after a warm-up.
 
     Returns:
-        A row as a dictionary: median milliseconds of both, and median and quartiles of how many times as long the stacked
-        update takes as its neighbours of one seed.
+        A row as a dictionary: median milliseconds of both, and median and quartiles of how many times as long the
+        stacked update takes as its neighbours of one seed.
     """
     updates = {}
     for number in (1, num_seeds):
@@ -289,13 +290,13 @@ def measure_evaluation(algorithm, num_seeds, cuda):
     agents = Stacked(make_agent, seeds, device, args.learning_rate)
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     marks = [time.perf_counter()]
-    workers = rollout.start_workers(args.env_id, num_seeds, args.eval_episodes)
+    workers = start_workers(args.env_id, num_seeds, args.eval_episodes)
     marks.append(time.perf_counter())
     for step in range(3):
         rollout.evaluate(workers, act, draw_act_noise, seeds, args.eval_episodes, step, device)
         marks.append(time.perf_counter())
     num_workers = len(workers.processes)
-    rollout.stop_workers(workers)
+    stop_workers(workers)
     start, *evaluations = [round(b - a, 1) for a, b in zip(marks, marks[1:])]
     figures = {"num_seeds": num_seeds, "workers": num_workers, "start_seconds": start}
     return {"algorithm": algorithm} | figures | {"evaluation_seconds": evaluations}
@@ -306,20 +307,9 @@ def measure_evaluation(algorithm, num_seeds, cuda):
 
 def read_rows(path):
     """The rows of a stored csv file, numbers as numbers."""
-    rows = list(csv.DictReader(open(path)))
     texts = ("machine", "size", "algorithm", "precision", "variant", "torch")
-    return [
-        {k: v if k in texts else float(v) for k, v in row.items()} | {"num_seeds": int(row["num_seeds"])}
-        for row in rows
-    ]
-
-
-def write_rows(path, rows):
-    """Writes rows as a csv file, in the order of their settings."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    numbers = lambda row: {name: value if name in texts else float(value) for name, value in row.items()}
+    return [numbers(row) | {"num_seeds": int(row["num_seeds"])} for row in tables.read_rows(path)]
 
 
 def setting(row):
@@ -340,35 +330,35 @@ def slower(rows, stored):
 
 def table(rows):
     """The rows as a markdown table."""
+    header = ["size", "algorithm", "seeds", "precision", "variant", "updates/s (quartiles)", "seed-updates/s", "GFLOP"]
+    header += ["GFLOP/s of products", "efficiency", "times plain eager", "start", "peak memory"]
     lines = [
-        "| size | algorithm | seeds | precision | variant | updates/s (quartiles) | seed-updates/s | GFLOP | GFLOP/s of products"
+        [
+            *(row[name] for name in SETTING[1:]),
+            f"{row['updates_per_second']:.4g} ({row['quartile_low']:.3g} to {row['quartile_high']:.3g})",
+            f"{row['seed_updates_per_second']:.4g}",
+            f"{row['gflop_per_update']:.4g}",
+            f"{row['matmul_gflops']:.0f}",
+            f"{row['efficiency']:.2f}",
+            f"{row['speedup']:.2f}",
+            f"{row['warm_up_seconds']:.0f} s",
+            f"{row['peak_memory_gib']:.2f} GiB",
+        ]
+        for row in rows
     ]
-    lines[0] += " | efficiency | times plain eager | start | peak memory |"
-    lines.append("|" + "---|" * 13)
-    for r in rows:
-        lines.append(
-            f"| {r['size']} | {r['algorithm']} | {r['num_seeds']} | {r['precision']} | {r['variant']} "
-            f"| {r['updates_per_second']:.4g} ({r['quartile_low']:.3g} to {r['quartile_high']:.3g}) "
-            f"| {r['seed_updates_per_second']:.4g} | {r['gflop_per_update']:.4g} | {r['matmul_gflops']:.0f} "
-            f"| {r['efficiency']:.2f} | {r['speedup']:.2f} | {r['warm_up_seconds']:.0f} s | {r['peak_memory_gib']:.2f} GiB |"
-        )
-    return "\n".join(lines)
+    return tables.markdown(header, lines)
 
 
 def draw(path, rows):
     """Saves bars of the efficiency of every row, and the plain eager version's beside it."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    labels = [
-        f"{r['algorithm']}, {r['num_seeds']} seed{'s' * (r['num_seeds'] > 1)}, {r['size']}\n{r['variant']}, {r['precision']}"
-        for r in rows
-    ]
+    seeds = lambda r: f"{r['num_seeds']} seed" + "s" * (r["num_seeds"] > 1)
+    labels = [f"{r['algorithm']}, {seeds(r)}, {r['size']}\n{r['variant']}, {r['precision']}" for r in rows]
     own = [r["efficiency"] for r in rows]
     plain = [r["efficiency"] / r["speedup"] for r in rows]
-    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.45 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8, 0.5 + 0.45 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     places = range(len(rows))
     axes.barh([y - 0.2 for y in places], own, 0.4, label="this setting")
     axes.barh([y + 0.2 for y in places], plain, 0.4, color="lightgrey", label="plain eager")
@@ -378,35 +368,28 @@ def draw(path, rows):
     axes.legend(fontsize="small")
     axes.set_title(f"{rows[0]['machine']}, torch {rows[0]['torch']}", fontsize="medium")
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def profile_table(rows):
-    """Profiles as a markdown table: shares of an update's time, operations an update in brackets."""
-    lines = ["| size | algorithm | seeds | variant | milliseconds | " + " | ".join(GROUPS) + " | gaps |"]
-    lines.append("|" + "---|" * (6 + len(GROUPS)))
-    for r in rows:
-        cells = [f"{100 * r[name]:.1f}% ({r['operations'][name]:.0f})" for name in GROUPS]
-        lines.append(
-            f"| {r['size']} | {r['algorithm']} | {r['num_seeds']} | {r['variant']}, {r['precision']} | {r['milliseconds']} | "
-            + " | ".join([*cells, f"{100 * r['gaps']:.1f}%"])
-            + " |"
-        )
-    return "\n".join(lines)
+    """Profiles as a markdown table: shares of an update's time, operations per update in brackets."""
+    lines = []
+    for row in rows:
+        shares = [f"{100 * row[name]:.1f}% ({row['operations'][name]:.0f})" for name in GROUPS]
+        named = [row["size"], row["algorithm"], row["num_seeds"], f"{row['variant']}, {row['precision']}"]
+        lines.append([*named, row["milliseconds"], *shares, f"{100 * row['gaps']:.1f}%"])
+    return tables.markdown(["size", "algorithm", "seeds", "variant", "milliseconds", *GROUPS, "gaps"], lines)
 
 
 def against_table(rows):
     """Rows of `against_one_seed` as a markdown table."""
-    lines = [
-        "| size | algorithm | variant | seeds | milliseconds | one seed | times one seed (quartiles) |",
-        "|" + "---|" * 7,
-    ]
-    for r in rows:
-        lines.append(
-            f"| {r['size']} | {r['algorithm']} | {r['variant']}, {r['precision']} | {r['num_seeds']} | {r['milliseconds']:.1f} "
-            f"| {r['milliseconds_one_seed']:.1f} | {r['times_one_seed']:.2f} ({r['quartile_low']:.2f} to {r['quartile_high']:.2f}) |"
-        )
-    return "\n".join(lines)
+    lines = []
+    for row in rows:
+        named = [row["size"], row["algorithm"], f"{row['variant']}, {row['precision']}", row["num_seeds"]]
+        times = [f"{row['milliseconds']:.1f}", f"{row['milliseconds_one_seed']:.1f}"]
+        ratio = f"{row['times_one_seed']:.2f} ({row['quartile_low']:.2f} to {row['quartile_high']:.2f})"
+        lines.append([*named, *times, ratio])
+    header = ["size", "algorithm", "variant", "seeds", "milliseconds", "one seed", "times one seed (quartiles)"]
+    return tables.markdown(header, lines)
 
 
 KINDS = {  # what can be asked of a setting: a function of it, and a table of its rows
@@ -454,11 +437,10 @@ if __name__ == "__main__":
         fail("--variants: CUDA graphs need a GPU")
     machine = machine_name(torch.device("cuda" if on_gpu else "cpu"))
     stored_path = RESULTS / f"speed_{re.sub('[^a-z0-9]+', '_', machine.lower()).strip('_')}.csv"
-    stored = read_rows(stored_path) if stored_path.exists() else []
+    stored = read_rows(stored_path)
     if options.check and not stored:
-        fail(
-            f"--check: {stored_path.name} is missing: no figures of this machine ({machine}) are stored; make them by --store"
-        )
+        missing = f"{stored_path.name} is missing: no figures of this machine ({machine}) are stored"
+        fail(f"--check: {missing}; make them by --store")
 
     settings = [
         dict(algorithm=algorithm, num_seeds=num_seeds, precision=precision, variant=variant)
@@ -486,12 +468,12 @@ if __name__ == "__main__":
     if not options.json:
         print(KINDS[kind][1](rows))
     if options.output:
-        write_rows(Path(options.output).with_suffix(".csv"), rows)
+        tables.write(Path(options.output).with_suffix(".csv"), rows)
         draw(Path(options.output).with_suffix(".png"), rows)
     if options.store:
         new = {setting(row) for row in rows}
         rows_of_machine = sorted([row for row in stored if setting(row) not in new] + rows, key=setting)
-        write_rows(stored_path, rows_of_machine)
+        tables.write(stored_path, rows_of_machine)
         draw(stored_path.with_suffix(".png"), rows_of_machine)
         print(f"saved {stored_path.name} and its picture in {RESULTS.name}")
     if options.check:

@@ -16,23 +16,21 @@ def fail(message):
     raise SystemExit(2)
 
 
+def warn(message):
+    """Prints a warning on stderr; the program continues."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def check_system(platform=sys.platform, version=sys.version_info, packages=("torch", "ogbench", "mujoco", "tyro")):
     """Ends the program where this project cannot run: on Windows, on another Python, without its packages."""
     if platform == "win32":
         fail("CleanFlow runs on Linux and macOS, not on Windows (WSL is Linux)")
     if not (3, 10) <= tuple(version[:2]) <= (3, 13):
-        fail(
-            f"Python {version[0]}.{version[1]}: CleanFlow runs on 3.10 to 3.13 (mujoco 3.3.7 has no package for others)"
-        )
+        fail(f"Python {version[0]}.{version[1]}: CleanFlow runs on 3.10 to 3.13 (mujoco 3.3.7 has no other packages)")
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         install = "pip install -r requirements.txt && pip install --no-deps -r requirements-no-deps.txt"
         fail(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; {install}")
-
-
-def warn(message):
-    """Prints a warning on stderr and goes on."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def num_cores():

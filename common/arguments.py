@@ -1,38 +1,37 @@
 """A run's arguments: the command line, published settings of the environment, a stored run's, and their checks."""
 
-import dataclasses
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
+import tyro
 
-from common import checkpoint, envs, fail
+from common import checkpoint, envs, export, fail
 
 # What may differ between a run and its continuation; everything else would change its numbers.
 LENGTHS = {"total_timesteps", "online_timesteps"}
-MAY_CHANGE = LENGTHS | {
-    "resume", "runs_dir", "cuda", "track", "wandb_project_name", "wandb_entity", "capture_video", "dataset_dir",
-    "dataset_path", "eval_workers", "save_interval", "compile", "cudagraphs", "matmul_precision",
-}  # fmt: skip
-
-
-NOT_A_NAME = (
-    "the file's name must be letters, digits and underscores (my_floq.py), since other programs import the file"
+MAY_CHANGE = LENGTHS | set(
+    "resume runs_dir cuda track wandb_project_name wandb_entity capture_video dataset_dir dataset_path eval_workers "
+    "save_interval compile cudagraphs matmul_precision".split()
 )
+EVALUATING = {"evaluate", "export", "export_seed", "seed", "eval_episodes"}  # what --evaluate may change
+# The numbers that every algorithm has; a file checks its own by `check_numbers`.
+INTERVALS = ("total_timesteps", "eval_interval", "log_interval", "save_interval")
+ABOVE_ZERO = (*INTERVALS, "num_seeds", "generated_episodes", "eval_episodes", "batch_size", "learning_rate")
+AT_LEAST_ZERO = ("seed", "online_timesteps", "eval_workers")
 
 
-def parse(Args, tuned, tuned_online, quick, may_be_zero=(), inference=(), words=None):
-    """Reads the command line; a flag that the user passes wins over everything.
+def parse(Args, tuned, tuned_online, quick, inference=(), words=None):
+    """Reads the command line and checks what all algorithms share; a flag that the user passes wins over everything.
 
-    Without it: the stored arguments with --resume (or --evaluate, of an algorithm that has it); else Args' defaults, then
-    `tuned` of the environment, then `tuned_online` of it with --online-timesteps, then `quick` with --quick.
+    Without it: with --resume or --evaluate the stored arguments; else Args' defaults, then
+    `tuned` of the environment, then with --online-timesteps `tuned_online` of it, then with --quick `quick`.
 
     Args:
         Args: the algorithm's dataclass.
         tuned, tuned_online: {environment and dataset type: {field: value}}.
         quick: {field: value}.
-        may_be_zero: numbers that may be zero beside those whose default is zero; all others must be above it (tuples: each
-            element).
         inference: the algorithm's own fields that training does not use: --evaluate may change them.
         words: of the command line; None for this program's.
 
@@ -40,67 +39,81 @@ def parse(Args, tuned, tuned_online, quick, may_be_zero=(), inference=(), words=
         args, and the checkpoint to continue from or to evaluate (None for a new run).
 
     Raises:
-        SystemExit: (code 2) for a flag that does not exist, a value out of range, an unknown environment, or a
-            --resume that cannot be continued (or an --evaluate of another algorithm's run); the message lists the
-            arguments that contradict the stored ones.
+        SystemExit: (code 2) for a flag that does not exist, a value out of range, an unknown environment, or a run
+            that cannot be continued or evaluated; the message lists the arguments that contradict the stored ones.
     """
-    import tyro
-
-    if not Path(sys.modules[Args.__module__].__file__).stem.isidentifier():
-        fail(f"{sys.modules[Args.__module__].__file__}: {NOT_A_NAME}")
+    file = Path(sys.modules[Args.__module__].__file__)
+    if not file.stem.isidentifier():  # other programs import the file
+        fail(f"{file}: the file's name must be letters, digits and underscores (my_floq.py)")
     read = lambda default: tyro.cli(Args, args=words, default=default, description=sys.modules[Args.__module__].__doc__)
-    args, resumed = read(Args()), None
-    evaluate = getattr(args, "evaluate", None)
-    if args.resume is not None and evaluate is not None:
-        fail("--resume and --evaluate exclude each other: one trains on, the other does not train")
-    if args.resume is not None or evaluate is not None:
-        flag, run_dir = ("--resume", args.resume) if evaluate is None else ("--evaluate", evaluate)
-        resumed = checkpoint.load(run_dir, flag)
-        names = {field.name for field in dataclasses.fields(Args)}
-        if resumed["algorithm"] != algorithm(args):
-            fail(f"{flag} {run_dir} is a run of {resumed['algorithm']}.py")
-        default = Args(**{name: value for name, value in resumed["args"].items() if name in names})
-        args = read(default)
-        may_change = (
-            MAY_CHANGE if evaluate is None else MAY_CHANGE - LENGTHS | {"evaluate", "eval_episodes", *inference}
-        )
-        differing = [name for name in sorted(names - may_change) if getattr(args, name) != getattr(default, name)]
-        if differing:
-            listed = ", ".join(
-                f"--{n.replace('_', '-')} {getattr(args, n)} (the run has {getattr(default, n)})" for n in differing
-            )
-            fail(f"{flag} {run_dir} cannot go on with other arguments: {listed}")
-        if resumed["step"] > default.total_timesteps != args.total_timesteps:
-            fail(f"--total-timesteps {args.total_timesteps}: the run in {run_dir} is in its online phase already")
-        if args.total_timesteps + args.online_timesteps < resumed["step"]:
-            fail(
-                f"--total-timesteps {args.total_timesteps} --online-timesteps {args.online_timesteps}: the run in "
-                f"{run_dir} is at step {resumed['step']} already"
-            )
+    args, saved = read(Args()), None
+    if args.resume is not None and args.evaluate is not None:
+        fail("--resume and --evaluate exclude each other: one trains further, the other does not train")
+    if args.export is not None and args.evaluate is None:
+        fail(f"--export {args.export} needs --evaluate RUN_DIR, the run whose policy it writes")
+    if args.export_seed is not None and args.export is None:
+        fail(f"--export-seed {args.export_seed} needs --export DIR, the folder that it writes to")
+    if args.resume is not None:
+        args, saved = _of_stored_run(read, args, "--resume", MAY_CHANGE)
+    elif args.evaluate is not None:
+        args, saved = _of_stored_run(read, args, "--evaluate", MAY_CHANGE - LENGTHS | EVALUATING | set(inference))
     else:
         if args.quick:
             args = read(Args(**quick))  # --quick may choose another environment, whose tuned values apply
         environment = args.env_id.split("-singletask")[0]
-        settings = dict(tuned.get(environment, {}))
+        settings = tuned.get(environment, {})
         if args.online_timesteps and environment in tuned_online:
-            settings |= tuned_online[environment]
+            settings = settings | tuned_online[environment]
         elif args.online_timesteps:
             print(f"note: no offline-to-online settings for {environment}: using the offline ones")
         args = read(Args(**settings | (quick if args.quick else {})))
 
-    for name, value in dataclasses.asdict(args).items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        if all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
-            zero = name in may_be_zero or getattr(Args(), name) == 0
-            if not all(number >= 0 if zero else number > 0 for number in numbers):
-                fail(f"--{name.replace('_', '-')} {value}: must be {'at least' if zero else 'above'} zero")
+    check_numbers(args, ABOVE_ZERO, AT_LEAST_ZERO)
     if not 0 < args.gamma < 1 or not 0 < args.tau <= 1:
         fail(f"--gamma {args.gamma} must lie between 0 and 1, --tau {args.tau} above 0 and at most 1")
-    if resumed is None:
+    if saved is None:
         envs.check_env_id(args.env_id)
     if "--cudagraphs" in (sys.argv if words is None else words) and not (args.cuda and torch.cuda.is_available()):
         print("note: --cudagraphs is ignored: there are no CUDA graphs on the CPU")
-    return args, resumed
+    return args, saved
+
+
+def _of_stored_run(read, args, flag, may_change):
+    """A run's stored arguments, changed by the command line in the fields `may_change`, and the run's checkpoint."""
+    run_dir = args.resume if flag == "--resume" else args.evaluate
+    saved = checkpoint.load(run_dir) if flag == "--resume" else export.read_any(run_dir, flag)
+    if saved["algorithm"] != algorithm(args):
+        fail(f"{flag} {run_dir} is a run of {saved['algorithm']}.py")
+    names = sorted(field.name for field in fields(args))
+    stored = type(args)(**{name: saved["args"][name] for name in names if name in saved["args"]})
+    args = read(stored)
+    differing = [name for name in names if name not in may_change and getattr(args, name) != getattr(stored, name)]
+    if differing:
+        listed = [f"{_flag(args, name)} (the run has {getattr(stored, name)})" for name in differing]
+        fail(f"{flag} {run_dir} cannot continue with other arguments: {', '.join(listed)}")
+    length, step = _flag(args, "total_timesteps"), saved["step"]
+    if step > stored.total_timesteps != args.total_timesteps:
+        fail(f"{length}: the run in {run_dir} is in its online phase already")
+    if args.total_timesteps + args.online_timesteps < step:
+        fail(f"{length} {_flag(args, 'online_timesteps')}: the run in {run_dir} is at step {step} already")
+    return args, saved
+
+
+def check_numbers(args, above_zero=(), at_least_zero=()):
+    """Ends the program (exit code 2) unless the named arguments are above zero or at least zero.
+
+    Of a tuple, each element is checked; None is no number.
+    """
+    for name in (*above_zero, *at_least_zero):
+        value, bound = getattr(args, name), "above" if name in above_zero else "at least"
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(number > 0 or (number == 0 and bound == "at least") for number in numbers):
+            fail(f"{_flag(args, name)}: must be {bound} zero")
+
+
+def _flag(args, name):
+    """An argument as the command line has it: --batch-size 256."""
+    return f"--{name.replace('_', '-')} {getattr(args, name)}"
 
 
 def algorithm(args):

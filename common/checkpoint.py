@@ -14,22 +14,21 @@ import torch
 from common import fail, warn
 
 LATEST, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
+# What reading a damaged checkpoint raises, by where the damage is.
+DAMAGE = (OSError, EOFError, KeyError, TypeError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 def save(run_dir, payload):
     """Saves `payload` as the run's latest checkpoint; a kill at any moment leaves a whole one behind.
 
-    Raises:
-        SystemExit: (code 1) for non-finite weights, a full disk or an unwritable directory; the last checkpoint stays.
+    Non-finite weights, a full disk or an unwritable directory end the program with exit code 1; the last one stays.
     """
     run_dir = Path(run_dir)
     latest, temporary = run_dir / LATEST, run_dir / (LATEST + ".part")
     kept = f"the last checkpoint is kept: {latest}" if latest.exists() else "there is no earlier checkpoint"
     for name, value in payload["agent"].items():
         if not torch.isfinite(value).all():
-            raise SystemExit(
-                f"error: weights {name} are non-finite at step {payload['step']}; not saved, {kept} (it is from before it)"
-            )
+            raise SystemExit(f"error: weights {name} are non-finite at step {payload['step']}; not saved, {kept}")
     try:
         with open(temporary, "wb") as file:
             torch.save(payload, file)
@@ -44,11 +43,9 @@ def save(run_dir, payload):
 
 
 def load(run_dir, flag="--resume"):
-    """The latest whole checkpoint of a run; a damaged one is reported and the previous one used. `flag`: whose argument
-    run_dir is, for messages.
+    """The latest whole checkpoint of a run; a damaged one is reported and the previous one used.
 
-    Raises:
-        SystemExit: (code 2) when there is none.
+    Where there is none, the program ends with exit code 2; `flag`, which named run_dir, is for the messages.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -66,19 +63,10 @@ def load(run_dir, flag="--resume"):
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
             payload = torch.load(path, map_location="cpu", weights_only=True)
             payload["args"], payload["step"]
-        except (
-            OSError,
-            EOFError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-            ValueError,
-            zipfile.BadZipFile,
-            pickle.UnpicklingError,
-        ) as error:
+        except DAMAGE as error:
             problems.append(f"{name} is damaged ({str(error).splitlines()[0]})")
             continue
         if problems:
-            warn(f"{run_dir}: {'; '.join(problems)}; going on from {name} at step {payload['step']}")
+            warn(f"{run_dir}: {'; '.join(problems)}; continuing from {name} at step {payload['step']}")
         return payload
     fail(f"{flag} {run_dir} has no usable checkpoint: {'; '.join(problems)}")

@@ -1,9 +1,11 @@
 """The device: determinism, the precision of float32 products, memory."""
 
+import contextlib
 import ctypes
 import functools
 import os
 import re
+import resource
 import sys
 from pathlib import Path
 
@@ -25,15 +27,19 @@ def setup_torch(args):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     set_matmul_precision(args.matmul_precision, device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    if device.type == "cpu":  # glibc reuses large freed blocks: to give them back costs a quarter of an update's time
+        with contextlib.suppress(OSError, AttributeError):  # another system's C library
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     sys.excepthook = functools.partial(explain_out_of_memory, args.num_seeds, device)
     return device
 
 
 def explain_out_of_memory(num_seeds, device, kind, error, traceback):
-    """Exception hook: if torch found no memory, a message with a number of seeds that may fit, and exit code 2; else the
-    usual traceback. What is needed is known up to the allocation that failed: at most half of the seeds are suggested.
+    """Exception hook: where torch found no memory, a message with a number of seeds that may fit, and exit code 2.
+
+    What a run needs is known only up to the allocation that failed, so at most half of the seeds are suggested.
     """
     size = re.search(r"ried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", str(error))
     if not issubclass(kind, RuntimeError) or size is None:
@@ -42,19 +48,16 @@ def explain_out_of_memory(num_seeds, device, kind, error, traceback):
     if device.type == "cuda":
         used, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
     else:
-        import resource  # not on every system
-
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         total = total if limit == resource.RLIM_INFINITY else min(total, limit)
-    seeds = min(num_seeds // 2, int(num_seeds * total / (used + requested)))
+    needed, machine = used + requested, "GPU" if device.type == "cuda" else "machine"
+    seeds = min(num_seeds // 2, int(num_seeds * total / needed))
+    found = f"{needed / 2**30:.1f} GiB or more are needed, the {machine} has {total / 2**30:.1f}"
     advice = f"--num-seeds {seeds} may fit" if seeds > 0 else "take a smaller --batch-size"
-    fail(
-        f"out of memory with {num_seeds} seed{'s' * (num_seeds > 1)}: {(used + requested) / 2**30:.1f} GiB or more are "
-        f"needed, the {'GPU' if device.type == 'cuda' else 'machine'} has {total / 2**30:.1f}; {advice}. "
-        f"Checkpoints already written are kept (--resume)"
-    )
+    number = f"{num_seeds} seed{'s' * (num_seeds > 1)}"
+    fail(f"out of memory with {number}: {found}; {advice}. Checkpoints already written are kept (--resume)")
 
 
 def set_matmul_precision(precision, device):
@@ -75,38 +78,21 @@ def set_matmul_precision(precision, device):
         return
     if precision == "high":
         fail("--matmul-precision high: the CPU has no TF32; use highest, or medium where it multiplies bfloat16")
-    # On AMD, "highest" goes through MKL at half speed; "medium" goes through oneDNN, exact unless the CPU has special units.
+    # On AMD, "highest" goes through MKL at half speed. "medium" goes through oneDNN, which is exact unless the CPU has
+    # units for bfloat16.
     torch.set_float32_matmul_precision("medium")
     exact = onednn_is_exact()
     if precision == "medium" and exact:
         fail("--matmul-precision medium: this CPU does not multiply in bfloat16; use highest")
-    if precision != "medium" and not (exact and is_amd()):
+    cpuinfo = Path("/proc/cpuinfo")
+    is_amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+    if precision != "medium" and not (exact and is_amd):
         torch.set_float32_matmul_precision("highest")
 
 
-def is_amd():
-    """Whether the CPU is AMD's, as far as /proc tells."""
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
 def onednn_is_exact():
-    """Whether products are float32's at the present setting: by the error of one, not by its time, since what a run
-    computes must not depend on how busy the machine is.
-    """
+    """Whether products are float32's at the present setting; by one's error, since a time depends on the load."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(2, 512, 512, generator=generator) for _ in range(2))
     exact = torch.bmm(a.double(), b.double())
     return bool((torch.bmm(a, b) - exact).norm() <= 1e-6 * exact.norm())
-
-
-def keep_freed_memory():
-    """Tells glibc to reuse large freed blocks: giving them back to the system costs a quarter of an update's time."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):  # another system's C library
-        pass

@@ -1,14 +1,11 @@
-"""OGBench environments: names, construction, seeded resets, frame stacks, and the evaluation worker process.
+"""OGBench environments: names, construction, seeded resets and frame stacks.
 
-Imports neither torch nor anything that does, so that a worker process (`python -m common.envs FD`, started by
-`common.rollout`) comes up in a second and stays small.
+Imports neither torch nor anything that does: neither do the processes of `common.workers` and `common.generate`.
 """
 
 import difflib
 import os
 import re
-import sys
-import traceback
 import warnings
 
 import numpy as np
@@ -16,15 +13,9 @@ import numpy as np
 from common import fail
 
 # Dataset types that OGBench publishes for each family of environments.
-DATASET_TYPES = {
-    "pointmaze": ("navigate", "stitch"),
-    "antmaze": ("navigate", "stitch", "explore"),
-    "humanoidmaze": ("navigate", "stitch"),
-    "antsoccer": ("navigate", "stitch"),
-    "cube": ("play", "noisy"),
-    "scene": ("play", "noisy"),
-    "puzzle": ("play", "noisy"),
-}
+DATASET_TYPES = dict.fromkeys(("cube", "scene", "puzzle"), ("play", "noisy"))
+DATASET_TYPES |= dict.fromkeys(("pointmaze", "humanoidmaze", "antsoccer"), ("navigate", "stitch"))
+DATASET_TYPES["antmaze"] = ("navigate", "stitch", "explore")
 
 
 def import_ogbench(render=False):
@@ -67,10 +58,8 @@ def check_env_id(env_id):
         return
     single_task = re.sub(r"-v0$", "-singletask-v0", env_id)
     if single_task in ids:
-        fail(
-            f"--env-id {env_id} is goal-conditioned; these algorithms need one task: "
-            f"{single_task} (the default task) or {single_task[:-3]}-task1-v0 ... -task5-v0"
-        )
+        tasks = f"{single_task} (the default task) or {single_task[:-3]}-task1-v0 ... -task5-v0"
+        fail(f"--env-id {env_id} is goal-conditioned; these algorithms need one task: {tasks}")
     near = difflib.get_close_matches(env_id, ids, n=3, cutoff=0.4)
     fail(f"--env-id {env_id} is unknown to ogbench" + (f"; nearest: {', '.join(near)}" if near else ""))
 
@@ -109,7 +98,8 @@ class FrameStack:
 
 
 def make_env(env_id, success_timing="post", frame_stack=1, render=False):
-    """Makes the environment of a single-task id.
+    """The gymnasium environment of a single-task id: observations float64 (D,) or uint8 (64, 64, 3 * frame_stack),
+    actions in [-1, 1].
 
     Args:
         env_id: e.g. `cube-single-play-singletask-v0`.
@@ -117,9 +107,6 @@ def make_env(env_id, success_timing="post", frame_stack=1, render=False):
             scores, ogbench <= 1.1.2), `pre` at the one before it (ogbench >= 1.2.0's default).
         frame_stack: number of frames stacked on the channel axis (1: none).
         render: whether `env.render()` will be called; needs OpenGL (EGL on a headless machine).
-
-    Returns:
-        A gymnasium environment: observations float64 (D,) or uint8 (64, 64, 3 * frame_stack), actions in [-1, 1].
     """
     import_ogbench(render=render or is_pixels(env_id))
     import gymnasium
@@ -137,45 +124,3 @@ def reset_env(env, seed):
     np.random.seed(seed % 2**32)
     env.action_space.seed(seed)
     return env.reset(seed=seed)
-
-
-def worker(connection):
-    """Steps this process's environments on request until the other end closes; every reply is (ok, value).
-
-    Requests: ("make", num_envs, make_env's keyword arguments), ("reset", {slot: seed}) -> {slot: observation},
-    ("step", {slot: action}) -> {slot: (observation, reward, terminated, truncated, success)}, ("render", slot). A failure is replied as (False, traceback) and ends the worker.
-    """
-    envs = []
-    try:
-        while True:
-            try:
-                kind, *payload = connection.recv()
-            except EOFError:
-                return
-            if kind == "make":
-                num_envs, kwargs = payload
-                envs = [make_env(**kwargs) for _ in range(num_envs)]
-                reply = envs[0].spec.max_episode_steps
-            elif kind == "reset":
-                reply = {slot: reset_env(envs[slot], seed)[0] for slot, seed in payload[0].items()}
-            elif kind == "step":
-                reply = {}
-                for slot, action in payload[0].items():
-                    ob, reward, terminated, truncated, info = envs[slot].step(action)
-                    reply[slot] = (ob, float(reward), bool(terminated), bool(truncated), float(info["success"]))
-            else:
-                reply = envs[payload[0]].render()
-            connection.send((True, reply))
-    except BaseException:
-        connection.send((False, traceback.format_exc()))
-
-
-if __name__ == "__main__":
-    import signal
-    from multiprocessing.connection import Connection
-
-    # Ctrl-C and schedulers signal the whole group; the main process saves first, and closes the connection.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    worker(Connection(int(sys.argv[1])))
-    os._exit(0)  # past the renderers' destructors, which print errors when the interpreter is half gone

@@ -3,15 +3,14 @@
     python -m common.generate --dataset cube-single-play-v0                      # as large as the official set
     python -m common.generate --dataset pointmaze-medium-navigate-v0 --num-episodes 200 --seed 1
 
-Writes `{dataset}-generated-{episodes}ep-seed{seed}.npz` and `...-val.npz` (10% more episodes) in OGBench's row format,
-so that OGBench's loader reads them; the name keeps them apart from official files. The collection recipe is OGBench's
-(arXiv 2410.20092, appendix on data collection): `play` follows a noisy plan to random targets, `noisy` a reactive
-script with strong action noise, `navigate` and `stitch` walk a maze along shortest paths. Every episode is a function
-of (seed, split, episode number) alone, so the file does not depend on the number of worker processes, and an
-interrupted collection continues where it stopped.
+Writes `{dataset}-generated-{episodes}ep-seed{seed}.npz` and `...-val.npz` (10% more episodes) in OGBench's row format;
+the name keeps them apart from official files. The recipe is OGBench's (arXiv 2410.20092, appendix on data collection):
+`play` follows a noisy plan to random targets, `noisy` a reactive script with strong action noise, `navigate` and
+`stitch` walk a maze along shortest paths. Every episode is a function of (seed, split, episode number) alone, so the
+file does not depend on the number of workers, and an interrupted collection continues where it stopped.
 """
 
-import dataclasses
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -19,41 +18,24 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from common import fail, num_cores
 from common.envs import import_ogbench
 
-EPISODES_PER_PART = 10  # an interrupted collection loses at most this many episodes a worker
+EPISODES_PER_PART = 10  # an interrupted collection loses at most this many episodes per worker
 
-# dataset -> (episodes, rows an episode) of the official files.
-OFFICIAL_SIZES = {
-    **{
-        f"{env}-{kind}-v0": (1000, 1001)
-        for env in ("cube-single", "cube-double", "scene")
-        for kind in ("play", "noisy")
-    },
-    **{f"puzzle-{size}-{kind}-v0": (1000, 1001) for size in ("3x3", "4x4") for kind in ("play", "noisy")},
-    **{f"{env}-{kind}-v0": (3000, 1001) for env in ("cube-triple", "puzzle-4x5") for kind in ("play", "noisy")},
-    **{f"{env}-{kind}-v0": (5000, 1001) for env in ("cube-quadruple", "puzzle-4x6") for kind in ("play", "noisy")},
-    **{f"pointmaze-{size}-navigate-v0": (1000, 1001) for size in ("medium", "large", "teleport")},
-    "pointmaze-giant-navigate-v0": (500, 2001),
-    **{f"pointmaze-{size}-stitch-v0": (5000, 201) for size in ("medium", "large", "giant", "teleport")},
-}
-STACKING = {"double": (0.0, 0.25), "triple": (0.05, 0.35), "quadruple": (0.1, 0.5)}  # probability range of an episode
-
-
-@dataclasses.dataclass
-class GenerateArgs:
-    dataset: str = "cube-single-play-v0"
-    """dataset to make, by OGBench's name"""
-    dataset_dir: str = "~/.ogbench/data"
-    """directory of the files"""
-    num_episodes: int | None = None
-    """training episodes (default: the official set's number); validation gets 10% more, at least one"""
-    seed: int = 0
-    """seed of the collection"""
-    num_workers: int = 0
-    """worker processes (0: one a core)"""
+_SIZES = (
+    ("cube-single cube-double scene puzzle-3x3 puzzle-4x4", "play noisy", (1000, 1001)),
+    ("cube-triple puzzle-4x5", "play noisy", (3000, 1001)),
+    ("cube-quadruple puzzle-4x6", "play noisy", (5000, 1001)),
+    ("pointmaze-medium pointmaze-large pointmaze-teleport", "navigate", (1000, 1001)),
+    ("pointmaze-giant", "navigate", (500, 2001)),
+    ("pointmaze-medium pointmaze-large pointmaze-giant pointmaze-teleport", "stitch", (5000, 201)),
+)
+# dataset -> (episodes, rows per episode) of the official files.
+OFFICIAL_SIZES = {f"{e}-{kind}-v0": size for es, kinds, size in _SIZES for e in es.split() for kind in kinds.split()}
+STACKING = {"double": (0.0, 0.25), "triple": (0.05, 0.35), "quadruple": (0.1, 0.5)}  # probability range per episode
 
 
 def generated_path(dataset, dataset_dir, num_episodes, seed):
@@ -71,10 +53,8 @@ def check_collectable(dataset):
     if dataset in OFFICIAL_SIZES:
         return
     if any(name in dataset for name in ("ant", "humanoid", "soccer")):
-        fail(
-            f"{dataset} cannot be generated: its collector is a trained expert policy, not a script. "
-            "Use --dataset-source official, which downloads it"
-        )
+        expert = "its collector is a trained expert policy, not a script"
+        fail(f"{dataset} cannot be generated: {expert}. Use --dataset-source official, which downloads it")
     fail(f"{dataset} cannot be generated; generated datasets: {', '.join(sorted(OFFICIAL_SIZES))}")
 
 
@@ -83,23 +63,18 @@ def make_collection_env(dataset):
     import_ogbench()
     import gymnasium
 
-    base = dataset.rsplit("-", 2)[0]
-    length = OFFICIAL_SIZES[dataset][1]
+    env_id, length = dataset.rsplit("-", 2)[0] + "-v0", OFFICIAL_SIZES[dataset][1]
     kwargs = {} if "maze" in dataset else {"mode": "data_collection"}
-    return gymnasium.make(f"{base}-v0", terminate_at_goal=False, max_episode_steps=length, **kwargs)
+    return gymnasium.make(env_id, terminate_at_goal=False, max_episode_steps=length, **kwargs)
 
 
 def collect_episode(env, dataset, seed):
-    """One episode as a dictionary of row arrays; numpy's global generator, which the oracles draw from, is seeded.
+    """One episode: {observations (T, D), actions (T, A), qpos, qvel} float32, {terminals (T,)} bool, true in the last
+    row, and for scene and puzzles {button_states} int64. Seeds numpy's global generator, which the oracles draw from.
 
     Args:
-        env: of `make_collection_env`.
-        dataset: OGBench's dataset name.
+        env, dataset: of `make_collection_env`, and OGBench's name.
         seed: sequence of ints (seed, split, episode); equal sequences give equal episodes.
-
-    Returns:
-        observations (T, D), actions (T, A), qpos, qvel float32; terminals (T,) bool, true in the last row;
-        button_states int64 for scene and puzzles.
     """
     collect = collect_maze if "maze" in dataset else collect_manipulation
     for attempt in range(100):
@@ -122,19 +97,27 @@ def cube_stays_in_reach(xyz):
 
 def make_oracles(env, dataset):
     """OGBench's scripted oracles by the target they serve: plans for `play`, reactive scripts for `noisy`."""
-    from ogbench.manipspace.oracles.markov import button_markov, cube_markov, drawer_markov, window_markov
-    from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
-
-    closed = {"gripper_always_closed": True} if "puzzle" in dataset else {}
     if "play" in dataset:
-        kwargs = {"env": env, "noise": 0.1, "noise_smoothing": 0.5}
-        button = button_plan.ButtonPlanOracle(**kwargs, **closed)
-        others = cube_plan.CubePlanOracle, drawer_plan.DrawerPlanOracle, window_plan.WindowPlanOracle
+        style, settings = "plan", {"noise": 0.1, "noise_smoothing": 0.5}
     else:
-        kwargs = {"env": env, "min_norm": 0.4}
-        button = button_markov.ButtonMarkovOracle(**kwargs, **closed)
-        others = cube_markov.CubeMarkovOracle, drawer_markov.DrawerMarkovOracle, window_markov.WindowMarkovOracle
-    return {"button": button, **{kind: oracle(**kwargs) for kind, oracle in zip(("cube", "drawer", "window"), others)}}
+        style, settings = "markov", {"min_norm": 0.4}
+    oracles = {}
+    for target in ("button", "cube", "drawer", "window"):
+        module = importlib.import_module(f"ogbench.manipspace.oracles.{style}.{target}_{style}")
+        oracle = getattr(module, f"{target.title()}{style.title()}Oracle")  # cube_plan.CubePlanOracle
+        closed = {"gripper_always_closed": True} if target == "button" and "puzzle" in dataset else {}
+        oracles[target] = oracle(env=env, **settings, **closed)
+    return oracles
+
+
+def _step(env, ob, action, rows):
+    """Takes the clipped action, appends its row in OGBench's format to `rows`; returns (next ob, info, done)."""
+    action = np.clip(action, -1, 1)
+    next_ob, _, terminated, truncated, info = env.step(action)
+    done = terminated or truncated
+    row = {"observations": ob, "actions": action, "terminals": done}
+    rows.append(row | {key: info[f"prev_{key}"] for key in ("qpos", "qvel", "button_states") if f"prev_{key}" in info})
+    return next_ob, info, done
 
 
 def collect_manipulation(env, dataset, seed):
@@ -146,10 +129,14 @@ def collect_manipulation(env, dataset, seed):
     xi = np.random.uniform(0, 0.1)
     noise_std = np.array([xi, xi, xi, 3 * xi, 10 * xi])
 
+    def next_oracle(ob, info):
+        """The oracle of the present target. Puzzles have buttons only, and no target_task that says so."""
+        oracle = oracles[info.get("privileged/target_task", "button")]
+        oracle.reset(ob, info)
+        return oracle
+
     ob, info = env.reset(seed=seed)
-    # Puzzles have buttons only, and no target_task that says so.
-    oracle = oracles[info.get("privileged/target_task", "button")]
-    oracle.reset(ob, info)
+    oracle = next_oracle(ob, info)
     rows, done = [], False
     while not done:
         if np.random.rand() < p_random:
@@ -158,19 +145,10 @@ def collect_manipulation(env, dataset, seed):
             action = np.asarray(oracle.select_action(ob, info))
             if noisy:
                 action = action + np.random.normal(0, noise_std)
-        action = np.clip(action, -1, 1)
-        next_ob, _, terminated, truncated, info = env.step(action)
-        done = terminated or truncated
-        row = {"observations": ob, "actions": action, "terminals": done}
-        row |= {"qpos": info["prev_qpos"], "qvel": info["prev_qvel"]}
-        if "prev_button_states" in info:
-            row["button_states"] = info["prev_button_states"]
-        rows.append(row)
-        ob = next_ob
+        ob, info, done = _step(env, ob, action, rows)
         if oracle.done:
             ob, info = env.unwrapped.set_new_target(p_stack=p_stack)
-            oracle = oracles[info.get("privileged/target_task", "button")]
-            oracle.reset(ob, info)
+            oracle = next_oracle(ob, info)
     return rows
 
 
@@ -203,12 +181,7 @@ def collect_maze(env, dataset, seed):
         xy = maze.get_xy()
         direction = maze.get_oracle_subgoal(xy, maze.cur_goal_xy)[0] - xy
         action = direction / (np.linalg.norm(direction) + 1e-6) + np.random.normal(0, 0.5, 2)
-        action = np.clip(action, -1, 1)
-        next_ob, _, terminated, truncated, info = env.step(action)
-        done = terminated or truncated
-        row = {"observations": ob, "actions": action, "terminals": done}
-        rows.append(row | {"qpos": info["prev_qpos"], "qvel": info["prev_qvel"]})
-        ob = next_ob
+        ob, info, done = _step(env, ob, action, rows)
         if info["success"] and "navigate" in dataset:
             goal = junctions[np.random.randint(len(junctions))]
             maze.set_goal(goal_xy=maze.add_noise(maze.ij_to_xy(goal)))
@@ -230,77 +203,67 @@ def _collect_part(part_path, dataset, seed, split, episodes):
     env = make_collection_env(dataset)
     parts = [collect_episode(env, dataset, [seed, split, episode]) for episode in episodes]
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    _save_npz(Path(part_path), arrays, compressed=False)
+    _save_npz(part_path, arrays, compressed=False)
     return len(arrays["terminals"])
 
 
-def generate(dataset, dataset_dir, num_episodes=None, seed=0, num_workers=0):
+def generate(
+    dataset: str = "cube-single-play-v0",
+    dataset_dir: str = "~/.ogbench/data",
+    num_episodes: int | None = None,
+    seed: int = 0,
+    num_workers: int = 0,
+):
     """Makes the training and validation files, skipping what exists; returns the training file's path.
 
+    A dataset without a scripted collector and a number below 1 end the program with exit code 2.
+
     Args:
-        dataset: OGBench's name, e.g. `cube-single-play-v0`.
-        dataset_dir: directory for the files, made if missing.
-        num_episodes: training episodes; None for the official number.
-        seed: of the whole collection.
-        num_workers: processes; 0 for one a core.
-
-    Raises:
-        SystemExit: (code 2) for a dataset without a scripted collector or a number below 1.
+        dataset: dataset to make, by OGBench's name.
+        dataset_dir: directory of the files, made if missing.
+        num_episodes: training episodes (default: the official set's number); validation gets 10% more, at least one.
+        seed: seed of the collection.
+        num_workers: worker processes (0: one per core).
     """
-    from tqdm import tqdm
-
     check_collectable(dataset)
-    num_episodes = OFFICIAL_SIZES[dataset][0] if num_episodes is None else num_episodes
+    official_episodes, length = OFFICIAL_SIZES[dataset]
+    num_episodes = official_episodes if num_episodes is None else num_episodes
     if num_episodes < 1 or num_workers < 0:
         fail(f"--num-episodes {num_episodes} --num-workers {num_workers}: at least 1 episode, and no negative number")
     train_path = generated_path(dataset, dataset_dir, num_episodes, seed)
     train_path.parent.mkdir(parents=True, exist_ok=True)
 
-    # Each file is cut into parts, which the workers share out; finished parts survive an interruption.
-    jobs = []
-    for split, (path, episodes) in enumerate(
-        ((train_path, num_episodes), (val_path(train_path), max(1, num_episodes // 10)))
-    ):
-        if not path.exists():
-            parts = path.with_name(path.stem + ".parts")
-            parts.mkdir(exist_ok=True)
-            numbers = range(0, episodes, EPISODES_PER_PART)
-            chunks = [range(first, min(first + EPISODES_PER_PART, episodes)) for first in numbers]
-            jobs += [(path, parts / f"{chunk[0]:06d}.npz", split, chunk) for chunk in chunks]
-    todo = [job for job in jobs if not job[1].exists()]
-    if todo:
-        workers = min(num_workers or num_cores(), len(todo))
-        length = OFFICIAL_SIZES[dataset][1]
-        bar = tqdm(total=sum(len(job[3]) for job in todo) * length, unit=" transitions", desc=f"collecting {dataset}")
-        with bar, ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = [
-                pool.submit(_collect_part, str(part), dataset, seed, split, chunk) for _, part, split, chunk in todo
-            ]
+    files = ((train_path, num_episodes), (val_path(train_path), max(1, num_episodes // 10)))
+    with ProcessPoolExecutor(num_workers or num_cores(), multiprocessing.get_context("spawn")) as pool:
+        for split, (path, episodes) in enumerate(files):
+            if path.exists():
+                continue
+            # A file is cut into parts, which the workers share out; finished parts survive an interruption.
+            directory = path.with_name(path.stem + ".parts")
+            directory.mkdir(exist_ok=True)
+            starts = range(0, episodes, EPISODES_PER_PART)
+            parts = {directory / f"{i:06d}.npz": range(episodes)[i : i + EPISODES_PER_PART] for i in starts}
+            todo = {part: numbers for part, numbers in parts.items() if not part.exists()}
+            futures = [pool.submit(_collect_part, part, dataset, seed, split, n) for part, n in todo.items()]
+            rows = sum(map(len, todo.values())) * length
             try:
-                for future in as_completed(futures):
-                    bar.update(future.result())
+                with tqdm(total=rows, unit=" transitions", desc=f"collecting {path.stem}") as bar:
+                    for future in as_completed(futures):
+                        bar.update(future.result())
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    for path in (train_path, val_path(train_path)):
-        parts = [part for target, part, _, _ in jobs if target == path]
-        if parts:
-            files = [np.load(part) for part in parts]
-            _save_npz(
-                path, {key: np.concatenate([file[key] for file in files]) for key in files[0].files}, compressed=True
-            )
-            shutil.rmtree(parts[0].parent)
+            arrays = [np.load(part) for part in parts]
+            _save_npz(path, {key: np.concatenate([a[key] for a in arrays]) for key in arrays[0].files}, compressed=True)
+            shutil.rmtree(directory)
     return train_path
 
 
 if __name__ == "__main__":
     import tyro
 
-    args = tyro.cli(GenerateArgs, description=__doc__)
     try:
-        path = generate(args.dataset, args.dataset_dir, args.num_episodes, args.seed, args.num_workers)
+        path = tyro.cli(generate, description=__doc__)
     except OSError as error:
-        fail(
-            f"could not write to --dataset-dir {args.dataset_dir} ({error}); finished parts are kept, run again to go on"
-        )
+        fail(f"could not write to --dataset-dir ({error}); finished parts are kept, run again to continue")
     print(f"{path} ({path.stat().st_size / 2**20:.0f} MiB)")

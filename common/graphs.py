@@ -12,8 +12,8 @@ class FastUpdate:
 
     Args:
         agents: of common/stacked.py.
-        update: function of a dictionary of tensors and of options (strings, or tuples of them) that updates the agents and
-            returns a dictionary of tensors.
+        update: function of a dictionary of tensors and of options (strings, or tuples of them) that updates the agents
+            and returns a dictionary of tensors.
         compile, cudagraphs: the run's flags.
     """
 
@@ -37,7 +37,7 @@ class FastUpdate:
     def _first(self, update, draws):
         """The update to call from now on, and what its first call returns."""
         state = self.agents.state_tensors()
-        saved = [tensor.detach().clone() for tensor in state] if self.agents.compiled or self.captured else []
+        saved = [tensor.detach().clone() for tensor in state]
         while True:
             try:
                 fast = capture(update, draws, state, self.captured)
@@ -51,12 +51,9 @@ class FastUpdate:
                 else:
                     self.captured, flag = False, "cudagraphs"
                 with torch.no_grad():
-                    for tensor, value in zip(state, saved):
-                        tensor.copy_(value)
-                reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-                warn(
-                    f"--{flag} fails here ({reason}); updates continue without it, more slowly (--no-{flag} silences this)"
-                )
+                    torch._foreach_copy_(state, saved)
+                slower = f"updates continue without it, more slowly (--no-{flag} silences this)"
+                warn(f"--{flag} fails here ({_first_line(error)}); {slower}")
 
 
 def can_compile(device, announce=True):
@@ -68,21 +65,19 @@ def can_compile(device, announce=True):
     try:
         torch.compile(lambda x: 2 * x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # a missing compiler, Triton, header or right: torch has an exception for each
-        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-        warn(
-            f"--compile: torch.compile fails here ({reason}); updates are slower without it (--no-compile silences this)"
-        )
+        slower = "updates are slower without it (--no-compile silences this)"
+        warn(f"--compile: torch.compile fails here ({_first_line(error)}); {slower}")
         return False
     if announce:
-        print(
-            "compiling the losses in the first update: up to two minutes, less another time (--no-compile: none)",
-            flush=True,
-        )
+        shorter = "up to two minutes, less in later runs (disable with --no-compile)"
+        print(f"compiling the losses in the first update: {shorter}", flush=True)
     return True
 
 
 def capture(update, inputs, state, enabled=True):
     """Captures `update(inputs)` in a CUDA graph, so that an update costs one launch instead of hundreds.
+
+    Returns a function like `update`. On a GPU its outputs live in the graph's memory: the next call overwrites them.
 
     Args:
         update: function of a dictionary of tensors that changes `state` in place and returns a dictionary of tensors;
@@ -90,9 +85,6 @@ def capture(update, inputs, state, enabled=True):
         inputs: example inputs, of the shapes that every call will have.
         state: every tensor that `update` changes (weights, targets, optimizer state); left as found.
         enabled: False to call `update` directly.
-
-    Returns:
-        A function like `update`. On a GPU its outputs live in the graph's memory: the next call overwrites them.
     """
     if not enabled or not next(iter(inputs.values())).is_cuda:
         return update
@@ -107,8 +99,7 @@ def capture(update, inputs, state, enabled=True):
             update(static_inputs)
     torch.cuda.current_stream().wait_stream(stream)
     with torch.no_grad():
-        for tensor, value in zip(state, saved):
-            tensor.copy_(value)
+        torch._foreach_copy_(state, saved)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = update(static_inputs)
@@ -119,3 +110,8 @@ def capture(update, inputs, state, enabled=True):
         return outputs
 
     return replay
+
+
+def _first_line(error):
+    """What an exception says first, or its name."""
+    return next((line for line in str(error).splitlines() if line), type(error).__name__)

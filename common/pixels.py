@@ -21,15 +21,14 @@ def trajectory_starts(terminals):
 
 
 def gather_frames(dataset, indices):
-    """A batch of frame-stacked transitions.
+    """A batch of frame-stacked transitions, {key: (S, B, ...)} without starts.
+
+    Its observations and next_observations are (S, B, 64, 64, 3 * NUM_FRAMES), the oldest frame first, a trajectory's
+    first frame repeated, as `envs.FrameStack` does.
 
     Args:
         dataset: {observations, next_observations (N, 64, 64, 3) uint8, starts (N,), other keys (N, ...)}.
         indices: (S, B).
-
-    Returns:
-        {key: (S, B, ...)} without starts; observations and next_observations (S, B, 64, 64, 3 * NUM_FRAMES), oldest frame
-        first, a trajectory's first frame repeated, as `envs.FrameStack` does.
     """
     others = ("observations", "next_observations", "starts")
     batch = {key: value[indices] for key, value in dataset.items() if key not in others}
@@ -42,14 +41,12 @@ def gather_frames(dataset, indices):
 
 
 def draw_crops(generator, num_updates, batch_size):
-    """Shifts of `num_updates` batches of one seed: (num_updates, B, 2) in 0..2 * PADDING; PADDING is no shift.
-
-    With probability 0.5 a batch is shifted at all.
+    """Shifts of `num_updates` batches of one seed: (num_updates, B, 2) in 0..2 * PADDING; half of the batches are
+    left as they are, with the shift PADDING.
     """
-    device = generator.device
-    shape = (num_updates, batch_size, 2)
-    shifts = torch.randint(2 * PADDING + 1, shape, generator=generator, device=device)
-    augmented = torch.rand(num_updates, 1, 1, generator=generator, device=device) < 0.5
+    source = dict(generator=generator, device=generator.device)
+    shifts = torch.randint(2 * PADDING + 1, (num_updates, batch_size, 2), **source)
+    augmented = torch.rand(num_updates, 1, 1, **source) < 0.5
     return torch.where(augmented, shifts, PADDING)
 
 

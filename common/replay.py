@@ -1,4 +1,4 @@
-"""The replay buffer: it starts as the offline dataset, which all seeds share; each seed adds its own online transitions."""
+"""The replay buffer: the offline dataset, which all seeds share, and each seed's own online transitions."""
 
 import torch
 
@@ -27,9 +27,7 @@ class Replay:
         self.rows = {key: value.new_zeros(num_seeds, M, *value.shape[1:]) for key, value in dataset.items()}
 
     def agent_inputs(self):
-        """What an agent must know of the data: dimensions of observations (of images the shape of a frame stack) and of
-        actions, extreme offline rewards.
-        """
+        """What an agent must know: obs_dim (of pixels the shape of a frame stack), action_dim, extreme rewards."""
         data = self.dataset
         obs_shape, rewards = tuple(data["observations"].shape[1:]), data["rewards"]
         if len(obs_shape) > 1:
@@ -59,14 +57,11 @@ class Replay:
         return self.batch(draws), {name: value for name, value in draws.items() if name not in ("indices", "count")}
 
     def batch(self, draws):
-        """A batch of transitions, uniform over the offline and, in the online phase, the online ones.
+        """A batch {key: (S, B, ...)}, uniform over the offline and, in the online phase, the online transitions.
 
         Args:
-            draws: "indices" (S, B): offline, of transitions. Online, with "count" of `append`; "indices" are then uniform
+            draws: offline {"indices" (S, B) of transitions}. Online "count" of `append` too; "indices" are then uniform
                 integers of a range far above the buffer's size.
-
-        Returns:
-            {key: (S, B, ...)}.
         """
         indices = draws["indices"]
         if "starts" in self.dataset:

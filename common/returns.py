@@ -12,12 +12,11 @@ def trajectory_ends(data):
 def reward_to_go(data, gamma):
     """Discounted returns along the data's trajectories, G_t = r_t + gamma mask_t G_{t+1}, cut off at each one's end.
 
+    Returns them and the discount of what is cut off (0 where a success follows): (N,) arrays of float64.
+
     Args:
         data: transitions {observations, next_observations (N, D), rewards, masks (N,)} in order of time.
         gamma: discount factor.
-
-    Returns:
-        returns, and the discount of what is cut off (0 where a success follows): (N,) arrays of float64.
     """
     rewards, masks = (data[key].double().cpu().numpy() for key in ("rewards", "masks"))
     ends = trajectory_ends(data)

@@ -1,5 +1,6 @@
 """S agents in one process: an agent is written for one seed, and torch.vmap runs it for all of them at once."""
 
+import copy
 import types
 
 import torch
@@ -48,13 +49,12 @@ class Stacked:
     def backward(self, loss, batch, noise, trains):
         """Adds the gradient of a loss to the weights of the networks that it trains; all other weights are constants.
 
+        Returns {name: (S, ...)}, the loss' values at the present weights.
+
         Args:
             loss: name of the agent's method that maps batch and noise to (loss, {name: value}).
             batch, noise: {name: (S, ...)}.
             trains: names of the networks, the attributes of the agent.
-
-        Returns:
-            {name: (S, ...)}, the loss' values at the present weights.
         """
         parameters = {name: p if name.split(".")[0] in trains else p.detach() for name, p in self.parameters.items()}
         losses, metrics = self._stack(loss, self.compiled)(parameters, batch, noise)
@@ -82,7 +82,7 @@ class Stacked:
         return stacked
 
     def _stack(self, method, compiled):
-        """f(parameters, inputs) -> what the agent's method returns for these inputs, with a leading axis S throughout."""
+        """f(parameters, inputs) -> what the agent's method returns for these inputs; all with a leading axis S."""
         if (method, compiled) not in self.functions:
             caller = _Caller(self.agent, method)
 
@@ -96,15 +96,24 @@ class Stacked:
                 return vectorised(parameters, *inputs)
 
             if compiled:
-                # torch keeps a few compiled forms per code object, so each loss has its own. An agent's code and settings
-                # do not change once it trains, so only tensors are checked for changes at each call.
+                # torch keeps a few compiled forms per code object, so each loss has its own. An agent's code and
+                # settings do not change once it trains, so only tensors are checked for changes at each call.
                 code = stacked.__code__.replace(co_name=method)
                 options = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
-                stacked = torch.compile(
-                    types.FunctionType(code, globals(), method, None, stacked.__closure__), options=options
-                )
+                own = types.FunctionType(code, globals(), method, None, stacked.__closure__)
+                stacked = torch.compile(own, options=options)
             self.functions[method, compiled] = stacked
         return self.functions[method, compiled]
+
+    def keep(self, networks):
+        """Drops the weights of all other networks, which then cannot be used."""
+        self.parameters = {name: p for name, p in self.parameters.items() if name.split(".")[0] in networks}
+
+    def only(self, index):
+        """The agent with this index alone, for acting."""
+        alone = copy.copy(self)
+        alone.parameters = {name: p[index : index + 1] for name, p in self.parameters.items()}  # (1, ...)
+        return alone
 
     def state_tensors(self):
         """Every tensor that an update changes."""
@@ -117,11 +126,9 @@ class Stacked:
         return {"agent": weights, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, saved):
-        """Takes over a checkpoint's weights and, if it has them, moments; Adam's settings stay, which belong to this
-        process's device.
+        """Takes over a checkpoint's weights and, if it has them, moments; Adam's settings stay this device's.
 
-        Raises:
-            RuntimeError: for weights of other names or shapes.
+        Weights of other names or shapes raise a RuntimeError.
         """
         weights = saved["agent"]
         wrong = sorted(weights.keys() ^ self.parameters.keys())
@@ -134,14 +141,6 @@ class Stacked:
         if "optimizer" in saved:
             settings = {"param_groups": self.optimizer.state_dict()["param_groups"]}
             self.optimizer.load_state_dict(saved["optimizer"] | settings)
-
-
-def load(Agent, args, saved, device):
-    """The agents of a run's checkpoint `saved`, for acting or measuring; args: its arguments."""
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    agents = Stacked(lambda: Agent(args, **saved["agent_inputs"]), seeds, device, args.learning_rate)
-    agents.load_state_dict(saved)
-    return agents
 
 
 class _Caller(nn.Module):

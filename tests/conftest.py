@@ -37,9 +37,8 @@ SMALL_FLAGS = {
     "evor": "--flow-steps 2 --num-actions 3 --num-returns 4",
 }
 for name in SMALL_FLAGS:
-    SMALL_FLAGS[name] += (
-        " --no-cuda --no-compile --batch-size 16 --value-hidden-dims 16 16 --actor-hidden-dims 16 16 --eval-episodes 2 --eval-workers 1"
-    )
+    SMALL_FLAGS[name] += " --no-cuda --no-compile --batch-size 16 --value-hidden-dims 16 16 --actor-hidden-dims 16 16"
+    SMALL_FLAGS[name] += " --eval-episodes 2 --eval-workers 1"
     SMALL_FLAGS[name] = SMALL_FLAGS[name].split()
 # Sizes of an agent that a test can update in a millisecond.
 SMALL_ARGS = {
@@ -82,7 +81,8 @@ def cube_data(tmp_path_factory):
 
 
 ONLINE_LENGTHS = (
-    "--total-timesteps 130 --online-timesteps 300 --eval-interval 100 --log-interval 20 --save-interval 70 --eval-episodes 1"
+    "--total-timesteps 130 --online-timesteps 300 --eval-interval 100 "
+    "--log-interval 20 --save-interval 70 --eval-episodes 1"
 ).split()
 
 

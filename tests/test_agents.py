@@ -1,4 +1,4 @@
-"""What every algorithm has in common: the MLP, initial weights, whose gradients go where, EMA, targets, stacked seeds."""
+"""What all algorithms have in common: MLP, initial weights, whose gradients go where, EMA, targets, stacked seeds."""
 
 import math
 import shutil
@@ -179,7 +179,7 @@ UNIFORM = {
 
 
 def test_random_numbers_are_normal_or_uniform_and_independent(algorithm):
-    """Parity and closed forms are given their random numbers; here are the distributions that updates draw them from."""
+    """Parity and closed forms are given their random numbers; here are the distributions that updates draw from."""
     agent = make_agent(small_args(algorithm))
     noise = agent.draw_noise(torch.Generator().manual_seed(0), 4_000)
     noise["act"] = agent.draw_act_noise(torch.Generator().manual_seed(1), 4_000)

@@ -32,7 +32,6 @@ def test_the_file_depends_on_the_seed_and_not_on_the_workers(maze_data, tmp_path
 def test_an_episode_does_not_depend_on_the_episodes_before_it():
     env = generate.make_collection_env("cube-single-noisy-v0")
     env.reset(seed=0)
-    generate.OFFICIAL_SIZES  # full episodes: 1001 rows
     first = generate.collect_episode(env, "cube-single-noisy-v0", [0, 0, 1])
     generate.collect_episode(env, "cube-single-noisy-v0", [0, 0, 2])
     again = generate.collect_episode(env, "cube-single-noisy-v0", [0, 0, 1])

@@ -14,7 +14,7 @@ from common import graphs
 
 @pytest.fixture(scope="module")
 def pretended():
-    """{case: None or an error} of pretend_gpu.py, in a process of its own, since a pretended device cannot be taken back."""
+    """{case: None or an error} of pretend_gpu.py, in a process of its own: a pretended device cannot be taken back."""
     command = [sys.executable, ROOT / "tests" / "pretend_gpu.py"]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from common import datasets
+from common import datasets, download
 
 FILE = "toy-v0.npz"
 
@@ -23,7 +23,7 @@ def npz_bytes(seed=0, rows=5000, save=np.savez):
 
 CONTENT = npz_bytes()
 PAGE = b"<html>not a dataset</html>"
-MIRRORS = datasets.MIRRORS
+MIRRORS = download.MIRRORS
 
 
 class Server:
@@ -78,8 +78,8 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def quick_and_local(monkeypatch):
-    monkeypatch.setattr(datasets, "BACK_OFF", 0.01)
-    monkeypatch.setattr(datasets, "MIRRORS", ())
+    monkeypatch.setattr(download, "BACK_OFF", 0.01)
+    monkeypatch.setattr(download, "MIRRORS", ())
 
 
 def use(monkeypatch, *servers):
@@ -88,7 +88,7 @@ def use(monkeypatch, *servers):
 
 def know(monkeypatch, content=CONTENT):
     """Puts FILE among the files of known content."""
-    monkeypatch.setitem(datasets.KNOWN, FILE, (len(content), hashlib.sha256(content).hexdigest()))
+    monkeypatch.setitem(download.KNOWN, FILE, (len(content), hashlib.sha256(content).hexdigest()))
 
 
 def names(directory):
@@ -98,7 +98,7 @@ def names(directory):
 def test_dropped_connection_is_resumed_where_it_broke(tmp_path, monkeypatch):
     server = Server("drop", "drop")
     use(monkeypatch, server)
-    datasets.download(FILE, tmp_path / "new")
+    download.download(FILE, tmp_path / "new")
     assert (tmp_path / "new" / FILE).read_bytes() == CONTENT
     half = len(CONTENT) // 2
     assert server.requests[:2] == [(f"/{FILE}", None), (f"/{FILE}", f"bytes={half}-")]
@@ -108,7 +108,7 @@ def test_dropped_connection_is_resumed_where_it_broke(tmp_path, monkeypatch):
 
 def test_server_without_ranges_sends_everything_again(tmp_path, monkeypatch):
     use(monkeypatch, Server("drop", ranges=False))
-    datasets.download(FILE, tmp_path)
+    download.download(FILE, tmp_path)
     assert (tmp_path / FILE).read_bytes() == CONTENT
 
 
@@ -116,7 +116,7 @@ def test_server_without_ranges_sends_everything_again(tmp_path, monkeypatch):
 def test_short_or_foreign_file_is_thrown_away_and_fetched_again(tmp_path, monkeypatch, answer):
     server = Server(answer)
     use(monkeypatch, server)
-    datasets.download(FILE, tmp_path)
+    download.download(FILE, tmp_path)
     assert (tmp_path / FILE).read_bytes() == CONTENT
     assert len(server.requests) == 2
 
@@ -124,7 +124,7 @@ def test_short_or_foreign_file_is_thrown_away_and_fetched_again(tmp_path, monkey
 def test_mirrors_are_tried_in_order_and_404_is_not_repeated(tmp_path, monkeypatch):
     first, second, third = Server(404, 404), Server(503, "whole"), Server()
     use(monkeypatch, first, second, third)
-    datasets.download(FILE, tmp_path)
+    download.download(FILE, tmp_path)
     assert (len(first.requests), len(second.requests), len(third.requests)) == (1, 2, 0)
     assert (tmp_path / FILE).read_bytes() == CONTENT
 
@@ -133,7 +133,7 @@ def test_a_part_file_of_an_earlier_process_is_resumed(tmp_path, monkeypatch):
     server = Server()
     use(monkeypatch, server)
     (tmp_path / f"{FILE}.part").write_bytes(CONTENT[:1000])
-    datasets.download(FILE, tmp_path)
+    download.download(FILE, tmp_path)
     assert server.requests == [(f"/{FILE}", "bytes=1000-")]
     assert (tmp_path / FILE).read_bytes() == CONTENT
 
@@ -143,7 +143,7 @@ def test_a_part_file_that_is_too_long_or_wrong_is_replaced(tmp_path, monkeypatch
         use(monkeypatch, Server())
         (tmp_path / FILE).unlink(missing_ok=True)
         (tmp_path / f"{FILE}.part").write_bytes(wrong)
-        datasets.download(FILE, tmp_path)
+        download.download(FILE, tmp_path)
         assert (tmp_path / FILE).read_bytes() == CONTENT
 
 
@@ -152,15 +152,15 @@ def test_failure_names_every_answer_and_three_ways_out_and_leaves_no_file(tmp_pa
     gone_url, unreachable = gone.url, "http://127.0.0.1:9"
     monkeypatch.setenv("CLEANFLOW_DATASET_MIRRORS", f"{gone_url},{unreachable},{dropping.url}")
     with pytest.raises(SystemExit) as stop:
-        datasets.download(FILE, tmp_path)
+        download.download(FILE, tmp_path)
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    for words in (gone_url, "404", unreachable, "refused", dropping.url, "of %d bytes" % len(CONTENT)):
+    for words in (gone_url, "404", unreachable, "refused", dropping.url, f"of {len(CONTENT)} bytes"):
         assert words in message
     for way in ("--dataset-source generated", "--dataset-path", "CLEANFLOW_DATASET_MIRRORS"):
         assert way in message
     assert not (tmp_path / FILE).exists()
-    assert len(dropping.requests) == datasets.ATTEMPTS
+    assert len(dropping.requests) == download.ATTEMPTS
 
 
 def test_find_dataset_downloads_what_is_missing_and_only_that(tmp_path, monkeypatch):
@@ -184,10 +184,10 @@ def test_official_mirrors_are_ogbenchs_host_then_the_flat_copy(tmp_path, monkeyp
         asked.append(request.full_url)
         raise urllib.error.HTTPError(request.full_url, 404, "Not Found", None, None)
 
-    monkeypatch.setattr(datasets, "MIRRORS", MIRRORS)
+    monkeypatch.setattr(download, "MIRRORS", MIRRORS)
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     with pytest.raises(SystemExit):
-        datasets.download("cube-double-play-v0-val.npz", tmp_path)
+        download.download("cube-double-play-v0-val.npz", tmp_path)
     assert asked == [
         "https://rail.eecs.berkeley.edu/datasets/ogbench/cube-double-play-v0-val.npz",
         "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main/cube-double-play-v0-val.npz",
@@ -209,7 +209,7 @@ def test_a_file_of_known_content_is_had_from_the_next_mirror(tmp_path, monkeypat
     know(monkeypatch)
     wrong, right = Server(*[answer] * 9, **kwargs), Server()
     use(monkeypatch, wrong, right)
-    datasets.download(FILE, tmp_path)
+    download.download(FILE, tmp_path)
     assert (tmp_path / FILE).read_bytes() == CONTENT and names(tmp_path) == [FILE]
     assert wrong.requests == right.requests == [(f"/{FILE}", None)]  # asked once, and nothing of it is continued
 
@@ -217,7 +217,7 @@ def test_a_file_of_known_content_is_had_from_the_next_mirror(tmp_path, monkeypat
     use(monkeypatch, wrong)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        datasets.download(FILE, tmp_path)
+        download.download(FILE, tmp_path)
     assert stop.value.code == 2 and names(tmp_path) == []
     message = capsys.readouterr().err
     assert words in message and wrong.url in message
@@ -229,7 +229,7 @@ def test_a_damaged_compressed_file_is_thrown_away(tmp_path, monkeypatch):
     content = bytearray(buffer.getvalue())
     content[80:130] = b"\xff" * 50  # where the deflated stream begins: zlib, not the checksum, finds it
     use(monkeypatch, Server(content=bytes(content)), Server())
-    datasets.download(FILE, tmp_path)
+    download.download(FILE, tmp_path)
     assert (tmp_path / FILE).read_bytes() == CONTENT and names(tmp_path) == [FILE]
 
 
@@ -238,7 +238,7 @@ def test_a_web_page_costs_no_partial_file(tmp_path, monkeypatch):
     page, right = Server("page"), Server()
     use(monkeypatch, page, right)
     (tmp_path / f"{FILE}.part").write_bytes(CONTENT[:1000])
-    datasets.download(FILE, tmp_path)
+    download.download(FILE, tmp_path)
     assert len(page.requests) == 1 and right.requests == [(f"/{FILE}", "bytes=1000-")]
     assert (tmp_path / FILE).read_bytes() == CONTENT and names(tmp_path) == [FILE]
 
@@ -253,9 +253,9 @@ def test_a_part_of_one_mirror_does_not_mix_with_the_bytes_of_another(tmp_path, m
         other = other[: len(content)].ljust(len(content), b"\0")
     dropping, right = Server("drop", 503, 503, 503, content=other), Server(content=content)
     use(monkeypatch, dropping, right)
-    datasets.download(FILE, tmp_path)
+    download.download(FILE, tmp_path)
     assert (tmp_path / FILE).read_bytes() == content and names(tmp_path) == [FILE]
-    assert len(dropping.requests) == datasets.ATTEMPTS
+    assert len(dropping.requests) == download.ATTEMPTS
     assert right.requests == [(f"/{FILE}", f"bytes={len(other) // 2}-"), (f"/{FILE}", None)]
 
 
@@ -263,7 +263,7 @@ def test_a_mirror_with_the_right_bytes_continues_the_part_of_another(tmp_path, m
     know(monkeypatch)
     dropping, right = Server("drop", 503, 503, 503), Server()
     use(monkeypatch, dropping, right)
-    datasets.download(FILE, tmp_path)
+    download.download(FILE, tmp_path)
     assert (tmp_path / FILE).read_bytes() == CONTENT
     assert right.requests == [(f"/{FILE}", f"bytes={len(CONTENT) // 2}-")]
 
@@ -272,7 +272,7 @@ def test_known_size_finds_a_short_file_without_length_which_is_resumed(tmp_path,
     know(monkeypatch)
     server = Server("short")
     use(monkeypatch, server)
-    datasets.download(FILE, tmp_path)
+    download.download(FILE, tmp_path)
     assert (tmp_path / FILE).read_bytes() == CONTENT
     assert server.requests == [(f"/{FILE}", None), (f"/{FILE}", f"bytes={len(CONTENT) // 2}-")]
 
@@ -283,7 +283,7 @@ def test_a_redirect_keeps_the_range(tmp_path, monkeypatch):
     store = Server("drop")
     front = Server(redirect=store.url + "/cdn")
     use(monkeypatch, front)
-    datasets.download(FILE, tmp_path)
+    download.download(FILE, tmp_path)
     ranges = [None, f"bytes={len(CONTENT) // 2}-"]
     assert front.requests == [(f"/{FILE}", wanted) for wanted in ranges]
     assert store.requests == [(f"/cdn/{FILE}", wanted) for wanted in ranges]
@@ -294,7 +294,7 @@ def test_a_redirect_keeps_the_range(tmp_path, monkeypatch):
 def test_a_busy_mirror_or_a_broken_chunk_is_tried_again(tmp_path, monkeypatch, answer):
     server = Server(answer)
     use(monkeypatch, server)
-    datasets.download(FILE, tmp_path)
+    download.download(FILE, tmp_path)
     assert (tmp_path / FILE).read_bytes() == CONTENT
     assert len(server.requests) == 2
 
@@ -302,18 +302,18 @@ def test_a_busy_mirror_or_a_broken_chunk_is_tried_again(tmp_path, monkeypatch, a
 def test_an_address_without_its_scheme_is_one_more_answer(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CLEANFLOW_DATASET_MIRRORS", "host/path")
     with pytest.raises(SystemExit) as stop:
-        datasets.download(FILE, tmp_path)
+        download.download(FILE, tmp_path)
     assert stop.value.code == 2 and "host/path: unknown url type" in capsys.readouterr().err
 
 
 def test_a_check_shows_its_progress_only_when_it_takes_long(tmp_path, monkeypatch, capsys):
     path = tmp_path / FILE
     path.write_bytes(CONTENT)
-    assert datasets.sha256_of(path) == hashlib.sha256(CONTENT).hexdigest()
-    datasets._check_content(path, FILE)
+    assert download.sha256_of(path) == hashlib.sha256(CONTENT).hexdigest()
+    download._check_content(path, FILE)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(datasets, "BAR_DELAY", 0)
-    datasets.sha256_of(path)
+    monkeypatch.setattr(download, "BAR_DELAY", 0)
+    download.sha256_of(path)
     assert f"checking {FILE}" in capsys.readouterr().err
-    datasets._check_content(path, FILE)
+    download._check_content(path, FILE)
     assert f"checking {FILE}" in capsys.readouterr().err

@@ -369,12 +369,12 @@ def test_returns_are_clipped_to_their_range():
 
 
 def test_evor_learns_a_two_mode_return_distribution():
-    """The coin chain: +-0.9^k with equal probability, k steps before the end (benchmarks/return_accuracy.py).
+    """The coin chain: +-0.9^k with equal probability, k steps before the end (benchmarks/studies/return_accuracy.py).
 
     An untrained flow is at a distance of 0.5 or more; see docs/evor.md for the spread over seeds and variants.
     """
     import evor
-    from benchmarks import return_accuracy
+    from benchmarks.studies import return_accuracy
 
     mdp = return_accuracy.make_mdp("coin")
     args = return_accuracy.small_args(evor, batch_size=256)
@@ -406,9 +406,9 @@ def test_evaluate_changes_the_choice_alone_and_repeats(online_runs):
 def test_evaluate_refuses_what_is_not_an_evor_run_or_would_need_training(online_runs, tmp_path):
     assert_refused("evor", ["--evaluate", online_runs["floq"]], "--evaluate", "is a run of floq.py")
     refused = ["--evaluate", online_runs["evor"], "--gamma", "0.9"]
-    assert_refused("evor", refused, "cannot go on with other arguments: --gamma 0.9 (the run has 0.99)")
+    assert_refused("evor", refused, "cannot continue with other arguments: --gamma 0.9 (the run has 0.99)")
     refused = ["--evaluate", online_runs["evor"], "--total-timesteps", "9"]
-    assert_refused("evor", refused, "cannot go on with other arguments: --total-timesteps 9")
+    assert_refused("evor", refused, "cannot continue with other arguments: --total-timesteps 9")
     assert_refused("evor", ["--evaluate", tmp_path], "--evaluate", "has no usable checkpoint")
     both = ["--evaluate", online_runs["evor"], "--resume", online_runs["evor"]]
     assert_refused("evor", both, "--resume and --evaluate exclude each other")

@@ -130,7 +130,7 @@ def test_q_loss_moves_the_onestep_policy_alone_and_its_scale_is_a_constant():
 
 
 def test_the_ensemble_is_aggregated_for_each_noise_sample_before_the_mean():
-    """Two members that cross in z: velocities z and -z carry z to 2z and 0 in one step; the smaller depends on z's sign."""
+    """Members that cross in z: velocities z and -z carry z to 2z and 0 in one step; the smaller depends on z's sign."""
     for q_agg, expected in (("mean", lambda z: z), ("min", lambda z: (2 * z).clamp(max=0))):
         agent = make_agent(small_args(q_agg=q_agg, critic_flow_steps=1), min_reward=-1.0, max_reward=1.0)
         agent.target_critic_flow.forward = lambda s, a, z, t: torch.stack([z, -z])

@@ -1,5 +1,6 @@
 """benchmarks.launch as a user starts it: which jobs, mistakes, killed workers, Ctrl-C, two at once, a real SLURM."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -11,12 +12,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from conftest import ENV_ID, ROOT, SMALL_FLAGS, assert_same_csv, children, only_run, run, wait_for, wait_for_row
+from conftest import ENV_ID, ROOT, SMALL_FLAGS, assert_same_csv, only_run, run, wait_for, wait_for_row
 
-from benchmarks import launch
+from benchmarks.launch import jobs, local, state, table
+from benchmarks.launch import slurm as slurm_jobs
 
 STUB = Path(__file__).parent / "stub_algorithm.py"
 OTHER_ENV_ID = ENV_ID.replace("task4", "task5")
@@ -50,13 +51,16 @@ def stub_sweep(runs_dir, *words, env_ids=TWENTY, seeds=2):
 
 
 def trainers(runs_dir):
-    """Process ids of the training processes at work, by the workers named in the locks."""
-    found = []
-    for lock in Path(runs_dir).glob("launch/*/lock"):
-        words = lock.read_text().split()
-        if words and Path(f"/proc/{words[-1]}").exists():
-            found += children(SimpleNamespace(pid=int(words[-1])))
-    return found
+    """Process ids of the training processes at work, which are named in the locks."""
+    words = [lock.read_text().split() for lock in Path(runs_dir).glob("launch/*/lock")]
+    return [int(pid) for *_, pid in filter(None, words) if is_alive(pid)]
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def stub_runs(runs_dir):
@@ -77,7 +81,7 @@ def kill_a_trainer(process, runs_dir):
 
 
 def test_patterns_are_expanded(capsys):
-    expand = launch.expand_env_ids
+    expand = jobs.expand_env_ids
     assert expand(["cube-double-play-singletask-task{1..3}-v0"]) == [
         f"cube-double-play-singletask-task{i}-v0" for i in (1, 2, 3)
     ]
@@ -137,36 +141,36 @@ def stub_job(tmp_path):
     own = dict(exp_name="stub", total_timesteps=20, online_timesteps=0, dataset_path=None, seed=0, num_seeds=2)
     identity = {name: own[name] for name in ("seed", "num_seeds", "dataset_path", "exp_name")}
     words = ["--env-id", env_id, "--seed", "0", "--num-seeds", "2", "--runs-dir", str(tmp_path)]
-    return launch.Job("stub_algorithm", str(STUB), env_id, (0, 1), str(tmp_path), words, own, identity, own)
+    return jobs.Job(STUB, env_id, (0, 1), tmp_path, words, own, identity, own)
 
 
 def test_what_there_is_decides(stub_job):
-    assert launch.choose(stub_job) == ("new", None)
-    words = launch.command(stub_job, sys.executable, "new", None)
+    assert state.choose(stub_job) == ("new", None)
+    words = local.command(stub_job, sys.executable, "new", None)
     subprocess.run([*words, "--die-at", "4"])  # before its first checkpoint
     (dead,) = stub_runs(stub_job.runs_dir)
-    assert launch.choose(stub_job) == ("new", None)
+    assert state.choose(stub_job) == ("new", None)
     subprocess.run([*words, "--die-at", "7"])
     (cut,) = set(stub_runs(stub_job.runs_dir)) - {dead}
-    assert launch.choose(stub_job) == ("resume", cut)
+    assert state.choose(stub_job) == ("resume", cut)
     whole = (cut / "checkpoint.pt").read_bytes()
     (cut / "checkpoint.pt").write_bytes(whole[:30])
-    assert launch.choose(stub_job) == ("new", None)
+    assert state.choose(stub_job) == ("new", None)
     (cut / "checkpoint.pt").write_bytes(whole)
-    subprocess.run(launch.command(stub_job, sys.executable, "resume", cut), check=True)
-    assert launch.choose(stub_job) == ("skip", cut)
+    subprocess.run(local.command(stub_job, sys.executable, "resume", cut), check=True)
+    assert state.choose(stub_job) == ("skip", cut)
 
     rows = (cut / "eval.csv").read_text().splitlines(keepends=True)
     (cut / "eval.csv").write_text("".join(rows[:-1]))  # one of the seeds lacks its last evaluation
-    assert launch.choose(stub_job) == ("resume", cut)
+    assert state.choose(stub_job) == ("resume", cut)
     (cut / "eval.csv").write_text("".join(rows))
     stub_job.args = stub_job.args | {"total_timesteps": 30}
-    assert launch.choose(stub_job) == ("resume", cut)  # a longer run goes on from a shorter one
+    assert state.choose(stub_job) == ("resume", cut)  # a longer run goes on from a shorter one
     stub_job.args = stub_job.args | {"total_timesteps": 10}
-    assert launch.choose(stub_job) == ("new", None)
+    assert state.choose(stub_job) == ("new", None)
     stub_job.args = stub_job.args | {"total_timesteps": 20}
     stub_job.identity = stub_job.identity | {"num_seeds": 3}
-    assert launch.choose(stub_job) == ("new", None)
+    assert state.choose(stub_job) == ("new", None)
 
 
 # --- On this machine ---
@@ -213,7 +217,7 @@ def test_a_job_that_always_dies_is_given_up(tmp_path):
     words = stub_sweep(tmp_path, "--max-restarts", 1, "--", "--die-at", 7, env_ids="cube-single-play-singletask-v0")
     out, err = finish_launch(start_launch(*words), 1)
     assert out.count("to be restarted") == 2  # once for each of two jobs
-    assert "failed: stub_algorithm cube-single-play-singletask-v0 seeds 0-0: killed by SIGKILL" in err
+    assert "failed: stub_algorithm cube-single-play-singletask-v0 seeds 0: killed by SIGKILL" in err
     assert "    this stub dies\n    log: " in err
     out, _ = finish_launch(start_launch("--status", *words))
     assert "2 jobs: 2 failed" in out
@@ -225,7 +229,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     wait_for(process, lambda: len([d for d in stub_runs(tmp_path) if (d / "eval.csv").exists()]) == 4)
     process.send_signal(signal.SIGINT)
     out, _ = finish_launch(process, 130)
-    assert "go on with the same command: python -m benchmarks.launch --methods" in out and "done" not in out
+    assert "continue with the same command: python -m benchmarks.launch --methods" in out and "done" not in out
     assert not trainers(tmp_path)
     out, _ = finish_launch(start_launch(*words))
     assert out.count("done, step 100/100") == 4
@@ -245,47 +249,137 @@ def test_two_launchers_share_the_jobs(tmp_path):
         assert_each_step_once(run_dir)
 
 
+def test_a_machine_that_vanishes(tmp_path):
+    """Everything is killed at once, and the files are left as a power cut leaves them: half a row, zeros, no state."""
+    words = stub_sweep(tmp_path, env_ids="cube-single-play-singletask-task{1,2}-v0")
+    process = start_launch(*words)
+    wait_for(process, lambda: len([d for d in stub_runs(tmp_path) if (d / "checkpoint.pt").exists()]) == 4)
+    process.kill()
+    for pid in trainers(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    for run_dir, torn in zip(stub_runs(tmp_path), (b"1", b"19,0,0.", b"\0" * 100, b"\0" * 100 + b"\n")):
+        with open(run_dir / "eval.csv", "ab") as file:
+            file.write(torn)
+    for path in tmp_path.glob("launch/*/state.json"):
+        path.write_bytes(b"")
+    finish_launch(start_launch("--status", *words))
+    out, _ = finish_launch(start_launch(*words))
+    assert out.count("done, step 20/20") == 4 and len(stub_runs(tmp_path)) == 4
+    for run_dir in stub_runs(tmp_path):
+        assert_each_step_once(run_dir)
+
+
+def test_jobs_outlive_their_launcher(tmp_path):
+    words = stub_sweep(tmp_path, "--", "--total-timesteps", 100, env_ids="cube-single-play-singletask-task{1,2}-v0")
+    process = start_launch(*words)
+    wait_for(process, lambda: len(trainers(tmp_path)) == 4)
+    process.kill()
+    process.communicate()
+    before = set(trainers(tmp_path))
+    process = start_launch(*words)
+    out, _ = finish_launch(process)
+    assert before and not trainers(tmp_path)
+    assert out.count("step 100/100") == 4 and len(stub_runs(tmp_path)) == 4
+    for run_dir in stub_runs(tmp_path):
+        assert_each_step_once(run_dir, 100)
+
+
+def test_a_stopped_process_is_waited_for_and_woken_to_save(tmp_path):
+    words = stub_sweep(tmp_path, "--", "--total-timesteps", 60, env_ids="cube-single-play-singletask-task{1,2}-v0")
+    process = start_launch(*words)
+    wait_for(process, lambda: len([d for d in stub_runs(tmp_path) if (d / "checkpoint.pt").exists()]) == 4)
+    stopped = trainers(tmp_path)[0]
+    os.kill(stopped, signal.SIGSTOP)
+    wait_for(process, lambda: trainers(tmp_path) == [stopped])  # the others end; it is neither given up nor doubled
+    process.send_signal(signal.SIGINT)
+    out, _ = finish_launch(process, 130)
+    assert out.count("done, step 60/60") == 3 and "killed" not in out and "failed" not in out
+    out, _ = finish_launch(start_launch(*words))
+    assert out.count("skipped") == 3 and out.count("done, step 60/60") == 1 and len(stub_runs(tmp_path)) == 4
+    for run_dir in stub_runs(tmp_path):
+        assert_each_step_once(run_dir, 60)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 128 MB, mounted for the test."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", str(directory)]
+    if os.geteuid() != 0 or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("a disk cannot be mounted here")
+    yield directory
+    subprocess.run(["umount", "--lazy", str(directory)])
+
+
+def test_a_full_disk_is_waited_for(small_disk):
+    """No restart is used up, no traceback is shown although the launcher's own output is on that disk."""
+    words = stub_sweep(small_disk, "--", "--total-timesteps", 60, env_ids="cube-single-play-singletask-v0")
+    with open(small_disk / "output", "w") as output:
+        command = [sys.executable, "-m", "benchmarks.launch", *map(str, words)]
+        process = subprocess.Popen(command, env=os.environ | ONE_THREAD, cwd=ROOT, stdout=output, stderr=output)
+    wait_for(process, lambda: len([d for d in stub_runs(small_disk) if (d / "checkpoint.pt").exists()]) == 2)
+    with open(small_disk / "large", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(2**16))
+    wait_for(process, lambda: not trainers(small_disk))
+    time.sleep(3)  # several looks at the jobs
+    assert process.poll() is None and not trainers(small_disk)
+    (small_disk / "large").unlink()
+    assert process.wait(timeout=60) == 0
+    text = (small_disk / "output").read_text(errors="replace")
+    assert text.count("done, step 60/60") == 2 and "Traceback" not in text
+    assert len(stub_runs(small_disk)) == 2
+    for run_dir in stub_runs(small_disk):
+        assert_each_step_once(run_dir, 60)
+
+
 def test_the_table(stub_job):
-    jobs = [replace(stub_job, state=state) for state in ("done", "running", "waiting", "failed", "done")]
-    jobs[1].step, jobs[1].success, jobs[1].rate, jobs[1].restarts, jobs[1].note = 10, 0.5, 123.456, 1, "on GPU 3"
-    header, *rows, summary = launch.table(jobs)
+    several = [replace(stub_job, state=name) for name in ("done", "running", "waiting", "failed", "done")]
+    running = several[1]
+    running.step, running.success, running.rate, running.restarts, running.note = 10, 0.5, 123.456, 1, "on GPU 3"
+    header, *rows, summary = table.table(several)
     assert header.split() == ["method", "environment", "seeds", "state", "step", "success", "updates/s", "restarts"]
     assert rows[1].split() == f"stub_algorithm {stub_job.env_id} 0-1 running 10/20 0.50 123.5 1 on GPU 3".split()
     assert summary == "5 jobs: 2 done, 1 running, 1 waiting, 1 failed"
-    short = launch.table(jobs, height=5)
+    short = table.table(several, height=5)
     assert len(short) == 4 and "running" in short[1] and "failed" in short[2] and "(3 not shown)" in short[3]
 
 
 def test_devices(monkeypatch, capsys):
-    options = lambda *devices: SimpleNamespace(devices=devices)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert launch.find_devices(options(), 2) == ["0", "1"]
-    assert launch.find_devices(options(), 0) == ["cpu"]
-    assert launch.find_devices(options("1", "cpu"), 2) == ["1", "cpu"]
+    assert local.find_devices((), 2) == ["0", "1"]
+    assert local.find_devices((), 0) == ["cpu"]
+    assert local.find_devices(("1", "cpu"), 2) == ["1", "cpu"]
     with pytest.raises(SystemExit):
-        launch.find_devices(options("2"), 2)
+        local.find_devices(("2",), 2)
     assert "--devices 2: visible here are 0, 1, cpu" in capsys.readouterr().err
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5f2")
-    assert launch.find_devices(options(), 2) == ["3", "GPU-5f2"]
+    assert local.find_devices((), 2) == ["3", "GPU-5f2"]
 
 
 # --- SLURM ---
 
 
-def test_states_of_slurm_jobs(stub_job):
-    launch.write_state(stub_job, slurm="7_1")
+def test_states_of_slurm_jobs(stub_job, monkeypatch):
+    state.write_state(stub_job, slurm="7_1")
+
+    def look(queued):
+        monkeypatch.setattr(slurm_jobs, "queue", lambda jobs: queued)
+        slurm_jobs.look([stub_job])
+        return stub_job.state
+
     places = {"PENDING": "waiting", "RUNNING": "running", "COMPLETING": "running"}
-    for queued, state in [({"7_1": place}, state) for place, state in places.items()] + [(None, "waiting")]:
-        launch.show_state(stub_job, queued)
-        assert stub_job.state == state
-    launch.show_state(stub_job, {"7_0": "RUNNING"})
-    assert (stub_job.state, stub_job.note) == ("failed", "SLURM job 7_1 has left the queue")
-    lock = launch.take_lock(stub_job)
-    launch.show_state(stub_job, {})
-    assert stub_job.state == "running" and stub_job.note.endswith(f"process {os.getpid()}")
-    assert launch.take_lock(stub_job, patience=0) is None
+    for queued, expected in [({"7_1": place}, name) for place, name in places.items()] + [(None, "waiting")]:
+        assert look(queued) == expected
+    assert (look({"7_0": "RUNNING"}), stub_job.note) == ("failed", "SLURM job 7_1 has left the queue")
+    lock = state.take_lock(stub_job)
+    state.sign_lock(lock, os.getpid())
+    assert look({}) == "running" and stub_job.note.endswith(f"process {os.getpid()}")
+    assert state.take_lock(stub_job) is None
     lock.close()
-    assert launch.locked_by(stub_job) is None
+    assert state.locked_by(stub_job) is None
 
 
 SLURM_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")

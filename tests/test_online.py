@@ -193,7 +193,7 @@ def test_the_same_command_gives_the_same_files_and_online_follows_an_unchanged_o
 ):
     run(algorithm, *online_flags[algorithm], "--runs-dir", tmp_path / "again")
     assert_same_csv(only_run(tmp_path / "again"), online_runs[algorithm])
-    # An offline run, then continued online: the same numbers again, since nothing was interrupted within the online phase.
+    # An offline run, then continued online: the same numbers again. Nothing was interrupted within the online phase.
     run(algorithm, *online_flags[algorithm], "--online-timesteps", 0, "--runs-dir", tmp_path / "offline")
     offline = only_run(tmp_path / "offline")
     assert {row["phase"] for row in rows_of(offline / "eval.csv")} == {"offline"}
@@ -204,9 +204,11 @@ def test_the_same_command_gives_the_same_files_and_online_follows_an_unchanged_o
 @pytest.mark.parametrize("algorithm, online_policy", [("value_flows", "act_online"), ("q_flow", "act")])
 def test_each_phase_acts_with_its_own_policy(online_flags, tmp_path, algorithm, online_policy):
     code = (
-        "import runpy, sys; from common import rollout; evaluate, explore = rollout.evaluate, rollout.Explorer.__call__\n"
+        "import runpy, sys; from common import rollout\n"
+        "evaluate, explore = rollout.evaluate, rollout.Explorer.__call__\n"
         "def spy_evaluate(workers, policy, draw, seeds, episodes, step, *rest):\n"
-        "    print('evaluate', step, policy.__name__); return evaluate(workers, policy, draw, seeds, episodes, step, *rest)\n"
+        "    print('evaluate', step, policy.__name__)\n"
+        "    return evaluate(workers, policy, draw, seeds, episodes, step, *rest)\n"
         "def spy_explore(explorer, policy, *rest, **named):\n"
         "    print('explore', policy.__name__); return explore(explorer, policy, *rest, **named)\n"
         "rollout.evaluate, rollout.Explorer.__call__ = spy_evaluate, spy_explore\n"

@@ -169,7 +169,7 @@ def test_bad_arguments(words, message):
 
 
 def improved_means(alphas, spread, num_seeds=2, num_updates=2_000):
-    """Mean actions (alphas,) of policies trained on actions N(0, spread^2) with the reward a - a^2 / 2, over the seeds."""
+    """Mean actions (alphas,), over the seeds, of policies trained on actions N(0, spread^2) with reward a - a^2 / 2."""
     sizes = dict(batch_size=256, learning_rate=1e-3, tau=0.02, flow_steps=10, time_embed_dim=16)
     sizes |= dict(value_hidden_dims=(64, 64), actor_hidden_dims=(64, 64))
     seeds, means = range(num_seeds), []
@@ -192,9 +192,9 @@ def improved_means(alphas, spread, num_seeds=2, num_updates=2_000):
 def first_order_constant(s, K=10):
     """c in: shift of the mean = c Q'(mean) / lambda, for the behaviour N(0, s^2), K Euler steps and small 1 / lambda.
 
-    The behaviour's velocity is rate(tau) x. At each step the guidance is Q' times the growth of a roll-out from there, and
-    what it adds grows over the steps that remain. (For K to infinity c is the integral of s^2 / ((1 - tau)^2 + tau^2 s^2)
-    over tau, which is pi s / 2.)
+    The behaviour's velocity is rate(tau) x. At each step the guidance is Q' times the growth of a roll-out from there,
+    and what it adds grows over the steps that remain. (For K to infinity c is the integral of s^2 / ((1 - tau)^2 +
+    tau^2 s^2) over tau, which is pi s / 2.)
     """
     rate = lambda t: (t * s * s - (1 - t)) / ((1 - t) ** 2 + t * t * s * s)
     constant = 0.0
@@ -205,8 +205,8 @@ def first_order_constant(s, K=10):
 
 
 def test_a_quadratic_reward_moves_a_gaussian_policy_as_first_order_says():
-    """Q(a) = a - a^2 / 2 pulls towards 1, as the KL-regularised optimum, proportional to N exp(Q / beta), does: to first
-    order its mean is s^2 / beta. The guided flow's mean m solves m = c Q'(m) / lambda with Q'(m) = 1 - m.
+    """Q(a) = a - a^2 / 2 pulls towards 1, as the KL-regularised optimum, proportional to N exp(Q / beta), does: to
+    first order its mean is s^2 / beta. The guided flow's mean m solves m = c Q'(m) / lambda with Q'(m) = 1 - m.
     """
     spread = 0.3
     assert abs(first_order_constant(spread, 2_000) - math.pi * spread / 2) < 1e-3

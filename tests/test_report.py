@@ -1,4 +1,4 @@
-"""Published and measured scores: the statistics against closed forms and simulated runs, what is refused, the report's files."""
+"""Published and measured scores: statistics against closed forms and simulated runs, refusals, the report's files."""
 
 import json
 import os
@@ -13,7 +13,8 @@ import pytest
 from conftest import ALGORITHMS, ROOT
 
 import floq
-from benchmarks import collect_results, error_rates, report, scores
+from benchmarks import collect_results, report, scores
+from benchmarks.studies import error_rates
 
 TASK = "cube-double-play-singletask-task{}-v0"
 
@@ -399,8 +400,8 @@ def test_results_without_identity_are_refused(tmp_path, capsys):
 
 
 def measured(tmp_path, reported):
-    """Results of Value Flows: the five tasks of cube-double-play on official data, as published but for task 2, which is
-    20 points below; task 1 on generated data too; and a reduced run.
+    """Results of Value Flows: the five tasks of cube-double-play on official data, as published but for task 2, which
+    is 20 points below; task 1 on generated data too; and a reduced run.
     """
     spread = np.linspace(-0.03, 0.03, 8)
     run_dirs = []
@@ -490,7 +491,7 @@ def test_check_finds_verdicts_that_got_worse(tmp_path, capsys):
 
 
 def test_the_repositorys_tables_are_those_of_its_results():
-    """README.md, docs/benchmarks.md and report.csv are what `python -m benchmarks.report --write` makes of the results."""
+    """README.md, docs/benchmarks.md and report.csv are what `benchmarks.report --write` makes of the results."""
     reported = scores.read_reported()
     rows = report.make_rows(scores.read_results(), reported)
     for name, blocks in report.documents(rows, reported).items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import return_accuracy
+from benchmarks.studies import return_accuracy
 
 
 def test_a_table_holds_every_transition_with_every_action():
@@ -70,8 +70,9 @@ def test_variants_are_changes_to_an_algorithms_arguments(capsys):
 
 
 def test_the_script_writes_a_table_and_a_picture(tmp_path):
-    words = "--mdps coin chain --gammas 0.9 --variants evor value_flows:bcfm_lambda=0 --seeds 2 --updates 20 --no-compile".split()
-    command = [sys.executable, "-m", "benchmarks.return_accuracy", *words, "--output", str(tmp_path / "a.png")]
+    words = "--mdps coin chain --gammas 0.9 --variants evor value_flows:bcfm_lambda=0".split()
+    words += ["--seeds", "2", "--updates", "20", "--no-compile", "--output", str(tmp_path / "a.png")]
+    command = [sys.executable, "-m", "benchmarks.studies.return_accuracy", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -11,6 +11,7 @@ from conftest import ENV_ID, make_expert, small_args
 
 from common import envs, rollout
 from common.stacked import Stacked
+from common.workers import start_workers, stop_workers
 
 
 @pytest.fixture
@@ -18,13 +19,13 @@ def start():
     """start(**changes) -> evaluation workers of two seeds, ended after the test."""
     started = []
 
-    def start_workers(num_episodes=3, num_workers=2, num_seeds=2, **changes):
-        started.append(rollout.start_workers(ENV_ID, num_seeds, num_episodes, num_workers, **changes))
+    def start(num_episodes=3, num_workers=2, num_seeds=2, **changes):
+        started.append(start_workers(ENV_ID, num_seeds, num_episodes, num_workers, **changes))
         return started[-1]
 
-    yield start_workers
+    yield start
     for workers in started:
-        rollout.stop_workers(workers)
+        stop_workers(workers)
 
 
 def draw_noise(generator, num_steps):
@@ -32,7 +33,7 @@ def draw_noise(generator, num_steps):
 
 
 def evaluate(workers, policy, num_episodes=3, step=5, **kwargs):
-    seeds = list(range(10, 10 + len(workers.where)))
+    seeds = list(range(10, 10 + workers.num_seeds))
     return rollout.evaluate(workers, policy, draw_noise, seeds, num_episodes, step, "cpu", **kwargs)
 
 

@@ -28,8 +28,9 @@ DEFAULTS = {
     ),
     "evor": dict(
         batch_size=256, learning_rate=3e-4, gamma=0.99, tau=0.005, flow_steps=10, num_actions=32, num_returns=50,
-        tau_q=1.0, tau_r=10.0, td_target="exact", latents="data", bc_timesteps=0, num_ensembles=2, clip_flow_returns=True,
-        value_hidden_dims=(512,) * 4, value_layer_norm=True, actor_hidden_dims=(512,) * 4, actor_layer_norm=False,
+        tau_q=1.0, tau_r=10.0, td_target="exact", latents="data", bc_timesteps=0, num_ensembles=2,
+        clip_flow_returns=True, value_hidden_dims=(512,) * 4, value_layer_norm=True,
+        actor_hidden_dims=(512,) * 4, actor_layer_norm=False,
     ),
 }  # fmt: skip
 

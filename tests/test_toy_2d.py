@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, gradients, networks
 
-from benchmarks import toy_2d
+from benchmarks.studies import toy_2d
 
 SMALL = toy_2d.ToyArgs(seeds=2, batch_size=8, width=8, depth=2, flow_steps=4)
 B = SMALL.batch_size
@@ -233,21 +233,11 @@ def test_flow_consistency_is_zero_at_the_end_and_of_a_constant_value():
     assert (agent.flow_consistency(noise) == 0).all()
 
 
-def test_costs_are_measured_of_all_four():
-    from benchmarks import q_flow_cost
-
-    rows = q_flow_cost.measure(q_flow_cost.CostArgs(repeats=2, quick=True, cuda=False))
-    gflop = {row["method"]: row["gflop"] for row in rows}
-    # One network is regressed in an actor-critic; a one-step policy adds the flow; the others solve it, once or twice.
-    assert gflop["actor_critic"] < gflop["one_step"] < gflop["q_flow"] and gflop["actor_critic"] < gflop["backprop"]
-    assert all(row["low"] <= row["seconds"] <= row["high"] for row in rows)
-
-
 # --- The script ---
 
 
 def start(*words):
-    command = [sys.executable, "-m", "benchmarks.toy_2d", *map(str, words)]
+    command = [sys.executable, "-m", "benchmarks.studies.toy_2d", *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
 

@@ -1,4 +1,5 @@
-"""Value Flows' parts against closed forms and a plain reference, its stop-gradients, and a return distribution it must learn."""
+"""Value Flows' parts against closed forms and a plain reference, stop-gradients, a return distribution to be
+learned."""
 
 import csv
 import functools
@@ -229,7 +230,7 @@ def test_confidence_weights_lie_in_their_range_and_grow_with_the_deviation():
 
 @pytest.mark.parametrize("q_agg", ["mean", "min"])
 def test_deviations_are_absolute_before_they_are_aggregated(q_agg):
-    """With two long steps of steep fields, where dz_1/dz_0 of many rows is below zero, and of other sign in each field."""
+    """Two long steps of steep fields, where dz_1/dz_0 of many rows is below zero, and of another sign in each field."""
     agent = make_agent(small_args(batch_size=200, num_flow_steps=2, q_agg=q_agg), min_reward=-100.0, max_reward=100.0)
     with torch.no_grad():
         agent.target_critic_flow.mlp.weights[-1].mul_(20)
@@ -308,11 +309,11 @@ def test_a_run_takes_the_range_of_returns_from_its_data(maze_data, tmp_path):
 
 
 def test_value_flows_learns_a_two_mode_return_distribution():
-    """The coin chain: +-0.9^k with equal probability, k steps before the end (benchmarks/return_accuracy.py).
+    """The coin chain: +-0.9^k with equal probability, k steps before the end (benchmarks/studies/return_accuracy.py).
 
     An untrained flow is at a distance of 0.5 or more; see docs/value_flows.md for the spread over seeds and weights.
     """
-    from benchmarks import return_accuracy
+    from benchmarks.studies import return_accuracy
 
     mdp, args = return_accuracy.make_mdp("coin"), return_accuracy.small_args(value_flows, batch_size=256)
     agent, diverged = return_accuracy.train(value_flows, args, mdp, updates=2_000, seeds=[0])

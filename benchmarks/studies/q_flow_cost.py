@@ -1,22 +1,20 @@
 """What an update of Q-Flow costs beside other ways to improve a policy, with the same networks on the same machine.
 
-    python -m benchmarks.q_flow_cost                      # published sizes, this machine's default device
-    python -m benchmarks.q_flow_cost --output benchmarks/results/q_flow_cost.csv
+    python -m benchmarks.studies.q_flow_cost                      # published sizes, this machine's default device
+    python -m benchmarks.studies.q_flow_cost --output benchmarks/results/q_flow_cost.csv
 
     q_flow        q_flow.py's update: values on the latents, guidance, two roll-outs of the flow without gradients
     actor_critic  no flow at all: TD with a one-step policy's action, and alpha * squared distance to the data - Q
     one_step      FQL: that, distilled from a cloning flow that is trained beside it and integrated without gradients
     backprop      TD with the flow's action, and the flow improved by -Q of its end point through every Euler step
 
-All have q_flow.py's critics (two, 4 x 512) and policy networks (4 x 512), batch 256, 10 Euler steps, one Adam. Updates are
-timed in turn (q_flow, actor_critic, ..., q_flow, ...), so that a busy machine slows all alike. Medians.
+All have q_flow.py's critics (two, 4 x 512) and policy networks (4 x 512), batch 256, 10 Euler steps, one Adam. Updates
+are timed in turn (q_flow, actor_critic, ..., q_flow, ...), so that a busy machine slows all alike. Medians.
 """
 
-import csv
 import statistics
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import tyro
@@ -24,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import q_flow
-from benchmarks import toy_2d
+from benchmarks import tables
+from benchmarks.studies import toy_2d
 from common import fail, graphs
 from common.device import setup_torch
 from common.stacked import Stacked
@@ -152,7 +151,4 @@ if __name__ == "__main__":
             f"({1000 * row['low']:.1f}-{1000 * row['high']:.1f})  q_flow takes {row['q_flow_is']:.2f} times as long"
         )
     if options.output:
-        with open(Path(options.output), "w", newline="") as file:
-            writer = csv.DictWriter(file, table[0])
-            writer.writeheader()
-            writer.writerows(table)
+        tables.write(options.output, table)

@@ -1,6 +1,5 @@
-"""The figure script: Monte-Carlo returns by hand, neighbours, and a picture from a run's checkpoint."""
+"""The figures of returns: Monte-Carlo returns by hand, neighbours, and a picture from a run's checkpoint."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from conftest import ROOT
 
-from benchmarks import figures
+from benchmarks.studies import return_figures
 from common.returns import reward_to_go
 
 
@@ -36,23 +35,23 @@ def test_reward_to_go_by_hand():
 
 def test_longest_way_to_success_stays_within_a_trajectory():
     data = chain([0.0] * 10, [1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0], starts=[0, 5])
-    assert figures.longest_way_to_success(data).tolist() == [5, 6, 7]
+    assert return_figures.longest_way_to_success(data).tolist() == [5, 6, 7]
 
 
 def test_nearest_rows_include_the_row_itself():
     data = chain([0.0] * 10, [1.0] * 10, starts=[0])
-    assert sorted(figures.nearest(data, 4, np.arange(10), 3).tolist()) == [3, 4, 5]
-    assert sorted(figures.nearest(data, 4, np.array([0, 1, 8]), 2).tolist()) == [0, 1]
+    assert sorted(return_figures.nearest(data, 4, np.arange(10), 3).tolist()) == [3, 4, 5]
+    assert sorted(return_figures.nearest(data, 4, np.array([0, 1, 8]), 2).tolist()) == [0, 1]
 
 
 def test_agreement_of_learned_and_monte_carlo_returns():
     returns = np.array([-30.0, -20.0, -10.0, 0.0])
-    np.testing.assert_allclose(figures.agreement(returns + 2, returns), (1.0, 2.0, 2.0))
-    np.testing.assert_allclose(figures.agreement(-returns - 30, returns), (-1.0, 0.0, 20.0))
+    np.testing.assert_allclose(return_figures.agreement(returns + 2, returns), (1.0, 2.0, 2.0))
+    np.testing.assert_allclose(return_figures.agreement(-returns - 30, returns), (-1.0, 0.0, 20.0))
 
 
-def draw(*words, script="figures"):
-    command = [sys.executable, "-m", f"benchmarks.{script}", *map(str, words)]
+def draw(*words):
+    command = [sys.executable, "-m", "benchmarks.studies.return_figures", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
 
 
@@ -69,7 +68,7 @@ def test_figure_of_a_run(online_runs, tmp_path):
     failed = draw("value_flows", "--run", online_runs["floq"])
     assert failed.returncode == 2 and "is a run of floq.py" in failed.stderr
     failed = draw("value_flows", "--run", tmp_path)
-    assert failed.returncode == 2 and "no usable checkpoint" in failed.stderr
+    assert failed.returncode == 2 and f"--run {tmp_path} has no usable checkpoint" in failed.stderr
 
 
 def test_figure_of_an_evor_run(online_runs, tmp_path):
@@ -77,44 +76,3 @@ def test_figure_of_an_evor_run(online_runs, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert "rank correlation" in done.stdout and done.stdout.count("learned") == 4
-
-
-# --- Inference scaling ---
-
-
-def test_one_seed_has_a_mean_and_no_interval(tmp_path):
-    from benchmarks import inference_scaling
-
-    rows = [{"success": 0.25}, {"success": 0.75}]
-    assert inference_scaling.success_text(rows[:1]) == "25.0%"
-    assert inference_scaling.success_text(rows).startswith("50.0% +- ")
-    base = dict(num_actions=16, tau_q=1.0, tau_r=10.0, num_returns=8)
-    rows = [{"sweep": name, "seed": 0, "success": 0.5} | base for name in base]
-    inference_scaling.draw(tmp_path / "scaling.png", rows, base)
-    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_inference_scaling_of_a_run(online_runs, tmp_path):
-    words = ("--run", online_runs["evor"], "--episodes", 1, "--output", tmp_path / "scaling", "--no-cuda")
-    sweeps = ("--num-actions", 1, 3, "--tau-q", 0.1, "--tau-r", 10, "--num-returns", 2)
-    done = draw(*words, *sweeps, script="inference_scaling")
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = list(csv.DictReader(open(tmp_path / "scaling.csv")))
-    columns = ("sweep", "num_actions", "tau_q", "tau_r", "num_returns")
-    settings = [tuple(row[column] for column in columns) for row in rows]
-    assert settings[::2] == settings[1::2] and [row["seed"] for row in rows] == 5 * ["0", "1"]
-    assert settings[::2] == [
-        ("num_actions", "1", "1.0", "10.0", "4"),
-        ("num_actions", "3", "1.0", "10.0", "4"),
-        ("tau_q", "3", "0.1", "10.0", "4"),
-        ("tau_r", "3", "1.0", "10.0", "4"),
-        ("num_returns", "3", "1.0", "10.0", "2"),
-    ]
-    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-
-    failed = draw("--run", online_runs["floq"], script="inference_scaling")
-    assert failed.returncode == 2 and "is a run of floq.py, not of evor.py" in failed.stderr
-    failed = draw(*words, "--tau-q", 0, script="inference_scaling")
-    assert failed.returncode == 2 and "--tau-q (0.0,): must be above zero" in failed.stderr
-    failed = draw("--run", tmp_path, script="inference_scaling")
-    assert failed.returncode == 2 and "--run" in failed.stderr and "no usable checkpoint" in failed.stderr

@@ -1,7 +1,7 @@
 """How often a verdict is right: simulated pairs of measured and published scores with the scatter of real ones.
 
-    python -m benchmarks.error_rates            # the table, in a minute on one core
-    python -m benchmarks.error_rates --write    # and into docs/benchmarks.md
+    python -m benchmarks.studies.error_rates            # the table, in a minute on one core
+    python -m benchmarks.studies.error_rates --write    # and into docs/benchmarks.md
 
 Released curves of FQL and two comparable methods, 12 seeds each: a task's last-three mean scatters over seeds with a
 median deviation of 9.3, 6.0 and 16.1 points (tasks between 10 and 90%); the mean over an environment's five tasks
@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from benchmarks import report, scores
+from benchmarks.tables import markdown
 from common import fail
 
 # (unit, deviation over the seeds, seeds here, published seeds, whether the deviation is published)
@@ -95,7 +96,7 @@ def make_table(pairs):
         unit, deviation, ours, theirs, known = case
         numbers = [f"{x:.1f}" for x in rates(case, pairs)]
         lines.append([unit, deviation, ours, str(theirs) + ("" if known else ", no deviation"), *numbers])
-    return report.table(HEADER, lines)
+    return markdown(HEADER, lines)
 
 
 if __name__ == "__main__":

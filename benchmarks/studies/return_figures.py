@@ -1,15 +1,15 @@
 """Figures in the spirit of the papers, drawn from a run's checkpoint.
 
-    python -m benchmarks.figures value_flows --run runs/RUN_DIR
-    python -m benchmarks.figures value_flows --run runs/RUN_DIR --output docs/value_flows_returns.png --seed 1
-    python -m benchmarks.figures evor --run runs/RUN_DIR
+    python -m benchmarks.studies.return_figures value_flows --run runs/RUN_DIR
+    python -m benchmarks.studies.return_figures value_flows --run runs/RUN_DIR --output docs/returns.png --seed 1
+    python -m benchmarks.studies.return_figures evor --run runs/RUN_DIR
 
-Above, the learned return distribution at four state-action pairs of the validation data, with Monte-Carlo returns of the
-data beside it (of the pair's nearest neighbours, since a state occurs once). Below left, learned returns against the
-Monte-Carlo return along one validation trajectory that reaches the goal. Below right, for Value Flows the confidence
-weights of that trajectory; for EVOR the mean learned return against the Monte-Carlo return of many pairs, with their rank
-correlation. The data's returns are those of the behaviour policy. EVOR's should agree with them; Value Flows' are those of
-the improved policy and may lie higher.
+Above, the learned return distribution at four state-action pairs of the validation data, with Monte-Carlo returns of
+the data beside it (of the pair's nearest neighbours, since a state occurs once). Below left, learned returns against
+the Monte-Carlo return along one validation trajectory that reaches the goal. Below right, for Value Flows the
+confidence weights of that trajectory; for EVOR the mean learned return against the Monte-Carlo return of many pairs,
+with their rank correlation. The data's returns are those of the behaviour policy. EVOR's should agree with them; Value
+Flows' are those of the improved policy and may lie higher.
 """
 
 import importlib
@@ -23,7 +23,7 @@ import tyro
 
 import evor
 import value_flows
-from common import checkpoint, datasets, envs, fail, generate, stacked
+from common import checkpoint, datasets, envs, fail, generate, policies
 from common import returns as returns_of
 from common.device import setup_torch
 
@@ -57,8 +57,8 @@ def nearest(data, index, candidates, num):
 
 
 def end_points(agent, condition, noise):
-    """An agent's returns from start noises, aggregated over the fields as in training, and their confidence weights (zeros
-    for EVOR): (N, D + A), (N, 1) -> (N, 1), (N, 1).
+    """An agent's returns from start noises, aggregated over the fields as in training, and their confidence weights
+    (zeros for EVOR): (N, D + A), (N, 1) -> (N, 1), (N, 1).
     """
     if isinstance(agent, evor.Agent):
         returns = agent.returns(condition, noise)
@@ -99,8 +99,8 @@ def learned_returns(agents, s, observations, actions, num_samples):
 
 
 def agreement(learned, returns):
-    """How mean learned returns (N,) agree with Monte-Carlo returns (N,): Spearman's rank correlation, mean error (bias),
-    mean absolute error.
+    """How mean learned returns (N,) agree with Monte-Carlo returns (N,): Spearman's rank correlation, mean error
+    (bias), mean absolute error.
     """
     from scipy.stats import spearmanr
 
@@ -122,10 +122,7 @@ def longest_way_to_success(data):
 
 def draw(agents, s, data, num_samples, title, output):
     """Draws the figure of seed s from validation transitions; returns what it shows, as numbers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     returns, cut_off = returns_of.reward_to_go(data, agents.agent.args.gamma)
     known = cut_off < TAIL
@@ -136,7 +133,7 @@ def draw(agents, s, data, num_samples, title, output):
     picked = [int(by_return[int(q * (len(by_return) - 1))]) for q in (0.2, 0.6, 0.9, 0.99)]
     learned, _ = learned_returns(agents, s, data["observations"][picked], data["actions"][picked], num_samples)
 
-    figure = plt.figure(figsize=(11, 6.4), layout="constrained")
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
     grid = figure.add_gridspec(2, 4)
     summary = []
     for column, (index, samples) in enumerate(zip(picked, learned)):
@@ -174,7 +171,8 @@ def draw(agents, s, data, num_samples, title, output):
         pairs = candidates[:: max(1, len(candidates) // NUM_PAIRS)]
         means = learned_returns(agents, s, data["observations"][pairs], data["actions"][pairs], 32)[0].mean(axis=1)
         correlation, bias, error = agreement(means, returns[pairs])
-        label = f"{len(pairs):,} pairs: rank correlation {correlation:.2f}, bias {bias:.1f}, mean absolute error {error:.1f}"
+        label = f"{len(pairs):,} pairs: rank correlation {correlation:.2f}, bias {bias:.1f}, "
+        label += f"mean absolute error {error:.1f}"
         print(label)
         axes.scatter(returns[pairs], means, s=2, alpha=0.5)
         axes.axline((returns.min(), returns.min()), slope=1, color="black", linewidth=1, linestyle="--")
@@ -182,13 +180,12 @@ def draw(agents, s, data, num_samples, title, output):
         axes.set_title(label, fontsize="small")
     figure.suptitle(title)
     figure.savefig(output, dpi=110)
-    plt.close(figure)
     return summary
 
 
 if __name__ == "__main__":
     options = tyro.cli(FiguresArgs, description=__doc__)
-    payload = checkpoint.load(options.run)
+    payload = checkpoint.load(options.run, "--run")
     if payload["algorithm"] != options.algorithm:
         fail(f"--run {options.run} is a run of {payload['algorithm']}.py, not of {options.algorithm}.py")
     module = importlib.import_module(options.algorithm)
@@ -211,7 +208,7 @@ if __name__ == "__main__":
     validation_path = generate.val_path(Path(path))
     validation, _ = datasets.load_dataset(validation_path, args.env_id, "cpu", args.dataset_path is None)
     setup_torch(module.Args(cuda=False))
-    agents = stacked.load(module.Agent, args, payload, "cpu")
+    agents = policies.rebuild(module.Agent, args, payload, torch.device("cpu"), options.run)
     output = Path(options.output or Path(options.run) / "figures.png")
     title = f"{options.algorithm} on {args.env_id}, seed {seed}, after {payload['step']:,} updates"
     for own, near, mean, std in draw(agents, seeds.index(seed), validation, options.samples, title, output):

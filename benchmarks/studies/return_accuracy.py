@@ -1,8 +1,8 @@
-"""Return distributions learned on small MDPs where the truth is known: 1-Wasserstein distance, error of the mean, modes.
+"""Return distributions learned on small MDPs where the truth is known: Wasserstein distance, error of the mean, modes.
 
-    python -m benchmarks.return_accuracy                                        # EVOR's targets and Value Flows, all MDPs
-    python -m benchmarks.return_accuracy --mdps coin --gammas 0.9 --variants value_flows:bcfm_lambda=0 value_flows
-    python -m benchmarks.return_accuracy --output docs/evor_returns             # also a csv file and a picture
+    python -m benchmarks.studies.return_accuracy                            # EVOR's targets and Value Flows, all MDPs
+    python -m benchmarks.studies.return_accuracy --output docs/evor_returns # also a csv file and a picture
+    python -m benchmarks.studies.return_accuracy --mdps coin --variants value_flows:bcfm_lambda=0 value_flows
 
 The MDPs (actions change nothing in them, so that there is one policy):
 
@@ -10,9 +10,9 @@ The MDPs (actions change nothing in them, so that there is one policy):
     coin       three states in a row without reward, then a fair coin of +1 or -1: two modes
     geometric  one state, each step costs 1 and is the last with probability 1/10: a long tail
 
-A variant is FILE:field=value,field=value, changes to the algorithm's arguments; all have equal networks, batches, learning
-rates and numbers of updates. The error of the mean is also given as a share of the MDP's range of returns, which is
-(largest - smallest of its true returns, geometric's tail cut at one in a thousand).
+A variant is FILE:field=value,field=value, changes to the algorithm's arguments; all have equal networks, batches,
+learning rates and numbers of updates. The error of the mean is also given as a share of the MDP's range of returns,
+which is (largest - smallest of its true returns, geometric's tail cut at one in a thousand).
 """
 
 import ast
@@ -26,7 +26,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from benchmarks.figures import return_samples
+from benchmarks.studies.return_figures import return_samples
 from common import draws, fail, runs
 from common.stacked import Stacked
 
@@ -61,7 +61,8 @@ class AccuracyArgs:
 
 def make_mdp(name, num_actions=8):
     """An MDP as a table of its transitions, as load_dataset would give them: {observations (N, states), actions (N, 1),
-    rewards (N,), ...}. From a state each of its rows happens with equal probability; every row is there with every action.
+    rewards (N,), ...}. From a state each of its rows happens with equal probability; each row is there with each
+    action.
     """
     if name == "chain":  # (state, next state, reward, mask)
         table = [(0, 1, -1, 1), (1, 2, -1, 1), (2, 3, -1, 1), (3, 3, -1, 0)]
@@ -169,9 +170,9 @@ def accuracy(agents, mdp, gamma):
     """How far each seed's return distributions are from the truth.
 
     Returns:
-        one row a state and seed: wasserstein, W1 distance; mean_error; mean_error_share, its size over the MDP's range of
-        returns; low_mode, high_mode: share of samples near the lowest and the highest true return, within a quarter of
-        the way between them (0.5 each for a fair coin).
+        one row a state and seed: wasserstein, W1 distance; mean_error; mean_error_share, its size over the MDP's range
+        of returns; low_mode, high_mode: share of samples near the lowest and the highest true return, within a quarter
+        of the way between them (0.5 each for a fair coin).
     """
     truths = [true_returns(mdp, state, gamma) for state in range(mdp["observations"].shape[1])]
     cut = [np.quantile(truth, (0.001, 0.999)) for truth in truths]
@@ -196,16 +197,12 @@ def draw(output, pictures):
         output: PNG file.
         pictures: {(mdp, gamma): {variant: (returns (S, n), true returns (n,))}}.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     columns = list(next(iter(pictures.values())))
     shape = len(pictures), len(columns)
-    figure, panels = plt.subplots(
-        *shape, figsize=(2.6 * shape[1], 1.7 * shape[0] + 0.5), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(2.6 * shape[1], 1.7 * shape[0] + 0.5), layout="constrained")
+    panels = figure.subplots(*shape, squeeze=False)
     for row, ((mdp, gamma), variants) in enumerate(pictures.items()):
         for column, (variant, (returns, truth)) in enumerate(variants.items()):
             axes, margin = panels[row, column], 0.3 * (truth[-1] - truth[0]) or 1.0
@@ -219,7 +216,6 @@ def draw(output, pictures):
             if column == 0:
                 axes.set_ylabel(f"{mdp}\n$\\gamma$ = {gamma:g}", fontsize=8)
     figure.savefig(output, dpi=90)
-    plt.close(figure)
 
 
 if __name__ == "__main__":
@@ -253,10 +249,10 @@ if __name__ == "__main__":
                     else ""
                 )
                 ended = "" if diverged is None else f"  non-finite at step {diverged}"
+                distance, share = column("wasserstein"), 100 * column("mean_error_share")
                 bar.write(
-                    f"{name} {gamma:g} {variant}: W1 {column('wasserstein').mean():.3f} "
-                    f"(worst {column('wasserstein').max():.3f})  mean off by {100 * column('mean_error_share').mean():.1f}% "
-                    f"(worst {100 * column('mean_error_share').max():.1f}%) of the range{modes}"
+                    f"{name} {gamma:g} {variant}: W1 {distance.mean():.3f} (worst {distance.max():.3f})  "
+                    f"mean off by {share.mean():.1f}% (worst {share.max():.1f}%) of the range{modes}"
                     f"  {time.perf_counter() - start:.0f} s{ended}"
                 )
                 bar.update()

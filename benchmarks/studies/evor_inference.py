@@ -1,7 +1,7 @@
 """EVOR's improvement at inference: success against candidates, temperatures and return samples, from one checkpoint.
 
-    python -m benchmarks.inference_scaling --run runs/RUN_DIR
-    python -m benchmarks.inference_scaling --run runs/RUN_DIR --episodes 20 --output docs/evor_inference
+    python -m benchmarks.studies.evor_inference --run runs/RUN_DIR
+    python -m benchmarks.studies.evor_inference --run runs/RUN_DIR --episodes 20 --output docs/evor_inference
 
 Nothing is trained: each setting changes one of --num-actions, --tau-q, --tau-r and --num-returns of the run (evor.py
 --evaluate does one). Writes OUTPUT.csv, one row a setting and seed, as it goes, and OUTPUT.png:
@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 import evor
 from benchmarks.scores import interval
-from common import checkpoint, fail, rollout, runs, stacked
+from common import checkpoint, fail, policies, rollout, runs
 from common.device import setup_torch
+from common.workers import start_workers, stop_workers
 
 SWEEPS = {
     "num_actions": (1, 2, 4, 8, 16, 32, 64),
@@ -64,12 +65,10 @@ def success_text(rows):
 
 def draw(path, rows, base):
     """Saves the picture of the rows; `base` are the run's own settings, which the sweeps share."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 4, figsize=(12, 3.2), layout="constrained", sharey=True)
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    panels = figure.subplots(1, 4, sharey=True)
     for axes, name in zip(panels, SWEEPS):
         values = sorted({row[name] for row in rows if row["sweep"] == name})
         groups = [[100 * row["success"] for row in rows if row["sweep"] == name and row[name] == v] for v in values]
@@ -86,7 +85,6 @@ def draw(path, rows, base):
     others = ", ".join(f"{name} {value:g}" for name, value in base.items())
     figure.suptitle(f"one checkpoint; dotted: the run's settings ({others})", fontsize="medium")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 if __name__ == "__main__":
@@ -103,14 +101,14 @@ if __name__ == "__main__":
     device = setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available(), matmul_precision=None))
     seeds = list(range(args.seed, args.seed + args.num_seeds))
     episodes = options.episodes or args.eval_episodes
-    agents = stacked.load(evor.Agent, args, payload, device)
+    agents = policies.rebuild(evor.Agent, args, payload, device, options.run)
     agent, act = agents.agent, agents.function("act")
     base = {name: getattr(args, name) for name in SWEEPS}
     settings = [(name, base | {name: value}) for name in SWEEPS for value in getattr(options, name)]
     output = Path(options.output) if options.output else Path(options.run) / "inference_scaling"
     output.with_suffix(".csv").unlink(missing_ok=True)
 
-    workers = rollout.start_workers(args.env_id, args.num_seeds, episodes, args.eval_workers, args.success_timing)
+    workers = start_workers(args.env_id, args.num_seeds, episodes, args.eval_workers, args.success_timing)
     rows, known = [], {}
     for name, setting in tqdm(settings, unit=" settings"):
         key, start = tuple(setting.values()), time.perf_counter()
@@ -121,6 +119,6 @@ if __name__ == "__main__":
         rows += new
         runs.append_rows(output.with_suffix(".csv"), new)
         tqdm.write(f"{name} {setting[name]:g}: success {success_text(new)} ({time.perf_counter() - start:.0f} s)")
-    rollout.stop_workers(workers)
+    stop_workers(workers)
     draw(output.with_suffix(".png"), rows, base)
     print(f"saved {output.with_suffix('.csv')} and {output.with_suffix('.png')}")

@@ -1,0 +1,1 @@
+"""Trains many algorithms, environments and seeds: `python -m benchmarks.launch`, explained in docs/launch.md."""

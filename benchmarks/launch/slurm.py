@@ -1,0 +1,118 @@
+"""Jobs as one array of a SLURM cluster, by submitit."""
+
+import os
+import signal
+import subprocess
+import time
+
+from benchmarks.launch import local, state
+from benchmarks.launch.table import Screen, report_failures, table
+from common import fail, python_environment, warn
+
+WATCH_SECONDS = 5
+
+
+def train(job, gpus, cpus, max_restarts, grace):
+    """What runs in a process of SLURM's: trains a job. Its RuntimeError for a job given up makes SLURM's a failed one.
+
+    At SIGTERM the algorithm saves and leaves, and SLURM decides what follows. At SIGUSR2, which SLURM sends before the
+    time limit, it saves, and the job is queued again.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS", str(cpus))
+    code = local.run([job], local.find_devices((), gpus), threads, max_restarts, grace)
+    if code == 128 + signal.SIGUSR2:
+        name = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        subprocess.run(["scontrol", "requeue", name], check=True)
+    if code >= 128:
+        time.sleep(600)  # a process that ends by itself counts as finished and is not queued again
+    elif code != 0:
+        raise RuntimeError(f"{job.folder.name}: {job.note}")
+
+
+def run(jobs, options):
+    """Submits the jobs that wait, with --watch until all have ended; returns the exit code (2: sbatch refuses)."""
+    import submitit
+
+    os.environ.update(python_environment())  # SLURM's processes import `train`
+    executor = submitit.SlurmExecutor(jobs[0].runs_dir / "launch" / "submitit")
+    names = ("partition", "account", "qos", "cpus_per_task", "signal_delay_s", "array_parallelism")
+    parameters = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.gpus_per_node:
+        parameters["gpus_per_node"] = options.gpus_per_node
+    executor.update_parameters(
+        job_name="cleanflow", time=options.timeout_min, mem=f"{options.mem_gb}GB",
+        srun_args=[f"--cpus-per-task={options.cpus_per_task}"],  # srun does not take it over from sbatch
+        additional_parameters={"requeue": True}, **parameters,
+    )  # fmt: skip
+    grace = max(5, options.signal_delay_s - 15)  # the rest is for queueing again
+    words = options.gpus_per_node, options.cpus_per_task, options.max_restarts, grace
+    waiting = [job for job in jobs if job.state == "waiting"]
+    try:
+        with executor.batch():
+            tasks = [executor.submit(train, job, *words) for job in waiting]
+    except submitit.core.utils.FailedJobError as error:
+        fail(f"sbatch refuses the jobs: {str(error).strip().splitlines()[-1]}")
+    for job, task in zip(waiting, tasks):
+        state.write_state(job, slurm=task.job_id)
+        job.note = f"SLURM {task.job_id}"
+    print("\n".join(table(jobs)))
+    if waiting and not options.watch:
+        print(f"{len(waiting)} jobs submitted; the same command with --status shows how far they are")
+    return watch(jobs) if options.watch else 0
+
+
+def queue(jobs):
+    """{SLURM job id: state} of the user's queue; {} if none of `jobs` was submitted, None if it is not known."""
+    if not any(state.read_json(job.folder / "state.json").get("slurm") for job in jobs):
+        return {}
+    words = ["squeue", "--me", "--noheader", "--array", "--format=%A %F %K %T"]
+    try:
+        lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError) as error:
+        text = getattr(error, "stderr", None) or str(error)
+        warn(f"SLURM's queue is not known: {text.strip().splitlines()[-1]}")
+        return None
+    queued = {}
+    for line in lines:
+        own, array, index, place = line.split(maxsplit=3)
+        queued[own if index == "N/A" else f"{array}_{index}"] = place
+    return queued
+
+
+def look(jobs):
+    """Sets the jobs' states, here or on SLURM, to what the disk, their locks and SLURM's queue tell."""
+    queued = queue(jobs)
+    for job in jobs:
+        finished, holder = state.refresh(job), state.locked_by(job)
+        stored = state.read_json(job.folder / "state.json")
+        number = stored.get("slurm")
+        place = (queued or {}).get(number)
+        job.note = holder or (f"SLURM {number} {place}" if place else "")
+        if finished:
+            job.state, job.note = "done", ""
+        elif holder or place in ("RUNNING", "COMPLETING"):
+            job.state = "running"
+        elif stored.get("failed") and not place:
+            job.state, job.note = "failed", stored["failed"]
+        elif number and not place and queued is not None:
+            job.state, job.note = "failed", f"SLURM job {number} has left the queue"
+        else:
+            job.state = "waiting"
+
+
+def show(jobs):
+    """Shows the table once; returns the exit code."""
+    look(jobs)
+    print("\n".join(table(jobs)))
+    return 0
+
+
+def watch(jobs):
+    """Shows the table until every job has ended; returns the exit code."""
+    screen = Screen(jobs)
+    while True:
+        look(jobs)
+        screen.draw()
+        if all(job.state in ("done", "failed") for job in jobs):
+            return report_failures(jobs)
+        time.sleep(WATCH_SECONDS)

@@ -1,0 +1,149 @@
+"""What there is of a job: its runs, its state.json, and its lock.
+
+Runs are looked at while they are written, and after machines that vanished: what is torn counts as not there.
+"""
+
+import contextlib
+import fcntl
+import glob
+import json
+import os
+import socket
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.launch.jobs import absolute
+from benchmarks.tables import read_rows
+from common import warn
+
+# --- Runs ---
+
+
+@dataclass
+class Run:
+    """A run directory that is one of a job's."""
+
+    path: Path
+    step: int  # the last one in its csv files
+    success: float | None  # mean of its last evaluation
+    rate: float | None  # updates per second
+    finished: bool  # whether it has the job's length, and an evaluation of every seed at the end
+
+
+def find_runs(job):
+    """The job's runs, oldest first: same algorithm, environment, seeds and arguments, but those that a continuation may
+    change; started by this launcher or by hand.
+    """
+    runs = []
+    prefix = glob.escape(f"{job.env_id}__{job.args['exp_name']}__{job.seeds[0]}__")
+    for path in job.runs_dir.glob(prefix + "*"):
+        info = read_json(path / "args.json")
+        args = job.defaults | info.get("args", {})
+        args["dataset_path"] = absolute(args["dataset_path"])
+        if info.get("algorithm") != job.file.stem or any(args[name] != job.identity[name] for name in job.identity):
+            continue
+        evaluations, timing = read_rows(path / "eval.csv"), read_rows(path / "timing.csv")
+        step = max([int(rows[-1]["step"]) for rows in (evaluations, timing) if rows], default=0)
+        last = [float(row["success"]) for row in evaluations if row["step"] == evaluations[-1]["step"]]
+        rate = float(timing[-1]["updates_per_second"]) if timing else None
+        ended = {int(row["seed"]) for row in evaluations if int(row["step"]) == job.last_step}
+        lengths = all(args[name] == job.args[name] for name in ("total_timesteps", "online_timesteps"))
+        runs.append(Run(path, step, sum(last) / len(last) if last else None, rate, lengths and ended >= set(job.seeds)))
+    return sorted(runs, key=lambda run: (len(run.path.name), run.path.name))  # the name ends with the time
+
+
+def read_json(path):
+    """The content of a json file; {} if it is missing or torn."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def has_checkpoint(run_dir):
+    """Whether one of the run's checkpoints is whole (torch, which takes seconds to import, is not needed for that)."""
+    for path in sorted(run_dir.glob("checkpoint*.pt")):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is None:
+                    return True
+        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile):
+            continue
+    return False
+
+
+def choose(job):
+    """What to do for a job: ("skip", finished run), ("resume", interrupted run) or ("new", None).
+
+    A run that was killed before its first checkpoint is left alone: it has nothing to continue from.
+    """
+    newest_first = find_runs(job)[::-1]
+    for run in newest_first:
+        if run.finished:
+            return "skip", run.path
+    for run in sorted(newest_first, key=lambda run: run.step, reverse=True):
+        if run.step <= job.last_step and has_checkpoint(run.path):
+            return "resume", run.path
+    return "new", None
+
+
+def refresh(job):
+    """Reads from the disk how far a job is; returns its finished run directory, or None."""
+    runs = find_runs(job)
+    finished = [run for run in runs if run.finished]
+    if runs:
+        latest = (finished or runs)[-1]
+        job.step, job.success, job.rate = latest.step, latest.success, latest.rate
+    job.restarts = max(0, read_json(job.folder / "state.json").get("starts", 0) - 1)
+    return finished[-1].path if finished else None
+
+
+# --- state.json: how often a job was started ("starts"), why it was given up ("failed"), its id on SLURM ("slurm") ---
+
+
+def write_state(job, **changes):
+    """Changes entries of the job's state.json, whole or not at all; on a full disk not at all."""
+    temporary = job.folder / f"state.json.{socket.gethostname()}.{os.getpid()}"
+    with contextlib.suppress(OSError):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(read_json(job.folder / "state.json") | changes))
+        os.replace(temporary, job.folder / "state.json")
+
+
+# --- Locks: one process at a time trains a job ---
+
+
+def take_lock(job):
+    """Takes the job's lock, for as long as this process or a child that inherits the returned file has it open; None if
+    another process has the lock.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    file = open(job.folder / "lock", "ab", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError as error:  # a file system without locks
+        warn(f"{job.folder}/lock cannot be locked ({error}): two launchers would not notice each other")
+    return file
+
+
+def sign_lock(file, pid):
+    """Writes into a lock file who has it; on a full disk it stays unsigned."""
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        file.write(f"{socket.gethostname()} process {pid}\n".encode())
+
+
+def locked_by(job):
+    """Who trains the job now ("host process 123"), or None. It is found out by taking the lock for a moment."""
+    try:
+        with open(job.folder / "lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return (job.folder / "lock").read_text().strip() or "another process"
+    except OSError:
+        return None
+    return None

@@ -1,0 +1,164 @@
+"""Why EVOR's greedy end fails: the same checkpoint's candidates, chosen by ratings of different quality.
+
+    python -m benchmarks.studies.evor_greedy --run runs/RUN_DIR     # a run of several seeds
+    python -m benchmarks.studies.evor_greedy --run runs/RUN_DIR --episodes 20 --output docs/evor_greedy
+
+Nothing is trained. Policies that differ in the choice among the same candidates alone:
+
+    own          the best by the run's own return fields
+    seeds_mean   the best by the mean rating of all seeds' fields, whose errors differ
+    untrained    the best by fields as they were initialised: ratings without meaning, but the same at each visit
+    tempered     the run's own choice, softmax(Q / tau_Q)
+    cloning      any candidate
+
+If a greedy choice fails because ratings are closer than the fields' errors, and these errors are the same at each
+visit, then `untrained` is worse than `cloning` (a meaningless but constant preference does harm), `own` is near
+`untrained`, and `seeds_mean` is better than `own` by as much as the seeds' errors differ.
+
+At states of the cloning episodes it also measures, over the candidates of one state: the spread of the ratings, and the
+correlation of two seeds' ratings (1: all signal, 0: all error). Writes OUTPUT.csv, one row per policy and seed as it
+goes, and OUTPUT_ratings.csv.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import evor
+from common import checkpoint, fail, policies, rollout, runs
+from common.device import setup_torch
+from common.stacked import Stacked
+from common.workers import start_workers, stop_workers
+
+KEEP_EVERY = 20  # steps between the states at which ratings are compared
+
+
+@dataclass
+class GreedyArgs:
+    run: str  # run directory of evor.py
+    episodes: int = 50  # episodes per policy and seed
+    policies: tuple[str, ...] = ("cloning", "untrained", "own", "seeds_mean", "tempered")  # which, see above
+    cuda: bool = True  # use the GPU where there is one
+    output: str | None = None  # csv files get this path's stem (default: greedy in the run directory)
+
+
+def make_ratings(agents):
+    """Function of (observations (S, N, D), actions (S, N, C, A), noise (S, N, R)): each agent's ratings (S, N, C)."""
+    return agents.function("ratings")
+
+
+def by_all_seeds(ratings):
+    """Ratings of every seed's candidates by every seed's fields: like `ratings`, with an axis of the S raters in front.
+
+    Seed s' candidates are rated by the fields of seed s + k, for k = 0..S - 1, by turning the candidates round.
+    """
+
+    def rate(observations, actions, noise):
+        S = len(observations)
+        turned = lambda x, k: x.roll(k, 0)
+        each = [turned(ratings(*(turned(x, k) for x in (observations, actions, noise))), -k) for k in range(S)]
+        return torch.stack(each)  # (S raters, S, N, C)
+
+    return rate
+
+
+def make_policy(name, agents, untrained):
+    """The named policy of all seeds: (observations (S, N, D), noise (S, N, C A + C + R)) -> actions (S, N, A)."""
+    agent, act = agents.agent, agents.function("act")
+    if name == "tempered":
+        return act
+    C, A, R = agent.args.num_actions, agent.action_dim, agent.args.num_returns
+    flow_actions = agents.function("flow_actions")
+    rate = {
+        "own": make_ratings(agents),
+        "untrained": make_ratings(untrained),
+        "seeds_mean": lambda *inputs: by_all_seeds(make_ratings(agents))(*inputs).mean(dim=0),
+        "cloning": lambda observations, actions, noise: torch.zeros(actions.shape[:-1], device=actions.device),
+    }[name]
+
+    def policy(observations, noise):
+        action_noise, _, return_noise = noise.split([C * A, C, R], dim=-1)
+        actions = flow_actions(observations, action_noise.unflatten(-1, (C, A)))  # (S, N, C, A)
+        best = rate(observations, actions, return_noise).argmax(dim=-1)  # (S, N)
+        return actions.gather(2, best[..., None, None].expand(-1, -1, -1, A)).squeeze(2)
+
+    return policy
+
+
+def compare_ratings(agents, observations, generator):
+    """Spread and agreement of ratings over the candidates of single states.
+
+    Args:
+        agents: of S seeds.
+        observations: (S, N, D).
+        generator: of the candidates' and return samples' noise.
+
+    Returns:
+        {seed index: {"spread": mean over states of the ratings' standard deviation over candidates, "correlation": mean
+        correlation of the own fields' ratings with another seed's, NaN for one seed}}.
+    """
+    agent, (S, N, _) = agents.agent, observations.shape
+    noise = torch.stack([agent.draw_act_noise(generator, N) for _ in range(S)])  # (S, N, C A + C + R)
+    C, A, R = agent.args.num_actions, agent.action_dim, agent.args.num_returns
+    action_noise, _, return_noise = noise.split([C * A, C, R], dim=-1)
+    actions = agents.function("flow_actions")(observations, action_noise.unflatten(-1, (C, A)))
+    q = by_all_seeds(make_ratings(agents))(observations, actions, return_noise)  # (S raters, S, N, C)
+    centred = q - q.mean(dim=-1, keepdim=True)
+    unit = centred / centred.norm(dim=-1, keepdim=True).clamp(min=1e-9)
+    correlation = (unit[0] * unit[1:]).sum(dim=-1).mean(dim=(0, 2)) if S > 1 else torch.full((S,), torch.nan)  # (S,)
+    spread = q[0].std(dim=-1).mean(dim=-1)  # (S,)
+    return {s: {"spread": spread[s].item(), "correlation": correlation[s].item()} for s in range(S)}
+
+
+if __name__ == "__main__":
+    options = tyro.cli(GreedyArgs, description=__doc__)
+    known = GreedyArgs.policies
+    if set(options.policies) - set(known):
+        fail(f"--policies {' '.join(options.policies)}: known are {', '.join(known)}")
+    if options.episodes < 1:
+        fail(f"--episodes {options.episodes}: must be above zero")
+    saved = checkpoint.load(options.run, "--run")
+    if saved["algorithm"] != "evor":
+        fail(f"--run {options.run} is a run of {saved['algorithm']}.py, not of evor.py")
+    args = evor.Args(**saved["args"])
+    device = setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available(), matmul_precision=None))
+    seeds = list(range(args.seed, args.seed + args.num_seeds))
+    agents = policies.rebuild(evor.Agent, args, saved, device, options.run)
+    other_seeds = [1000 + seed for seed in seeds]
+    untrained = Stacked(lambda: evor.Agent(args, **saved["agent_inputs"]), other_seeds, device, args.learning_rate)
+    output = Path(options.output) if options.output else Path(options.run) / "greedy"
+    output.with_suffix(".csv").unlink(missing_ok=True)
+
+    workers = start_workers(args.env_id, len(seeds), options.episodes, args.eval_workers, args.success_timing)
+    visited = []
+    for name in tqdm(options.policies, unit=" policies"):
+        policy, steps = make_policy(name, agents, untrained), 0
+
+        def watched(observations, noise):
+            global steps
+            if name == "cloning" and steps % KEEP_EVERY == 0:
+                visited.append(observations)
+            steps += 1
+            return policy(observations, noise)
+
+        draw = agents.agent.draw_act_noise
+        rows = rollout.evaluate(workers, watched, draw, seeds, options.episodes, saved["step"], device)
+        rows = [{"policy": name} | row for row in rows]
+        runs.append_rows(output.with_suffix(".csv"), rows)
+        success = " ".join(f"{row['success']:.2f}" for row in rows)
+        tqdm.write(f"{name}: success {success}")
+    stop_workers(workers)
+
+    if visited:
+        generator = torch.Generator(device).manual_seed(0)
+        observations = torch.cat(visited, dim=1)[:, :512]  # (S, N, D)
+        compared = compare_ratings(agents, observations, generator)
+        path = output.with_name(output.name + "_ratings.csv")
+        path.unlink(missing_ok=True)
+        runs.append_rows(path, [{"step": saved["step"], "seed": seeds[s]} | row for s, row in compared.items()])
+        for s, row in compared.items():
+            print(f"seed {seeds[s]}: spread {row['spread']:.2f}, correlation with other seeds {row['correlation']:.2f}")
+    print(f"saved {output.with_suffix('.csv')}")

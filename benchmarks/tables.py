@@ -1,0 +1,69 @@
+"""Tables in files and in text: csv files read and written, markdown, and plain columns."""
+
+import csv
+import io
+
+from common import fail
+
+
+def read_rows(path):
+    """The whole rows of a csv file as dictionaries; [] if it is missing.
+
+    A file may be read while it is written, or after a machine that vanished: half a row at its end, or zeros, are left
+    out.
+    """
+    try:
+        with open(path, errors="replace", newline="") as file:
+            lines = [line for line in file if line.endswith("\n") and "\0" not in line]
+    except OSError:
+        return []
+    return list(csv.DictReader(lines))
+
+
+def read_exactly(path, columns):
+    """[(line number, row)] of a csv file with exactly these columns; anything else ends the program with code 2."""
+    try:
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        fail(f"{path} cannot be read: {error}")
+    if reader.fieldnames != columns:
+        fail(f"{path}:1: the columns are {reader.fieldnames}; expected {columns}")
+    for line, row in rows:
+        if None in row or None in row.values():
+            fail(f"{path}:{line}: {len(columns)} values expected")
+    return rows
+
+
+def csv_text(rows, columns=None):
+    """Dictionaries as the text of a csv file.
+
+    Args:
+        rows: dictionaries.
+        columns: those that are written, in this order (default: those of the first row).
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or rows[0], lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write(path, rows):
+    """Writes dictionaries as a csv file; the columns are those of the first one."""
+    with open(path, "w", newline="") as file:
+        file.write(csv_text(rows))
+
+
+def markdown(header, lines):
+    """A markdown table of a header's and the lines' cells."""
+    first, *rest = (f"| {' | '.join(map(str, row))} |\n" for row in [header, *lines])
+    return "".join([first, "|" + "---|" * len(header) + "\n", *rest])
+
+
+def aligned(rows, right=()):
+    """Rows of texts as lines with columns of one width; `right`: places of columns that are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    align = lambda i, cell: cell.rjust(widths[i]) if i in right else cell.ljust(widths[i])
+    return ["  ".join(align(i, cell) for i, cell in enumerate(row)).rstrip() for row in rows]

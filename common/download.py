@@ -1,0 +1,151 @@
+"""Downloads of OGBench's dataset files: resumed where the connection broke, and checked when whole."""
+
+import hashlib
+import http.client
+import os
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+
+from tqdm import tqdm
+
+from common import fail
+
+# Hosts that serve OGBench's files; CLEANFLOW_DATASET_MIRRORS (comma-separated base URLs) is tried first.
+MIRRORS = (
+    "https://rail.eecs.berkeley.edu/datasets/ogbench",
+    # The copy that OGBench's author names (OGBench's issue 49): all standard state sets, none of the 100M ones.
+    "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main",
+)
+# Official files whose content is known: (bytes, SHA-256). Others are checked by the checksums within the npz file.
+KNOWN = {
+    "cube-double-play-v0.npz": (297_435_656, "a73d1a33d029cedb8bc170ef94791ec585fa2d9450096f4f2a02b8cfbcf608c9"),
+    "cube-double-play-v0-val.npz": (29_726_524, "b1fcdf4bd40750351a58d0d491d6be198366ce898f0c6a2e4cb5db331966013e"),
+}
+ATTEMPTS = 4  # tries of one mirror that drops connections or sends short files
+BACK_OFF = float(os.environ.get("CLEANFLOW_DOWNLOAD_BACKOFF", 1.0))  # seconds before the second try, then doubled
+BAR_DELAY = 5  # seconds before a check of a file shows its progress
+# What reading a damaged npz file raises, by where the damage is.
+DAMAGE = (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+
+
+class WrongFile(Exception):
+    """A mirror serves something else under the file's name; to ask it again would not help."""
+
+
+def download(file, directory):
+    """Downloads one file from the first mirror that has it; a `.part` file is resumed, and renamed when it is whole.
+
+    A part may be continued by another mirror than began it: the check of the whole file finds bytes that do not belong
+    together, and the file is then fetched from its start. When no mirror serves the file, the program ends with exit
+    code 2, what each mirror answered, and the three ways out.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    own = os.environ.get("CLEANFLOW_DATASET_MIRRORS", "")
+    mirrors = [mirror.strip().rstrip("/") for mirror in own.split(",") if mirror.strip()]
+    answers = []
+    for mirror in (*mirrors, *MIRRORS):
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(BACK_OFF * 2 ** (attempt - 1))
+            try:
+                return _fetch(f"{mirror}/{file}", directory / file)
+            except urllib.error.HTTPError as error:
+                answer = f"HTTP {error.code} {error.reason}"
+                if error.code < 500 and error.code not in (408, 429):  # it does not have the file, and will not later
+                    break
+            except (WrongFile, ValueError) as error:  # ValueError: the mirror's address is not one
+                answer = str(error)
+                break
+            except (OSError, EOFError, http.client.HTTPException, zipfile.BadZipFile) as error:
+                answer = str(getattr(error, "reason", error)) or type(error).__name__
+        answers.append(f"  {mirror}: {answer}\n")
+    name = file.removesuffix(".npz").removesuffix("-val")
+    fail(
+        f"{file} is not in {directory} and could not be downloaded:\n{''.join(answers)}Three ways out: "
+        "(1) --dataset-source generated makes a set here with OGBench's scripted collectors; "
+        f"(2) put {name}.npz and {name}-val.npz from another machine into {directory} (or name a file with "
+        "--dataset-path); (3) set CLEANFLOW_DATASET_MIRRORS to a host that serves them"
+    )
+
+
+def _fetch(url, path):
+    """One try: the rest of `path`'s `.part` file from `url`, then check and rename.
+
+    Raises:
+        OSError, EOFError, http.client.HTTPException: the connection broke (what came is kept), or a resumed part turned
+            out not to fit (it is deleted).
+        zipfile.BadZipFile: a file of unknown length did not arrive whole; it is deleted.
+        WrongFile: the mirror has another file; of what it sent, nothing is kept.
+    """
+    part = path.with_name(path.name + ".part")
+    done = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        part.unlink(missing_ok=True)  # nothing is left to send: the part is whole or another file's, so begin again
+        raise EOFError("the partial file did not fit the server's") from None
+    with response:
+        if response.headers.get_content_type() == "text/html":
+            raise WrongFile("answered with a web page instead of the file")
+        done = done if response.status == 206 else 0  # else the server sends everything again
+        size = KNOWN[path.name][0] if path.name in KNOWN else None
+        total = size if response.length is None else done + response.length
+        if size is not None and total != size:
+            raise WrongFile(f"its file has {total:,} bytes, OGBench's has {size:,}")
+        with open(part, "ab" if done else "wb") as file:
+            for block in _blocks(response, f"downloading {path.name}", total, initial=done):
+                file.write(block)
+    received = part.stat().st_size
+    if total is not None and received < total:
+        raise EOFError(f"connection closed after {received} of {total} bytes")
+    try:
+        _check_content(part, path.name)
+    except (WrongFile, zipfile.BadZipFile) as error:
+        part.unlink()
+        if done:
+            raise EOFError(f"its bytes do not continue the partial file ({error})") from None
+        raise
+    os.replace(part, path)
+
+
+def _check_content(part, file):
+    """Checks a whole download of the official `file`: by its SHA-256 if known (or WrongFile), else by the checksums
+    within the npz file (or zipfile.BadZipFile).
+    """
+    if file in KNOWN:
+        found, expected = sha256_of(part), KNOWN[file][1]
+        if found != expected:
+            raise WrongFile(f"its file has SHA-256 {found}, OGBench's has {expected}")
+        return
+    try:
+        with zipfile.ZipFile(part) as archive:
+            for member in archive.infolist():
+                with archive.open(member) as rows:
+                    text = f"checking {file}: {member.filename}"
+                    for _ in _blocks(rows, text, member.file_size, delay=BAR_DELAY):
+                        pass  # to the end, where the checksum is compared
+    except DAMAGE as error:
+        raise zipfile.BadZipFile(f"what arrived is not a whole npz file ({error})") from None
+
+
+def sha256_of(path):
+    """SHA-256 of a file as 64 hexadecimal digits; shows a progress bar when it takes longer than 5 seconds."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in _blocks(file, f"checking {path.name}", path.stat().st_size, delay=BAR_DELAY):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(file, text, total, initial=0, delay=0):
+    """The rest of a binary file in blocks, with a progress bar over its bytes."""
+    with tqdm(total=total, initial=initial, unit="B", unit_scale=True, desc=text, delay=delay) as bar:
+        while block := file.read(2**20):
+            yield block
+            bar.update(len(block))

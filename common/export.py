@@ -1,0 +1,174 @@
+"""Trained policies as folders that can be passed on: written from a checkpoint, read without running a stranger's code.
+
+A folder holds `policy.safetensors` (the weights that acting needs, each with a leading axis of seeds), `config.json`
+(what else acting needs, where the weights come from and what they scored) and `README.md` (the same for people).
+"""
+
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+from common import checkpoint, envs, fail
+
+WEIGHTS, CONFIG, CARD = "policy.safetensors", "config.json", "README.md"
+KEYS = {"algorithm": str, "args": dict, "agent_inputs": dict, "step": int, "dataset": dict, "evaluation": list}
+
+# Arguments that say where and how a run was made on its machine; they are left out.
+PRIVATE = {
+    "resume", "evaluate", "export", "export_seed", "runs_dir", "dataset_dir", "dataset_path", "track", "wandb_entity",
+    "wandb_project_name", "eval_workers",
+}  # fmt: skip
+
+
+def write(directory, networks, saved, rows, seed=None):
+    """Writes a policy's folder; files of the same names are replaced.
+
+    Args:
+        directory: the folder, made if need be.
+        networks: names of the networks that acting needs.
+        saved: a checkpoint, or what `read` returned.
+        rows: of an evaluation, {seed, success, episode_return, episode_length, episodes, ...} for each seed.
+        seed: the one seed to write; None for all.
+
+    Raises:
+        SystemExit: (code 2) for a seed that the run does not have, or a folder that cannot be written.
+    """
+    directory, args = Path(directory), saved["args"]
+    seeds = list(range(args["seed"], args["seed"] + args["num_seeds"]))
+    if seed is not None and seed not in seeds:
+        fail(f"--export-seed {seed}: the run has seeds {seeds[0]} to {seeds[-1]}")
+    chosen = seeds if seed is None else [seed]
+    index = [seeds.index(s) for s in chosen]
+    weights = {
+        name: value[index].cpu().contiguous()
+        for name, value in saved["agent"].items()
+        if name.split(".")[0] in networks
+    }
+    args = {name: value for name, value in args.items() if name not in PRIVATE}
+    config = {name: saved[name] for name in ("algorithm", "agent_inputs", "step", "dataset")}
+    config["args"] = args | {"seed": chosen[0], "num_seeds": len(chosen)}
+    config["evaluation"] = [row for row in rows if row["seed"] in chosen]
+    packages = ("torch", "ogbench", "mujoco", "numpy")
+    config["versions"] = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        files = {WEIGHTS: safetensors.torch.save(weights), CONFIG: json.dumps(config, indent=2).encode()}
+        for name, content in (files | {CARD: card(config).encode()}).items():
+            temporary = directory / f"{name}.part"
+            temporary.write_bytes(content)
+            os.replace(temporary, directory / name)
+    except OSError as error:
+        fail(f"could not write the policy to {directory}: {error}")
+
+
+def write_run(run_dir, networks):
+    """Writes the policy of a run's latest checkpoint to `policy/` in its directory, with that step's evaluation."""
+    saved = checkpoint.load(run_dir)
+    write(Path(run_dir) / "policy", networks, saved, last_evaluation(Path(run_dir) / "eval.csv", saved["step"]))
+
+
+def read(directory):
+    """A policy's folder as a checkpoint that holds nothing but what acting needs, on the CPU.
+
+    Raises:
+        SystemExit: (code 2) for missing or damaged files, an unknown environment, or non-finite weights.
+    """
+    directory = Path(directory)
+    path = directory / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        fail(f"{path} cannot be read ({error}); export the policy again")
+    wrong = [n for n, kind in KEYS.items() if not isinstance(config, dict) or not isinstance(config.get(n), kind)]
+    wrong += [n for n in ("env_id", "seed", "num_seeds") if not wrong and n not in config["args"]]
+    if wrong:
+        fail(f"{path} has no proper {', '.join(wrong)}; export the policy again")
+    env_id = str(config["args"]["env_id"])
+    envs.import_ogbench(render=envs.is_pixels(env_id))
+    if env_id not in envs.known_env_ids():
+        fail(f"{path}: the environment {env_id} is unknown to ogbench; correct env_id there")
+    config["args"] = {name: tuple(v) if isinstance(v, list) else v for name, v in config["args"].items()}
+    obs_dim = config["agent_inputs"].get("obs_dim")  # of images a shape
+    config["agent_inputs"]["obs_dim"] = tuple(obs_dim) if isinstance(obs_dim, list) else obs_dim
+
+    path = directory / WEIGHTS
+    try:
+        weights = safetensors.torch.load_file(path)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        fail(f"{path} cannot be read ({error}); export the policy again")
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            fail(f"{path}: the weights {name} are not finite; export the policy again, from an earlier checkpoint")
+    return config | {"agent": weights}
+
+
+def read_any(directory, flag):
+    """What `read` returns for a policy's folder, else the checkpoint of a run directory; `flag` is for messages."""
+    return read(directory) if (Path(directory) / CONFIG).exists() else checkpoint.load(directory, flag)
+
+
+def last_evaluation(path, step):
+    """The rows of an eval.csv that belong to `step`, numbers as numbers; [] without any."""
+    if not Path(path).exists():
+        return []
+    kinds = {"phase": str} | dict.fromkeys(("step", "seed", "episodes"), int)
+    with open(path) as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) == step]
+    return [{name: kinds.get(name, float)(value) for name, value in row.items()} for row in rows]
+
+
+def card(config):
+    """The model card of a folder, as markdown."""
+    args, rows, data = config["args"], config["evaluation"], config["dataset"]
+    name, env_id = config["algorithm"], args["env_id"]
+    settings = "\n".join(f"{key} = {value}" for key, value in args.items())
+    versions = ", ".join(f"{key} {value}" for key, value in config["versions"].items())
+    scores = "This policy has not been evaluated.\n"
+    if rows:
+        success = [100 * row["success"] for row in rows]
+        spread = f" +- {np.std(success, ddof=1):.1f} (standard deviation over seeds)" if len(rows) > 1 else ""
+        names = ("seed", "success", "episode_return", "episode_length")
+        table = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+        table += ["| " + " | ".join(f"{row[key]:.4g}" for key in names) + " |" for row in rows]
+        scores = f"Success: {np.mean(success):.1f}%{spread}, {rows[0]['episodes']} episodes per seed.\n\n"
+        scores += "\n".join(table) + "\n"
+    return f"""---
+license: mit
+library_name: cleanflow
+tags: [reinforcement-learning, offline-rl, ogbench]
+---
+
+# {name} on {env_id}
+
+A policy trained with CleanFlow's `{name}.py` for {config["step"]:,} updates.
+
+{scores}
+Data: `{data["file"]}` ({data["source"]}, {data["transitions"]:,} transitions, SHA-256 `{data["sha256"]}`).
+
+Load and act, from CleanFlow's folder, on a CPU, without the data:
+
+```python
+import {name}
+
+policy = {name}.load("THIS_FOLDER")
+action = policy.act(observation)
+```
+
+Evaluate and film: `python {name}.py --evaluate THIS_FOLDER --capture-video`
+
+Settings:
+
+```
+{settings}
+```
+
+Versions: {versions}.
+"""

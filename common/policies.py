@@ -1,0 +1,130 @@
+"""Trained policies: load one from a run or an exported folder, act with it, evaluate it with other episodes."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import envs, export, fail, rollout, runs
+from common.arguments import algorithm
+from common.stacked import Stacked
+
+
+def always_act(args, step):
+    """The name of the method that acts, where an algorithm has one policy only."""
+    return "act"
+
+
+def rebuild(Agent, args, saved, device, directory):
+    """The agents of a run's checkpoint or of an exported folder; the latter's have the networks that acting needs only.
+
+    Args:
+        Agent: the algorithm's.
+        args: its arguments, as trained.
+        saved: of export.read_any.
+        device: torch device.
+        directory: for messages.
+
+    Raises:
+        SystemExit: (code 2) for weights or a configuration that do not fit the algorithm.
+    """
+    try:
+        seeds = range(args.seed, args.seed + args.num_seeds)
+        agents = Stacked(lambda: Agent(args, **saved["agent_inputs"]), seeds, device, args.learning_rate)
+        if "optimizer" not in saved:
+            agents.keep(Agent.ACTS)
+        agents.load_state_dict(saved)
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        fail(f"{directory}: its weights and its configuration do not fit {saved['algorithm']}.py ({reason})")
+    return agents
+
+
+class Policy:
+    """A trained policy of one seed, on the CPU.
+
+    Args:
+        agents: of one seed, see common/stacked.py.
+        method: name of the agent's method that acts.
+        args: the run's arguments; `args.env_id` is the environment.
+
+    Attributes:
+        generator: of the random numbers that a stochastic policy draws; `generator.manual_seed(n)` repeats them.
+    """
+
+    def __init__(self, agents, method, args):
+        self.agents, self.args = agents, args
+        self.policy, self.generator = agents.function(method), torch.Generator().manual_seed(0)
+
+    def act(self, observation):
+        """Draws an action for an observation: (D,) -> (A,), or of N at once (N, D) -> (N, A), in [-1, 1], as numpy.
+
+        Observations of images are stacks of frames, (H, W, channels) each, of `envs.make_env(..., frame_stack=3)`.
+        """
+        agent, observation = self.agents.agent, np.asarray(observation)
+        single = observation.ndim == (3 if envs.is_pixels(self.args.env_id) else 1)
+        observations = torch.as_tensor(observation[None] if single else observation)
+        observations = observations if observations.dtype == torch.uint8 else observations.float()
+        noise = agent.draw_act_noise(self.generator, len(observations))
+        actions = self.policy(observations[None], noise[None])[0].numpy()  # (N, A)
+        return actions[0] if single else actions
+
+
+def load(Agent, Args, directory, seed=None, acting=always_act):
+    """The policy of a run directory or of an exported folder; it needs neither a dataset nor a GPU.
+
+    Args:
+        Agent, Args: the algorithm's.
+        directory: the run's, or the exported folder.
+        seed: which of the seeds that were trained side by side; None for the first.
+        acting: function (args, step) of the name of the agent's method that acts.
+
+    Raises:
+        SystemExit: (code 2) for another algorithm's folder, a seed that it does not hold, and what `export.read_any`
+            and `rebuild` refuse.
+    """
+    saved = export.read_any(directory, "load:")
+    if saved["algorithm"] != algorithm(Args()):
+        fail(f"{directory} is a policy of {saved['algorithm']}.py, not of {algorithm(Args())}.py")
+    names = {field.name for field in fields(Args)}
+    args = Args(**{name: value for name, value in saved["args"].items() if name in names})
+    agents = rebuild(Agent, args, saved, torch.device("cpu"), directory)
+    seed = args.seed if seed is None else seed
+    if not args.seed <= seed < args.seed + args.num_seeds:
+        fail(f"{directory} has seeds {args.seed} to {args.seed + args.num_seeds - 1}, not {seed}")
+    return Policy(agents.only(seed - args.seed), acting(args, saved["step"]), args)
+
+
+def evaluate(Agent, args, saved, inference, device, acting=always_act):
+    """Evaluates a run or an exported folder anew (`--evaluate`), and exports its policy (`--export`).
+
+    The same `--seed`, step and number of episodes make the same episodes as in training. A row per seed is added to
+    inference.csv in the directory: the settings that may differ, the seed of the episodes, eval.csv's columns.
+
+    Args:
+        Agent: the algorithm's.
+        args: of this program: `evaluate` is the directory, `seed` the episodes' first.
+        saved: of export.read_any.
+        inference: names of the settings that --evaluate may change.
+        device: torch device.
+        acting: function (args, step) of the name of the agent's method that acts.
+    """
+    directory, step = Path(args.evaluate), saved["step"]
+    agents = rebuild(Agent, args, saved, device, directory)
+    settings = {name: getattr(args, name) for name in inference}
+    method = acting(args, step)
+    first = saved["args"]["seed"]
+    episodes = list(range(args.seed, args.seed + args.num_seeds))  # a seed of the episodes for each agent
+    evaluator = rollout.Evaluator(args, episodes, device, directory)
+    rows = evaluator(agents.function(method), agents.agent.draw_act_noise, step)
+    evaluator.close()
+    rows = [settings | {"episodes_seed": row["seed"]} | row | {"seed": first + i} for i, row in enumerate(rows)]
+    runs.append_rows(directory / "inference.csv", rows)
+    for row in rows:
+        print(f"seed {row['seed']}: success {row['success']:.2f} at step {step}, {settings}")
+    if args.capture_video:
+        print(f"videos: {directory}/videos")
+    if args.export is not None:
+        export.write(args.export, Agent.ACTS, saved | {"args": saved["args"] | settings}, rows, args.export_seed)
+        print(f"policy: {args.export}")

@@ -1,0 +1,150 @@
+"""Environments in worker processes: their start and end, and the requests that step them.
+
+Nothing here imports torch, so that a worker (`python -m common.workers FD`) comes up in a second and stays small.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+from common import envs, num_cores, python_environment
+
+# Environments per seed (a manipulation one takes 0.2 GB). A constant, since the last bits of a matrix product depend on
+# how many rows it has: so the same policy acts the same on any number of cores.
+EPISODES_AT_ONCE = 4
+
+
+@dataclass
+class Workers:
+    """Running worker processes: slot (s, p), the p-th environment of seed s, is in the process number `where[s, p]`."""
+
+    num_seeds: int
+    per_seed: int
+    where: dict
+    processes: list
+    connections: list
+    max_episode_steps: int = 0
+
+
+def start_workers(env_id, num_seeds, num_episodes, num_workers=0, success_timing="post", frame_stack=1, render=False):
+    """Starts worker processes with their environments: the Workers for `ask` and `stop_workers`.
+
+    Args:
+        env_id, success_timing, frame_stack, render: see `envs.make_env`.
+        num_seeds, num_episodes: of an evaluation; no more environments are made than it can use.
+        num_workers: processes; 0 for one per core, at most 16.
+    """
+    per_seed = min(num_episodes, EPISODES_AT_ONCE)
+    slots = [(s, p) for s in range(num_seeds) for p in range(per_seed)]
+    num_workers = min(num_workers or min(16, num_cores()), len(slots))
+    workers = Workers(num_seeds, per_seed, {slot: i % num_workers for i, slot in enumerate(slots)}, [], [])
+
+    environment = python_environment()
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    if render and environment.get("MUJOCO_GL") == "disable":
+        environment["MUJOCO_GL"] = "egl"
+    for _ in range(num_workers):
+        connection, child = Pipe()
+        command = [sys.executable, "-m", "common.workers", str(child.fileno())]
+        workers.processes.append(subprocess.Popen(command, env=environment, pass_fds=[child.fileno()]))
+        workers.connections.append(connection)
+        child.close()
+    kwargs = dict(env_id=env_id, success_timing=success_timing, frame_stack=frame_stack, render=render)
+    requests = {worker: ("make", (slots[worker::num_workers], kwargs)) for worker in range(num_workers)}
+    workers.max_episode_steps = _exchange(workers, requests)[0]
+    return workers
+
+
+def stop_workers(workers):
+    """Ends the processes (None: there are none); idle ones leave by themselves when their connection closes."""
+    if workers is None:
+        return
+    for connection in workers.connections:
+        connection.close()
+    for process in workers.processes:
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def ask(workers, kind, values):
+    """Sends {(s, p): value} to the slots' workers in one request each; returns {(s, p): reply}.
+
+    A worker that failed, or died, is a RuntimeError with its traceback, or exit code.
+
+    Args:
+        workers: of `start_workers`.
+        kind: "reset" (value: a seed; reply: the observation), "step" (an action; (observation, reward, terminated,
+            truncated, success)) or "render" (None; a frame).
+        values: {(s, p): value}.
+    """
+    requests = {}
+    for slot, value in values.items():
+        requests.setdefault(workers.where[slot], (kind, {}))[1][slot] = value
+    replies = _exchange(workers, requests)
+    return {slot: replies[workers.where[slot]][slot] for slot in values}
+
+
+def _exchange(workers, requests):
+    """Sends {worker: request}; returns {worker: reply}."""
+    for worker, request in requests.items():
+        with contextlib.suppress(OSError):  # the reason stands in its last reply, or in its exit code
+            workers.connections[worker].send(request)
+    replies = {}
+    for worker in requests:
+        try:
+            ok, replies[worker] = workers.connections[worker].recv()
+        except (EOFError, OSError):
+            code = workers.processes[worker].wait()
+            died = f"environment worker {worker} died with exit code {code} (negative: killed by that signal)"
+            raise RuntimeError(died) from None
+        if not ok:
+            raise RuntimeError(f"environment worker {worker} failed:\n{replies[worker]}")
+    return replies
+
+
+def serve(connection):
+    """The worker process: answers the requests of `ask` until the other end closes.
+
+    The first request is ("make", (slots, make_env's keyword arguments)), replied with an episode's most steps. Every
+    reply is (ok, value); a failure is replied as (False, traceback) and ends the worker.
+    """
+    try:
+        while True:
+            try:
+                kind, values = connection.recv()
+            except EOFError:
+                return
+            if kind == "make":
+                slots, kwargs = values
+                made = {slot: envs.make_env(**kwargs) for slot in slots}
+                reply = made[slots[0]].spec.max_episode_steps
+            else:
+                reply = {slot: _answer(made[slot], kind, value) for slot, value in values.items()}
+            connection.send((True, reply))
+    except BaseException:
+        connection.send((False, traceback.format_exc()))
+
+
+def _answer(env, kind, value):
+    if kind == "reset":
+        return envs.reset_env(env, value)[0]
+    if kind == "render":
+        return env.render()
+    ob, reward, terminated, truncated, info = env.step(value)
+    return ob, float(reward), bool(terminated), bool(truncated), float(info["success"])
+
+
+if __name__ == "__main__":
+    # Ctrl-C and schedulers signal the whole group; the main process saves first, and closes the connection.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    serve(Connection(int(sys.argv[1])))
+    os._exit(0)  # past the renderers' destructors, which print errors when the interpreter is half gone

@@ -1,0 +1,51 @@
+"""EVOR's improvement at inference: means and intervals, and the sweeps of a run."""
+
+import csv
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+from benchmarks.studies import evor_inference
+
+
+def scale(*words):
+    command = [sys.executable, "-m", "benchmarks.studies.evor_inference", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
+
+
+def test_one_seed_has_a_mean_and_no_interval(tmp_path):
+    rows = [{"success": 0.25}, {"success": 0.75}]
+    assert evor_inference.success_text(rows[:1]) == "25.0%"
+    assert evor_inference.success_text(rows).startswith("50.0% +- ")
+    base = dict(num_actions=16, tau_q=1.0, tau_r=10.0, num_returns=8)
+    rows = [{"sweep": name, "seed": 0, "success": 0.5} | base for name in base]
+    evor_inference.draw(tmp_path / "scaling.png", rows, base)
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inference_scaling_of_a_run(online_runs, tmp_path):
+    words = ("--run", online_runs["evor"], "--episodes", 1, "--output", tmp_path / "scaling", "--no-cuda")
+    sweeps = ("--num-actions", 1, 3, "--tau-q", 0.1, "--tau-r", 10, "--num-returns", 2)
+    done = scale(*words, *sweeps)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = list(csv.DictReader(open(tmp_path / "scaling.csv")))
+    columns = ("sweep", "num_actions", "tau_q", "tau_r", "num_returns")
+    settings = [tuple(row[column] for column in columns) for row in rows]
+    assert settings[::2] == settings[1::2] and [row["seed"] for row in rows] == 5 * ["0", "1"]
+    assert settings[::2] == [
+        ("num_actions", "1", "1.0", "10.0", "4"),
+        ("num_actions", "3", "1.0", "10.0", "4"),
+        ("tau_q", "3", "0.1", "10.0", "4"),
+        ("tau_r", "3", "1.0", "10.0", "4"),
+        ("num_returns", "3", "1.0", "10.0", "2"),
+    ]
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+    failed = scale("--run", online_runs["floq"])
+    assert failed.returncode == 2 and "is a run of floq.py, not of evor.py" in failed.stderr
+    failed = scale(*words, "--tau-q", 0)
+    assert failed.returncode == 2 and "--tau-q (0.0,): must be above zero" in failed.stderr
+    failed = scale("--run", tmp_path)
+    assert failed.returncode == 2 and "--run" in failed.stderr and "no usable checkpoint" in failed.stderr

@@ -1,0 +1,57 @@
+"""What an update of Q-Flow costs beside other ways: operations by hand and in order, and the table of the command."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import q_flow
+from benchmarks.studies import q_flow_cost
+
+
+def test_costs_are_measured_of_all_four():
+    rows = q_flow_cost.measure(q_flow_cost.CostArgs(repeats=2, quick=True, cuda=False))
+    gflop = {row["method"]: row["gflop"] for row in rows}
+    # One network is regressed in an actor-critic; a one-step policy adds the flow; the others solve it, once or twice.
+    assert gflop["actor_critic"] < gflop["one_step"] < gflop["q_flow"] and gflop["actor_critic"] < gflop["backprop"]
+    assert all(row["low"] <= row["seconds"] <= row["high"] for row in rows)
+    assert [row["q_flow_is"] for row in rows if row["method"] == "q_flow"] == [1]
+
+
+def test_operations_of_an_actor_critic_by_hand(monkeypatch):
+    """Two operations per weight and row. Backward: every product twice, but for the inputs that need no gradient."""
+    H, B, D, A = 256, 256, q_flow_cost.OBS_DIM, q_flow_cost.ACTION_DIM
+    small = dict(value_hidden_dims=(H, H), actor_hidden_dims=(H, H), batch_size=B)
+    monkeypatch.setattr(q_flow, "QUICK", q_flow.QUICK | small)
+    rows = q_flow_cost.measure(q_flow_cost.CostArgs(repeats=2, quick=True, cuda=False))
+    (measured,) = [row["gflop"] for row in rows if row["method"] == "actor_critic"]
+    first_critic, first_policy = (D + A) * H, (D + A) * H
+    critic, policy = 2 * (first_critic + H * H + H), first_policy + H * H + H * A
+    next_value = policy + critic
+    regression = 3 * critic - 2 * first_critic
+    improvement = 3 * policy - first_policy + 2 * critic
+    assert measured == pytest.approx(2 * B * (next_value + regression + improvement) / 1e9, abs=0.006)
+
+
+def command(*words):
+    words = [sys.executable, "-m", "benchmarks.studies.q_flow_cost", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_prints_and_writes_a_row_per_method(tmp_path):
+    done = command("--quick", "--repeats", 2, "--no-cuda", "--output", tmp_path / "cost.csv")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("GFLOP") == 4 and "q_flow takes 1.00 times as long" in done.stdout
+    with open(tmp_path / "cost.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["q_flow", "actor_critic", "one_step", "backprop"]
+    assert set(rows[0]) == {"method", "gflop", "seconds", "low", "high", "q_flow_is"}
+
+
+def test_one_repeat_is_refused():
+    failed = command("--repeats", 1)
+    assert failed.returncode == 2 and "--repeats must be at least 2" in failed.stderr
