@@ -201,6 +201,16 @@ def test_every_method_sees_the_same_draws_and_what_comes_before_others():
     )
 
 
+def test_flow_consistency_is_zero_at_the_end_and_of_a_constant_value():
+    agent, *_ = make()
+    noise = torch.randn(5, 2)
+    consistency = agent.flow_consistency(noise)
+    assert consistency.shape == (5,) and consistency[-1] == 0 and consistency[0] > 0
+    with torch.no_grad():
+        agent.inner_value.weights[-1].zero_()
+    assert (agent.flow_consistency(noise) == 0).all()
+
+
 # --- The guard ---
 
 
@@ -221,16 +231,6 @@ def test_a_data_set_where_cloning_is_off_the_data_is_marked(share, warned):
     assert toy_2d.cloning_on_support(rows) == pytest.approx(share)
     assert ("moons: 96.9% of cloning's samples" in toy_2d.summarize(rows)) == warned
     assert ("nothing there may be compared" in toy_2d.summarize(rows)) == warned
-
-
-def test_flow_consistency_is_zero_at_the_end_and_of_a_constant_value():
-    agent, *_ = make()
-    noise = torch.randn(5, 2)
-    consistency = agent.flow_consistency(noise)
-    assert consistency.shape == (5,) and consistency[-1] == 0 and consistency[0] > 0
-    with torch.no_grad():
-        agent.inner_value.weights[-1].zero_()
-    assert (agent.flow_consistency(noise) == 0).all()
 
 
 # --- The script ---
