@@ -61,7 +61,7 @@ class ToyArgs:
     """data sets"""
     seeds: int = 3
     """seeds of each method and lambda"""
-    pretrain_updates: int = 5_000
+    pretrain_updates: int = 8_000
     """updates of the flow that all methods start from (0: all networks from scratch)"""
     fit_updates: int = 1_000
     """updates of the critic, V and the one-step policy that all start from, on the pretrained flow's end points"""
@@ -317,6 +317,7 @@ def make_agents(options, lambdas, device, batch_size):
     )  # fmt: skip
     seeds = list(range(options.seeds)) * len(lambdas)
     agents = Stacked(lambda: PlaneStudy(args, 1, 2), seeds, device, args.learning_rate)
+    agents.optimizer.param_groups[0]["betas"] = (0.9, 0.99)  # a short memory of the gradients' size, for a short training
     agents.parameters["strength"].data.copy_(torch.tensor(lambdas).repeat_interleave(options.seeds))
     return agents
 
