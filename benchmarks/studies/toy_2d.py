@@ -317,7 +317,7 @@ def make_agents(options, lambdas, device, batch_size):
     )  # fmt: skip
     seeds = list(range(options.seeds)) * len(lambdas)
     agents = Stacked(lambda: PlaneStudy(args, 1, 2), seeds, device, args.learning_rate)
-    agents.optimizer.param_groups[0]["betas"] = (0.9, 0.99)  # a short memory of the gradients' size, for a short training
+    agents.optimizer.param_groups[0]["betas"] = (0.9, 0.99)  # a short memory, for a short training
     agents.parameters["strength"].data.copy_(torch.tensor(lambdas).repeat_interleave(options.seeds))
     return agents
 
