@@ -1,8 +1,8 @@
 """Q-Flow's study in two dimensions: what three ways of improving a flow policy do to the data and its modes.
 
-    python -m benchmarks.studies.toy_2d                               # four data sets, reduced: 20 minutes, 2 CPU cores
-    python -m benchmarks.studies.toy_2d --datasets moons --seeds 1    # one of them
-    python -m benchmarks.studies.toy_2d --full                        # the paper's size: for a GPU
+    python -m benchmarks.studies.toy_2d                                 # four data sets, reduced size
+    python -m benchmarks.studies.toy_2d --datasets moons --seeds 1      # one of them
+    python -m benchmarks.studies.toy_2d --full                          # the paper's size: for a GPU
 
 Actions are points of the plane, every point of a data set carries a reward, and there is one state and one step. Each
 method improves a flow policy u on the rewards while it stays near the data, with lambda as the strength of staying:
@@ -11,24 +11,29 @@ method improves a flow policy u on the rewards while it stays near the data, wit
     backprop   flow matching - Q(end point of the flow) / lambda, differentiated through every step of the solver
     one_step   FQL's: flow matching, and a one-step policy mu with distillation from the flow - Q(mu) / lambda
 
-lambda 1e6 is cloning. Networks, batches, noise, learning rates and numbers of updates are the same for all; seeds and
-lambdas are trained side by side, stacked. At the reduced size all start from one flow, critic, V and one-step
-policy trained without improvement (--pretrain-updates), so that what is seen is the improvement; at the full size all
-start from scratch, as in the paper.
+Networks, batches, noise, learning rates and numbers of updates are the same for all; seeds and lambdas are trained side
+by side, stacked. Lambda inf is cloning: one flow for q_flow and backprop, mu distilled from that flow for one_step. At
+the reduced size all start from one flow, critic, V and one-step policy trained without improvement, so that what is
+seen is the improvement; at the full size all start from scratch, as in the paper.
 
-Writes DATASET.png (samples, value landscapes, flow consistency, gradient norms) and summary.csv, with a row for each
-method, lambda and seed: mean reward of samples, share of them on the data's support, share of the good modes covered,
-flow consistency |V(x_t, t) - V(end point, 1)|, norm of the policy's gradient.
+A data set is compared only if cloning is on the data: 97% of the flow's samples on the support, mean over seeds.
+Elsewhere the picture, the column `comparable` and the last lines say that nothing may be compared.
+
+Writes DATASET.png (samples and value landscapes) and summary.csv, with a row for each method, lambda and seed: mean
+reward of samples, share of them on the data's support, share of the good modes covered, flow consistency
+|V(x_t, t) - V(end point, 1)|, norm of the policy's gradient.
 
 Notation in the shapes: S lambdas x seeds, B batch, N rows, K Euler steps.
 """
 
 import csv
+import itertools
 import math
 import multiprocessing
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,12 +45,14 @@ from common.device import setup_torch
 from common.stacked import Stacked
 
 METHODS = ("q_flow", "backprop", "one_step")
-CLONING = 1e6
-LAMBDAS = (CLONING, 5.0, 1.0, 0.5, 0.3)
+CLONING = math.inf
+LAMBDAS = (5.0, 1.0, 0.3)
 NUM_POINTS = 10_000
 NUM_SAMPLES = 2_000
-SUPPORT = 0.07  # distance to the nearest data point that counts as on the support; the sets are about 1.6 wide
+SUPPORT = 3.3  # the support ends this many standard deviations of the noise away from the noise-free points
+FAITHFUL = 0.97  # share of cloning's samples on the support from which on methods are compared
 GOOD = 0.7  # a mode is good if the mean reward of its points is at least this
+WAVES = (2.0, 4.0, 8.0, 16.0)  # radians per unit of a point: the waves in which policies see it
 
 
 @dataclass
@@ -55,21 +62,25 @@ class ToyArgs:
     seeds: int = 3
     """seeds of each method and lambda"""
     pretrain_updates: int = 8_000
-    """updates of the flow, the critic, V and the one-step policy that all methods start from (0: from scratch)"""
-    updates: int = 700
+    """updates of the flow that all methods start from (0: all networks from scratch)"""
+    fit_updates: int = 1_000
+    """updates of the critic, V and the one-step policy that all start from, on the pretrained flow's end points"""
+    pretrain_batch_size: int = 1024
+    """points a batch in both"""
+    updates: int = 400
     """updates of each method"""
     batch_size: int = 256
-    """points a batch"""
+    """points a batch of each method"""
     width: int = 64
     """hidden width of all networks"""
     depth: int = 3
     """their hidden layers"""
-    flow_steps: int = 12
+    flow_steps: int = 25
     """Euler steps of the flow"""
     reward_scale: float = 0.25
     """what rewards in [0, 1] are multiplied by; only its ratio to lambda matters"""
     full: bool = False
-    """the paper's size: 4 layers of 512, 25 flow steps, 2,100 epochs (5,100 for the spirals), from scratch"""
+    """the paper's size: 4 layers of 512, 2,100 epochs (5,100 for the spirals), from scratch"""
     cuda: bool = True
     """use the GPU; without one, one process a core, a data set each"""
     output_dir: str = "toy_2d"
@@ -79,58 +90,75 @@ class ToyArgs:
 # --- Data ---
 
 
-def make_points(name, n, seed=0):
-    """Points of a data set.
+class Data(NamedTuple):
+    """Points of a data set, n of them.
 
-    Returns:
-        points (n, 2) in [-1, 1], float32; rewards (n,) in [0, 1], float32; modes (n,), int: the piece of data that a
-        point is of. On the roll rewards rise and fall three times, on spirals and moons they rise towards the far ends,
-        every second Gaussian is good.
+    points: (n, 2) in [-1, 1], float32.
+    rewards: (n,) in [0, 1], float32. On the roll rewards rise and fall three times, on spirals and moons they rise
+        towards the far ends, every second Gaussian is good.
+    modes: (n,), int: the piece of the data that a point is of.
+    centres: (n, 2), float32: the points without their noise.
+    noise: the noise's standard deviation in each direction.
     """
+
+    points: np.ndarray
+    rewards: np.ndarray
+    modes: np.ndarray
+    centres: np.ndarray
+    noise: float
+
+
+def make_points(name, n, seed=0):
+    """n points of a data set, a Data."""
     rng = np.random.default_rng(seed)
     u, noise = rng.random(n), 0.025
     circle = lambda angle: np.stack([np.cos(angle), np.sin(angle)], axis=1)
     if name == "swiss_roll":
         angle = 1.5 * np.pi * (1 + 2 * u)
-        points = 0.8 * circle(angle) * angle[:, None] / (4.5 * np.pi)
+        centres = 0.8 * circle(angle) * angle[:, None] / (4.5 * np.pi)
         rewards, modes = (1 - np.cos(6 * np.pi * u)) / 2, np.rint(6 * u)
     elif name == "two_spirals":
         radius, arm = np.sqrt(u), rng.integers(2, size=n)
-        points = 0.8 * circle(2 * np.pi * radius + np.pi * arm) * radius[:, None]
+        centres = 0.8 * circle(2 * np.pi * radius + np.pi * arm) * radius[:, None]
         rewards, modes = radius, 2 * arm + (radius > 0.7)
     elif name == "eight_gaussians":
         modes, noise = rng.integers(8, size=n), 0.06
-        points, rewards = 0.65 * circle(np.pi / 4 * modes), modes % 2
+        centres, rewards = 0.65 * circle(np.pi / 4 * modes), modes % 2
     elif name == "moons":
         moon = rng.integers(2, size=n)
         upper = circle(np.pi * u) - [0.5, 0.25]
-        points = np.where(moon[:, None] == 0, upper, -upper) / 2
+        centres = np.where(moon[:, None] == 0, upper, -upper) / 2
         rewards, modes = u, 2 * moon + (u > 0.6)
     else:
         fail(f"--datasets {name} is unknown; known: swiss_roll, two_spirals, eight_gaussians, moons")
-    points = np.clip(points + noise * rng.standard_normal((n, 2)), -1, 1)
-    return points.astype(np.float32), rewards.astype(np.float32), modes.astype(int)
+    points = np.clip(centres + noise * rng.standard_normal((n, 2)), -1, 1)
+    return Data(
+        points.astype(np.float32), rewards.astype(np.float32), modes.astype(int), centres.astype(np.float32), noise
+    )
 
 
-def judge(samples, points, rewards, modes):
-    """How good samples are, by the data points nearest to them.
+def judge(samples, data):
+    """How good samples are, by the noise-free points nearest to them.
+
+    The support holds 99.9% of the data along a curve and 99.6% of a Gaussian. Distances to the data's own points would
+    be too lenient: stragglers of 10,000 points fill the gaps between spirals and between Gaussians.
 
     Args:
         samples: (N, 2); non-finite ones are off the support.
-        points, rewards, modes: see make_points.
+        data: a Data.
 
     Returns:
         reward: mean reward of the nearest points, counted as zero off the support;
-        on_support: share of samples within SUPPORT of a data point;
+        on_support: share of samples within SUPPORT standard deviations of a noise-free point;
         good_modes: share of the good modes that hold at least a quarter of an even share of the samples.
     """
     samples = torch.nan_to_num(torch.as_tensor(samples), nan=1e3)
-    distances, nearest = torch.cdist(samples, torch.as_tensor(points)).min(dim=1)
-    on_support, nearest = (distances <= SUPPORT).numpy(), nearest.numpy()
-    good = [mode for mode in np.unique(modes) if rewards[modes == mode].mean() >= GOOD]
-    shares = [np.mean(on_support & (modes[nearest] == mode)) for mode in good]
+    distances, nearest = torch.cdist(samples, torch.as_tensor(data.centres)).min(dim=1)
+    on_support, nearest = (distances <= SUPPORT * data.noise).numpy(), nearest.numpy()
+    good = [mode for mode in np.unique(data.modes) if data.rewards[data.modes == mode].mean() >= GOOD]
+    shares = [np.mean(on_support & (data.modes[nearest] == mode)) for mode in good]
     return {
-        "reward": float(np.mean(rewards[nearest] * on_support)),
+        "reward": float(np.mean(data.rewards[nearest] * on_support)),
         "on_support": float(on_support.mean()),
         "good_modes": float(np.mean([share >= 0.25 / len(good) for share in shares])),
     }
@@ -192,6 +220,21 @@ class Study(q_flow.Agent):
         actions = self.one_step_action(batch["observations"], noise["next_action"])  # (B, A)
         return (actions - end_points).square().mean(), {}
 
+    def fitting(self, batch, noise):
+        """Regressions beside a flow that rests: Q on rewards, V on Q of the latents' end points, mu on the noise's.
+
+        batch: also x, t and end_points, (2 * B, .): first the noise at t = 0, then latents at any t.
+        """
+        x, t, end_points = batch["x"], batch["t"], batch["end_points"]
+        of_noise, of_latents = end_points.chunk(2)  # (B, A)
+        noise, x = x.chunk(2)
+        with torch.no_grad():
+            target = q_flow.aggregate(self.q_values(self.critic, batch["observations"], of_latents), self.args.q_agg)
+        values = self.inner_values(batch["observations"], x, t.chunk(2)[1])  # (E, B)
+        value_loss = (q_flow.aggregate(values, self.args.q_agg) - target).square().mean()
+        mu_loss = (self.one_step_action(batch["observations"], noise) - of_noise).square().mean()
+        return self.regression(batch, noise)[0] + value_loss + mu_loss, {}
+
     def backprop(self, batch, noise):
         """Flow matching - Q(end point) / lambda, through every step of the solver."""
         end_points = self.solve(batch["observations"], noise["next_action"])  # (B, A)
@@ -224,66 +267,128 @@ class Study(q_flow.Agent):
         return self.inner_values(torch.zeros_like(t), x, t).mean(dim=0)
 
 
-# Each method's losses, with the networks that they train. `pretrain` is all that is not improvement.
+def waves(x):
+    """Points beside their sines and cosines: (N, A) -> (N, A + 2 * len(WAVES) * A)."""
+    angles = [frequency * x for frequency in WAVES]
+    return torch.cat([x, *(wave(angle) for angle in angles for wave in (torch.sin, torch.cos))], dim=-1)
+
+
+class PlaneStudy(Study):
+    """A study whose policies see their point in waves too, with which small ones learn narrow data in fewer updates."""
+
+    def __init__(self, args, obs_dim, action_dim):
+        super().__init__(args, obs_dim, action_dim)
+        inputs = obs_dim + action_dim * (1 + 2 * len(WAVES))
+        hidden = (*args.actor_hidden_dims, action_dim)
+        t_dim = args.time_embed_dim if args.actor_time_embed else 1
+        self.actor_flow = q_flow.MLP((inputs + t_dim, *hidden), args.actor_layer_norm)
+        self.one_step = q_flow.MLP((inputs, *hidden), args.actor_layer_norm)
+
+    def velocity(self, observations, x, t):
+        """u(s, x, t): (N, D), (N, A), (N, 1) -> (N, A)."""
+        return super().velocity(observations, waves(x), t)
+
+    def one_step_action(self, observations, noise):
+        """mu(s, n), unclipped: (N, D), (N, A) -> (N, A)."""
+        return super().one_step_action(observations, waves(noise))
+
+
+# Each method's losses, with the networks that they train; before them what all start from, and cloning.
 LOSSES = {
-    "pretrain": {"values": ("critic", "inner_value"), "cloning": ("actor_flow",), "distillation": ("one_step",)},
+    "flow": {"cloning": ("actor_flow",)},
+    "fit": {"fitting": ("critic", "inner_value", "one_step")},
+    "cloning": {"cloning": ("actor_flow",), "distillation": ("one_step",)},
     "q_flow": {"values": ("critic", "inner_value"), "q_flow": ("actor_flow",)},
     "backprop": {"regression": ("critic",), "backprop": ("actor_flow",)},
     "one_step": {"regression": ("critic",), "cloning": ("actor_flow",), "improved_one_step": ("one_step",)},
 }
+FIRST_CHUNK = {"flow": 0, "fit": 10**6}  # numbers of the chunks of random draws
+METHODS_FIRST_CHUNK = 2 * 10**6  # the same draws for every method
 
 
-def make_agents(options, lambdas, device):
+def make_agents(options, lambdas, device, batch_size):
     """Agents for every lambda with every seed, S = lambdas x seeds; a seed's begin alike for every lambda."""
     hidden = (options.width,) * options.depth
     args = replace(
-        q_flow.Args(), batch_size=options.batch_size, tau=0.02, flow_steps=options.flow_steps,
-        use_time_embed=True, time_embed_dim=16,
+        q_flow.Args(), batch_size=batch_size, tau=0.02, flow_steps=options.flow_steps,
+        use_time_embed=True, actor_time_embed=True, time_embed_dim=8,
         actor_layer_norm=not options.full,  # learns the data's shape in fewer updates; the published policy has none
         value_hidden_dims=hidden, actor_hidden_dims=hidden,
     )  # fmt: skip
     seeds = list(range(options.seeds)) * len(lambdas)
-    agents = Stacked(lambda: Study(args, 1, 2), seeds, device, args.learning_rate)
+    agents = Stacked(lambda: PlaneStudy(args, 1, 2), seeds, device, args.learning_rate)
+    agents.optimizer.param_groups[0]["betas"] = (0.9, 0.99)  # a short memory, for a short training
     agents.parameters["strength"].data.copy_(torch.tensor(lambdas).repeat_interleave(options.seeds))
     return agents
 
 
-def train(method, agents, points, rewards, updates, learning_rate, seeds, first_chunk, progress):
-    """Trains the agents; the learning rate falls to zero along a cosine.
+def draw_batches(agents, method, points, rewards, seeds):
+    """Batches and noise of a method's updates, without end; every lambda of a seed sees the same.
+
+    Yields:
+        batch, noise: {name: (S, B, ...)}, as for q_flow.py's losses.
+    """
+    args, device, S = agents.agent.args, points.device, len(agents.parameters["strength"])
+    zeros = torch.zeros(S, args.batch_size, 1, device=device)
+    for number in itertools.count(FIRST_CHUNK.get(method, METHODS_FIRST_CHUNK)):
+        chunk = draws.draw_chunk(agents.agent, args, range(seeds), len(points), number, device)
+        chunk = {name: value.repeat(1, S // seeds, *[1] * (value.ndim - 2)) for name, value in chunk.items()}
+        for update in range(draws.CHUNK):
+            noise = {name: value[update] for name, value in chunk.items()}
+            indices = noise.pop("indices")  # (S, B)
+            batch = {"observations": zeros, "next_observations": zeros, "actions": points[indices]}
+            yield batch | {"rewards": rewards[indices], "masks": zeros.squeeze(-1)}, noise
+
+
+def solved_batches(agents, *data_and_seeds):
+    """One chunk of batches for `fitting`, again and again: the flow rests, so its end points are solved once.
+
+    Yields:
+        as draw_batches; batch also has x, t and end_points, (S, 2 * B, .).
+    """
+    solve, pool = agents.function("roll_out"), []
+    for batch, noise in itertools.islice(draw_batches(agents, "fit", *data_and_seeds), draws.CHUNK):
+        t = noise["value_time"]  # (S, B, 1)
+        latents = (1 - t) * noise["value_action"] + t * batch["actions"]
+        x = torch.cat([noise["next_action"], latents], dim=1)  # (S, 2 * B, A)
+        t = torch.cat([torch.zeros_like(t), t], dim=1)
+        end_points = solve(torch.zeros_like(t), x, t)
+        pool.append((batch | {"x": x, "t": t, "end_points": end_points}, noise))
+    yield from itertools.cycle(pool)
+
+
+def train(method, agents, batches, updates, learning_rate, progress):
+    """Trains the agents; the learning rate rises in the first twentieth and falls to zero along a cosine.
+
+    Args:
+        batches: yields batch and noise of each update.
+        progress: called with the number of updates done.
 
     Returns:
-        norm of the policy's gradient every 50 updates: (updates / 50, S).
+        norm of the policy's gradient every 50 updates: (updates // 50, S).
     """
-    args, device = agents.agent.args, points.device
-    S, B = len(agents.parameters["strength"]), args.batch_size
     network = "one_step" if method == "one_step" else "actor_flow"
     policy = [p for name, p in agents.parameters.items() if name.split(".")[0] == network]
-    zeros, norms = torch.zeros(S, B, 1, device=device), []
-    for update in range(updates):
-        if update % draws.CHUNK == 0:  # every lambda of a seed sees the same points and noise
-            number = first_chunk + update // draws.CHUNK
-            chunk = draws.draw_chunk(agents.agent, args, range(seeds), len(points), number, device)
-            chunk = {name: value.repeat(1, S // seeds, *[1] * (value.ndim - 2)) for name, value in chunk.items()}
-        noise = {name: value[update % draws.CHUNK] for name, value in chunk.items()}
-        indices = noise.pop("indices")  # (S, B)
-        batch = {"observations": zeros, "next_observations": zeros, "actions": points[indices]}
-        batch |= {"rewards": rewards[indices], "masks": zeros.squeeze(-1)}
-        agents.optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * update / updates)) / 2
+    norms = []
+    for update, (batch, noise) in zip(range(updates), batches):
+        rising, falling = min(1, 20 * (update + 1) / updates), (1 + math.cos(math.pi * update / updates)) / 2
+        agents.optimizer.param_groups[0]["lr"] = learning_rate * rising * falling
         agents.optimizer.zero_grad()
         for loss, trains in LOSSES[method].items():
             agents.backward(loss, batch, noise, trains)
-        agents.ema("target_critic", "critic", args.tau)  # as in q_flow.py: targets lag by one update
+        agents.ema("target_critic", "critic", agents.agent.args.tau)  # as in q_flow.py: targets lag by one update
         agents.optimizer.step()
         if update % 50 == 49:
-            norms.append(sum(p.grad.square().flatten(1).sum(dim=1) for p in policy).sqrt())  # (S,)
+            if method in METHODS or method == "cloning":
+                norms.append(sum(p.grad.square().flatten(1).sum(dim=1) for p in policy).sqrt())  # (S,)
             progress(50)
-    return torch.stack(norms) if norms else torch.zeros(0, S)
+    return torch.stack(norms) if norms else None
 
 
 def value_landscapes(agents, times, size=60):
-    """V(x, t) on a grid over [-1.5, 1.5]^2: (times, S, size, size)."""
+    """V(x, t) on a grid over [-1.1, 1.1]^2: (times, S, size, size)."""
     strength = agents.parameters["strength"]
-    S, line = len(strength), torch.linspace(-1.5, 1.5, size, device=strength.device)
+    S, line = len(strength), torch.linspace(-1.1, 1.1, size, device=strength.device)
     x = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1).view(1, -1, 2).expand(S, -1, -1)
     landscape = agents.function("value_landscape")
     values = [landscape(x, torch.full_like(x[..., :1], t)) for t in times]  # (S, size^2)
@@ -302,39 +407,51 @@ def study(name, options, device, progress):
     Returns:
         rows of summary.csv.
     """
-    points, rewards, modes = make_points(name, NUM_POINTS)
-    on_device = torch.as_tensor(points, device=device), torch.as_tensor(options.reward_scale * rewards, device=device)
-    updates, learning_rate = num_updates(name, options), 1e-3 if options.full else 3e-3
-    start = make_agents(options, (CLONING,), device)
-    train("pretrain", start, *on_device, options.pretrain_updates, 8e-3, options.seeds, 0, progress)
-    start.ema("target_critic", "critic", 1.0)
-    noise = torch.randn(1, NUM_SAMPLES, 2, generator=torch.Generator().manual_seed(0)).to(device)
-    noise = noise.expand(len(LAMBDAS) * options.seeds, -1, -1)
+    data = make_points(name, NUM_POINTS)
+    rewards = torch.as_tensor(options.reward_scale * data.rewards, device=device)
+    inputs = torch.as_tensor(data.points, device=device), rewards, options.seeds
+    start = make_agents(options, (CLONING,), device, options.pretrain_batch_size)
+    if options.pretrain_updates:
+        train("flow", start, draw_batches(start, "flow", *inputs), options.pretrain_updates, 1e-2, progress)
+        train("fit", start, solved_batches(start, *inputs), options.fit_updates, 8e-3, progress)
+        start.ema("target_critic", "critic", 1.0)
 
-    rows, samples, norms = [], {}, {}
-    for method in METHODS:
-        agents = make_agents(options, LAMBDAS, device)
+    samples, extra = {}, {}  # of each method, lambda and seed
+    noise = torch.randn(1, NUM_SAMPLES, 2, generator=torch.Generator().manual_seed(0)).to(device)
+    for method in ("cloning", *METHODS):
+        lambdas = (CLONING,) if method == "cloning" else LAMBDAS
+        agents = make_agents(options, lambdas, device, options.batch_size)
         for key, parameter in agents.parameters.items():  # every lambda starts from its seed's agent
             if key != "strength":
                 begin = start.parameters[key]
-                parameter.data.copy_(begin.repeat(len(LAMBDAS), *[1] * (begin.ndim - 1)))
-        first_chunk = options.pretrain_updates // draws.CHUNK + 1  # numbers that pretraining has not drawn
-        norms[method] = train(
-            method, agents, *on_device, updates, learning_rate, options.seeds, first_chunk, progress
-        ).cpu()  # (updates / 50, S)
-        act = agents.function("one_step_samples" if method == "one_step" else "samples")
-        samples[method] = act(torch.zeros_like(noise[..., :1]), noise).cpu().numpy()  # (S, N, 2)
+                parameter.data.copy_(begin.repeat(len(lambdas), *[1] * (begin.ndim - 1)))
+        batches = draw_batches(agents, method, *inputs)
+        norms = train(method, agents, batches, num_updates(name, options), 1e-3, progress)
+
+        keys = list(itertools.product(lambdas, range(options.seeds)))  # as the agents are stacked
+        x = noise.expand(len(keys), -1, -1)
+        for shown in METHODS if method == "cloning" else [method]:
+            act = agents.function("one_step_samples" if shown == "one_step" else "samples")
+            actions = act(torch.zeros_like(x[..., :1]), x).cpu().numpy()  # (S, N, 2)
+            samples |= {(shown, *key): points for key, points in zip(keys, actions)}
+            if shown == method or shown != "one_step":  # cloning's norms are its flow's
+                last = norms[-5:].mean(dim=0).tolist()  # (S,)
+                extra |= {(shown, *key): {"gradient_norm": value} for key, value in zip(keys, last)}
         if method == "q_flow":
-            consistency = agents.function("flow_consistency")(noise).cpu()  # (S, K + 1)
-            landscapes = value_landscapes(agents, (0, 0.33, 0.67, 1))
-        for index in range(len(noise)):
-            row = {"dataset": name, "method": method, "lambda": LAMBDAS[index // options.seeds]}
-            row |= {"seed": index % options.seeds} | judge(samples[method][index], points, rewards, modes)
-            row["consistency"] = consistency[index, :-1].mean().item() if method == "q_flow" else ""
-            row["gradient_norm"] = norms[method][-5:, index].mean().item()
-            rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
-    path = Path(options.output_dir) / f"{name}.png"
-    draw(path, name, options.seeds, points, rewards, samples, landscapes.cpu().numpy(), consistency, norms)
+            consistency = agents.function("flow_consistency")(x)[:, :-1].mean(dim=1).tolist()  # (S,)
+            for key, value in zip(keys, consistency):
+                extra[(method, *key)]["consistency"] = value
+            landscapes = value_landscapes(agents, (0, 1 / 3, 2 / 3, 1))[:, keys.index((1.0, 0))].cpu().numpy()
+
+    rows = []
+    for method, value, seed in itertools.product(METHODS, (CLONING, *LAMBDAS), range(options.seeds)):
+        key = method, value, seed
+        row = {"dataset": name, "method": method, "lambda": value, "seed": seed} | judge(samples[key], data)
+        row |= {"consistency": "", "gradient_norm": ""} | extra.get(key, {})
+        rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+    comparable = cloning_on_support(rows) >= FAITHFUL
+    rows = [row | {"comparable": "yes" if comparable else "no"} for row in rows]
+    draw(Path(options.output_dir) / f"{name}.png", data, rows, samples, landscapes)
     return rows
 
 
@@ -344,59 +461,98 @@ def num_updates(name, options):
     return epochs * (NUM_POINTS // options.batch_size) if options.full else options.updates
 
 
-def draw(path, name, seeds, points, rewards, samples, landscapes, consistency, norms):
-    """The picture of a data set; samples and landscapes are of the first seed, curves are means over the seeds."""
+def mean_of(rows, column, method, value):
+    """Mean over the seeds of a column, for one method and lambda of a data set's rows."""
+    return float(np.mean([row[column] for row in rows if (row["method"], row["lambda"]) == (method, value)]))
+
+
+def cloning_on_support(rows):
+    """Share of the cloning flow's samples on the support: mean over the seeds of a data set's rows."""
+    return mean_of(rows, "on_support", "q_flow", CLONING)
+
+
+# --- Picture and table ---
+
+TITLES = {"q_flow": "Q-Flow", "backprop": "backprop\nthrough the solver", "one_step": "one-step policy"}
+
+
+def density_image(data, size=220, blur=0.02):
+    """The data's density, coloured by reward from grey to orange: (size, size, 4) over [-1.1, 1.1]^2."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    edges = np.linspace(-1.1, 1.1, size + 1)
+    reach = np.arange(size)
+    kernel = np.exp(-0.5 * ((reach[:, None] - reach[None]) * (edges[1] - edges[0]) / blur) ** 2)
+    count, rewards = (
+        kernel @ np.histogram2d(*data.points[:, ::-1].T, bins=(edges, edges), weights=weights)[0] @ kernel
+        for weights in (None, data.rewards)
+    )
+    colours = LinearSegmentedColormap.from_list("reward", ["#c3cad6", "#ffd28a", "#f59a00"])
+    image = colours(rewards / np.maximum(count, 1e-9))
+    image[..., 3] = np.clip(count / np.quantile(count[count > 0.05 * count.max()], 0.5), 0, 1) ** 0.7
+    return image
+
+
+def draw(path, data, rows, samples, landscapes):
+    """The picture of a data set: the first seed's samples before the data's density; V. Numbers are means over seeds.
+
+    Args:
+        rows: of this data set.
+        samples: {(method, lambda, seed): (N, 2)}.
+        landscapes: V(x, t) for lambda 1 at t = 0, 1/3, 2/3, 1: (4, size, size).
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    label = lambda value: "cloning" if value == CLONING else f"$\\lambda$ = {value:g}"
-    figure, axes = plt.subplots(4, len(LAMBDAS) + 1, figsize=(2.1 * (len(LAMBDAS) + 1), 8.6), layout="constrained")
-    for panel in axes[:3].flat:
+    values, extent = (CLONING, *LAMBDAS), (-1.1, 1.1, -1.1, 1.1)
+    figure, axes = plt.subplots(4, len(values), figsize=(10, 10.6), layout="constrained")
+    for panel in axes.flat:
         panel.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), xticks=[], yticks=[], aspect="equal")
+        panel.spines[:].set_color("#b0b0b0")
+    background, limit = density_image(data), SUPPORT * data.noise
     for row, method in enumerate(METHODS):
-        axes[row, 0].scatter(*points[:NUM_SAMPLES].T, c=rewards[:NUM_SAMPLES], s=1, cmap="viridis")
-        axes[row, 0].set_ylabel(method)
-        for column, value in enumerate(LAMBDAS):
-            panel = axes[row, column + 1]
-            panel.scatter(*points[:NUM_SAMPLES].T, c="lightgrey", s=0.5)
-            panel.scatter(*samples[method][column * seeds].T, c="tab:red", s=1)
-            panel.set_title(label(value) if row == 0 else "", fontsize="small")
-    axes[0, 0].set_title("data, by reward", fontsize="small")
-    shown = LAMBDAS.index(1.0) * seeds
-    for panel, landscape, t in zip(axes[3], landscapes, ("0", "1/3", "2/3", "1")):
-        panel.imshow(landscape[shown], origin="lower", extent=(-1.5, 1.5, -1.5, 1.5), cmap="viridis")
-        panel.set(xticks=[], yticks=[])
-        panel.set_title(f"q_flow's V(x, {t}), $\\lambda$ = 1", fontsize="small")
-    for index, value in enumerate(LAMBDAS):
-        mean = consistency[index * seeds : (index + 1) * seeds].mean(dim=0)
-        axes[3, 4].plot(np.linspace(0, 1, len(mean)), mean, label=label(value))
-    axes[3, 4].set_title("|V($x_t$, t) - V(end, 1)| over t", fontsize="small")
-    for method in METHODS:
-        curve = norms[method][:, -seeds:].mean(dim=1)
-        axes[3, 5].plot(50 * np.arange(1, len(curve) + 1), curve, label=method)
-    axes[3, 5].set_yscale("log")
-    axes[3, 5].set_title(f"policy gradient, {label(LAMBDAS[-1])}", fontsize="small")
-    for panel in axes[3, 4:]:
-        panel.legend(fontsize="xx-small")
-        panel.tick_params(labelsize="xx-small")
-    figure.suptitle(name)
-    figure.savefig(path, dpi=72)
+        axes[row, 0].set_ylabel(TITLES[method], fontsize=13)
+        for panel, value in zip(axes[row], values):
+            panel.imshow(background, origin="lower", extent=extent, interpolation="bilinear")
+            shown = np.nan_to_num(samples[method, value, 0], nan=1e3)
+            off = torch.cdist(torch.as_tensor(shown), torch.as_tensor(data.centres)).min(dim=1).values.numpy() > limit
+            panel.scatter(*shown[~off].T, c="#1f3a93", s=2.5, linewidths=0, alpha=0.55)
+            panel.scatter(*shown[off].T, c="#d62728", s=4, linewidths=0, alpha=0.8)
+            reward, on_support = (mean_of(rows, column, method, value) for column in ("reward", "on_support"))
+            panel.set_xlabel(f"reward {reward:.2f}, on the data {on_support:.0%}", fontsize=10.5)
+            if row == 0:
+                title = "cloning ($\\lambda = \\infty$)" if value == CLONING else f"$\\lambda$ = {value:g}"
+                panel.set_title(title, fontsize=13)
+    axes[3, 0].set_ylabel("Q-Flow's V(x, t)\nat $\\lambda$ = 1", fontsize=13)
+    for panel, landscape, t in zip(axes[3], landscapes, ("t = 0 (noise)", "t = 1/3", "t = 2/3", "t = 1 (action)")):
+        panel.imshow(landscape, origin="lower", extent=extent, cmap="cividis")
+        panel.set_xlabel(t, fontsize=10.5)
+    name, reached = rows[0]["dataset"].replace("_", " "), cloning_on_support(rows)
+    legend = "samples on the data blue, off it red; data grey, orange where rewarded"
+    figure.suptitle(f"{name}: {legend}\nthe smaller $\\lambda$, the more the reward counts", fontsize=12)
+    if reached < FAITHFUL:
+        warning = f"cloning has {reached:.1%} of its samples on the data, below {FAITHFUL:.0%}"
+        figure.supxlabel(f"{warning}: nothing here may be compared", color="#d62728", fontsize=13)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
 def summarize(rows):
-    """Lines that say each method's means over the seeds."""
+    """Lines that say each method's means over the seeds, and on which data sets nothing may be compared."""
     lines = [f"{'data set':>16} {'method':>9} {'lambda':>8} {'reward':>7} {'on support':>11} {'good modes':>11}"]
     groups = {}
     for row in rows:
-        groups.setdefault((row["dataset"], row["method"], row["lambda"]), []).append(row)
-    for (name, method, value), group in groups.items():
-        reward, on_support, good_modes = (
-            np.mean([row[key] for row in group]) for key in ("reward", "on_support", "good_modes")
-        )
-        lines.append(f"{name:>16} {method:>9} {value:>8g} {reward:>7.2f} {on_support:>11.2f} {good_modes:>11.2f}")
+        groups.setdefault(row["dataset"], []).append(row)
+    for name, group in groups.items():
+        for method, value in itertools.product(METHODS, (CLONING, *LAMBDAS)):
+            means = [mean_of(group, column, method, value) for column in ("reward", "on_support", "good_modes")]
+            lines.append(f"{name:>16} {method:>9} {value:>8g} {means[0]:>7.2f} {means[1]:>11.3f} {means[2]:>11.2f}")
+    for name, group in groups.items():
+        if cloning_on_support(group) < FAITHFUL:
+            reached = f"{cloning_on_support(group):.1%} of cloning's samples are on the support, below {FAITHFUL:.0%}"
+            lines.append(f"{name}: {reached}: nothing there may be compared")
     return "\n".join(lines)
 
 
@@ -414,17 +570,19 @@ if __name__ == "__main__":
     options = tyro.cli(ToyArgs, description=__doc__)
     for name in options.datasets:
         make_points(name, 10)  # refuses unknown names
-    for name in ("seeds", "batch_size", "width", "depth", "flow_steps", "reward_scale"):
+    sizes = ("seeds", "fit_updates", "pretrain_batch_size", "batch_size", "width", "depth", "flow_steps")
+    for name in (*sizes, "reward_scale"):
         if getattr(options, name) <= 0:
             fail(f"--{name.replace('_', '-')} {getattr(options, name)}: must be above zero")
     if options.updates < 50 or options.pretrain_updates < 0 or options.batch_size > NUM_POINTS:
         fail(f"--updates must be at least 50, --pretrain-updates at least 0, --batch-size at most {NUM_POINTS}")
     if options.full:
-        options = replace(options, width=512, depth=4, flow_steps=25, pretrain_updates=0)
+        options = replace(options, width=512, depth=4, pretrain_updates=0)
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     started, table = time.perf_counter(), []
-    steps = sum(options.pretrain_updates + len(METHODS) * num_updates(name, options) for name in options.datasets)
+    before = options.pretrain_updates + options.fit_updates if options.pretrain_updates else 0
+    steps = sum(before + (1 + len(METHODS)) * num_updates(name, options) for name in options.datasets)
 
     def write(rows):
         """Adds a data set's rows to summary.csv."""
