@@ -1,7 +1,7 @@
 """Why EVOR's greedy end fails: the same checkpoint's candidates, chosen by ratings of different quality.
 
     python -m benchmarks.studies.evor_greedy --run runs/RUN_DIR     # a run of several seeds
-    python -m benchmarks.studies.evor_greedy --run runs/RUN_DIR --episodes 20 --output docs/evor_greedy
+    python -m benchmarks.studies.evor_greedy --run runs/RUN_DIR --policies own --num-actions 2 4 8 16
 
 Nothing is trained. Policies that differ in the choice among the same candidates alone:
 
@@ -11,15 +11,18 @@ Nothing is trained. Policies that differ in the choice among the same candidates
     tempered     the run's own choice, softmax(Q / tau_Q)
     cloning      any candidate
 
-If a greedy choice fails because ratings are closer than the fields' errors, and these errors are the same at each
-visit, then `untrained` is worse than `cloning` (a meaningless but constant preference does harm), `own` is near
-`untrained`, and `seeds_mean` is better than `own` by as much as the seeds' errors differ.
+Two explanations are told apart. If the fields' errors differ between seeds, two seeds' ratings of the same candidates
+agree little, and `seeds_mean` is better than `own`. If a preference that is the same at each visit carries the arm away
+from the data, whatever it prefers, then `untrained` is worse than `cloning`, and few candidates (`--num-actions 2`: a
+mild preference) are better than many.
 
-At states of the cloning episodes it also measures, over the candidates of one state: the spread of the ratings, and the
-correlation of two seeds' ratings (1: all signal, 0: all error). Writes OUTPUT.csv, one row per policy and seed as it
-goes, and OUTPUT_ratings.csv.
+At states of the cloning episodes it also measures, over the candidates of one state: the spread of the ratings, the
+correlation of two seeds' ratings (1: they agree), the correlation of a rating with the candidate's distance from the
+candidates' mean (above 0: unusual actions are preferred), and how equal the preferred direction is in all these states
+(1: the same everywhere). Writes OUTPUT.csv, one row per policy and seed as it goes, and OUTPUT_ratings.csv.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +43,7 @@ KEEP_EVERY = 20  # steps between the states at which ratings are compared
 class GreedyArgs:
     run: str  # run directory of evor.py
     episodes: int = 50  # episodes per policy and seed
+    num_actions: tuple[int, ...] = ()  # numbers of candidates (default: the run's)
     policies: tuple[str, ...] = ("cloning", "untrained", "own", "seeds_mean", "tempered")  # which, see above
     cuda: bool = True  # use the GPU where there is one
     output: str | None = None  # csv files get this path's stem (default: greedy in the run directory)
@@ -97,8 +101,10 @@ def compare_ratings(agents, observations, generator):
         generator: of the candidates' and return samples' noise.
 
     Returns:
-        {seed index: {"spread": mean over states of the ratings' standard deviation over candidates, "correlation": mean
-        correlation of the own fields' ratings with another seed's, NaN for one seed}}.
+        {seed index: {spread: mean over states of the ratings' standard deviation over candidates; correlation: mean
+        correlation of the own fields' ratings with another seed's, NaN for one seed; with_distance: mean correlation
+        of ratings with the candidate's distance from the candidates' mean; same_direction: length of the mean over
+        states of the unit vectors from the candidates' mean to the best candidate}}.
     """
     agent, (S, N, _) = agents.agent, observations.shape
     noise = torch.stack([agent.draw_act_noise(generator, N) for _ in range(S)])  # (S, N, C A + C + R)
@@ -109,8 +115,18 @@ def compare_ratings(agents, observations, generator):
     centred = q - q.mean(dim=-1, keepdim=True)
     unit = centred / centred.norm(dim=-1, keepdim=True).clamp(min=1e-9)
     correlation = (unit[0] * unit[1:]).sum(dim=-1).mean(dim=(0, 2)) if S > 1 else torch.full((S,), torch.nan)  # (S,)
-    spread = q[0].std(dim=-1).mean(dim=-1)  # (S,)
-    return {s: {"spread": spread[s].item(), "correlation": correlation[s].item()} for s in range(S)}
+    offsets = actions - actions.mean(dim=2, keepdim=True)  # (S, N, C, A)
+    distance = offsets.norm(dim=-1)  # (S, N, C)
+    distance = distance - distance.mean(dim=-1, keepdim=True)
+    with_distance = (unit[0] * distance / distance.norm(dim=-1, keepdim=True)).sum(dim=-1).mean(dim=-1)  # (S,)
+    best = offsets.gather(2, q[0].argmax(dim=-1)[..., None, None].expand(-1, -1, -1, A)).squeeze(2)  # (S, N, A)
+    columns = {
+        "spread": q[0].std(dim=-1).mean(dim=-1),
+        "correlation": correlation,
+        "with_distance": with_distance,
+        "same_direction": (best / best.norm(dim=-1, keepdim=True)).mean(dim=1).norm(dim=-1),
+    }
+    return {s: {name: value[s].item() for name, value in columns.items()} for s in range(S)}
 
 
 if __name__ == "__main__":
@@ -118,8 +134,8 @@ if __name__ == "__main__":
     known = GreedyArgs.policies
     if set(options.policies) - set(known):
         fail(f"--policies {' '.join(options.policies)}: known are {', '.join(known)}")
-    if options.episodes < 1:
-        fail(f"--episodes {options.episodes}: must be above zero")
+    if min((options.episodes, *options.num_actions)) < 1:
+        fail("--episodes and --num-actions must be above zero")
     saved = checkpoint.load(options.run, "--run")
     if saved["algorithm"] != "evor":
         fail(f"--run {options.run} is a run of {saved['algorithm']}.py, not of evor.py")
@@ -134,7 +150,9 @@ if __name__ == "__main__":
 
     workers = start_workers(args.env_id, len(seeds), options.episodes, args.eval_workers, args.success_timing)
     visited = []
-    for name in tqdm(options.policies, unit=" policies"):
+    numbers = options.num_actions or (args.num_actions,)
+    for name, number in tqdm(list(itertools.product(options.policies, numbers)), unit=" policies"):
+        agents.agent.args = replace(args, num_actions=number)
         policy, steps = make_policy(name, agents, untrained), 0
 
         def watched(observations, noise):
@@ -146,12 +164,13 @@ if __name__ == "__main__":
 
         draw = agents.agent.draw_act_noise
         rows = rollout.evaluate(workers, watched, draw, seeds, options.episodes, saved["step"], device)
-        rows = [{"policy": name} | row for row in rows]
+        rows = [{"policy": name, "num_actions": number} | row for row in rows]
         runs.append_rows(output.with_suffix(".csv"), rows)
         success = " ".join(f"{row['success']:.2f}" for row in rows)
-        tqdm.write(f"{name}: success {success}")
+        tqdm.write(f"{name}, {number} candidates: success {success}")
     stop_workers(workers)
 
+    agents.agent.args = args
     if visited:
         generator = torch.Generator(device).manual_seed(0)
         observations = torch.cat(visited, dim=1)[:, :512]  # (S, N, D)
@@ -160,5 +179,5 @@ if __name__ == "__main__":
         path.unlink(missing_ok=True)
         runs.append_rows(path, [{"step": saved["step"], "seed": seeds[s]} | row for s, row in compared.items()])
         for s, row in compared.items():
-            print(f"seed {seeds[s]}: spread {row['spread']:.2f}, correlation with other seeds {row['correlation']:.2f}")
+            print(f"seed {seeds[s]}: " + ", ".join(f"{column} {value:.2f}" for column, value in row.items()))
     print(f"saved {output.with_suffix('.csv')}")
