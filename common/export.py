@@ -63,8 +63,9 @@ def write(directory, networks, saved, rows, seed=None):
         fail(f"--export {directory}: the folder holds something else; name a new or an empty one")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        files = {WEIGHTS: safetensors.torch.save(weights), CONFIG: json.dumps(config, indent=2).encode()}
-        for name, content in (files | {CARD: card(config).encode()}).items():
+        text = json.dumps(config, indent=2)
+        files = {WEIGHTS: safetensors.torch.save(weights), CONFIG: text.encode(), CARD: card(json.loads(text)).encode()}
+        for name, content in files.items():
             temporary = directory / f"{name}.part"
             temporary.write_bytes(content)
             os.replace(temporary, directory / name)
