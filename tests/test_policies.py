@@ -11,7 +11,6 @@ import torch
 from conftest import ALGORITHMS, ENV_ID, ROOT, assert_refused, run
 
 from common import checkpoint, export, policies, rollout
-from common.workers import start_workers, stop_workers
 
 NAMES = sorted(ALGORITHMS)
 CHANGES = {"value_flows": ("--num-samples", 2), "q_flow": ("--flow-steps", 1), "evor": ("--num-actions", 2)}
@@ -65,21 +64,21 @@ def test_evaluating_a_run_repeats_its_last_evaluation(name, exported, tmp_path):
     assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
 
 
-def test_seed_is_that_of_the_episodes(exported, tmp_path, monkeypatch):
+def test_seed_is_that_of_the_episodes_and_videos_are_in_the_folder(exported, tmp_path, monkeypatch):
     folder = tmp_path / "folder"
     shutil.copytree(exported["floq"][1], folder, ignore=shutil.ignore_patterns("inference.csv"))
     played = []
 
     def play(evaluator, policy, draw_noise, step):
-        played.append((evaluator.seeds, step))
+        played.append((evaluator.seeds, step, evaluator.video_dir))
         result = {"success": 0.5, "episode_return": -1.0, "episode_length": 2.0, "episodes": 3}
         return [{"step": step, "seed": seed} | result for seed in evaluator.seeds]
 
     monkeypatch.setattr(rollout.Evaluator, "__call__", play)
-    args, saved = ALGORITHMS["floq"].parse_args(["--evaluate", str(folder), "--seed", "7"])
+    args, saved = ALGORITHMS["floq"].parse_args(["--evaluate", str(folder), "--seed", "7", "--capture-video"])
     policies.evaluate(ALGORITHMS["floq"].Agent, args, saved, (), torch.device("cpu"))
     rows = read_csv(folder / "inference.csv")
-    assert played == [([7, 8], 430)]
+    assert played == [([7, 8], 430, folder / "videos")]
     assert [(row["seed"], row["episodes_seed"]) for row in rows] == [("0", "7"), ("1", "8")]
 
 
@@ -264,23 +263,6 @@ def test_a_damaged_folder_is_refused_by_the_command(exported, tmp_path):
     shutil.copytree(exported["floq"][1], tmp_path / "folder")
     DAMAGES["missing tensor"][0](tmp_path / "folder")
     assert_refused("floq", ["--evaluate", tmp_path / "folder"], "do not fit floq.py", FIRST)
-
-
-def test_videos_are_filmed(exported, tmp_path):
-    _, folder = exported["floq"]
-    copy = tmp_path / "folder"
-    shutil.copytree(folder, copy)
-    workers = None
-    try:
-        workers = start_workers(ENV_ID, 1, 1, render=True)
-    except RuntimeError:
-        pytest.skip("no OpenGL here")
-    finally:
-        if workers is not None:
-            stop_workers(workers)
-    out = run("floq", "--evaluate", copy, "--eval-episodes", 1, "--capture-video").stdout
-    assert f"videos: {copy}/videos" in out
-    assert sorted(path.name for path in (copy / "videos").iterdir()) == ["step430-seed0.gif", "step430-seed1.gif"]
 
 
 # --- The policies in the repository ---
