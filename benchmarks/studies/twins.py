@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from scipy import stats
 
 from common import datasets, fail, graphs, rollout
 from common.device import setup_torch
@@ -171,7 +173,7 @@ def check_authors(twins):
     file = Path(twins.authors) / AGENT_FILES[twins.method]
     if not file.is_file():
         fail(f"--authors {twins.authors} has no {AGENT_FILES[twins.method]}; clone the authors' repository there")
-    check = "import importlib.util as u; print(*(n for n in %r if u.find_spec(n) is None))" % (NEEDED,)
+    check = f"import importlib.util as u; print(*(n for n in {NEEDED!r} if u.find_spec(n) is None))"
     try:
         found = subprocess.run([twins.python, "-c", check], capture_output=True, text=True)
     except OSError as error:
@@ -215,9 +217,8 @@ class Authors:
         return value
 
     def policy(self, observations, keys):
-        """The policy of one seed for rollout.evaluate: (1, P, D), keys (1, P, 2) -> (1, P, A)."""
-        actions = self.ask("act", observations=observations[0].numpy(), keys=keys[0].numpy())
-        return torch.as_tensor(actions).unsqueeze(0)
+        """The taken seeds' policy for rollout.evaluate: (S, P, D), keys (S, P, 2) -> (S, P, A)."""
+        return torch.as_tensor(self.ask("act", observations=observations.numpy(), keys=keys.numpy()))
 
     def close(self):
         """Ends the process."""
@@ -236,14 +237,13 @@ def train_authors(twins, args, identity, data):
     about = {"versions": side.ask("versions"), "commit": commit_of(twins.authors)}
     write_about(twins, "authors", about | {"settings": config_of(twins.method, args), "dataset": identity})
     quarter_length = args.total_timesteps // QUARTERS
-    evaluator = None
     for quarter in range(1, twins.until + 1):
+        pending, states = [], []  # seeds that are not evaluated at the quarter's end
         for seed in range(twins.num_seeds):
             state = Path(twins.state_dir) / f"{twins.method}_authors_seed{seed}.pkl"
             rows = Rows(twins, "authors", seed)
             if state.exists() and rows.done(quarter):
                 continue
-            start = time.perf_counter()
             step = side.ask("begin", seed=seed, state=str(state) if state.exists() else None)
             rows.cut(step)
             while step < quarter * quarter_length:
@@ -252,16 +252,16 @@ def train_authors(twins, args, identity, data):
                 rows.add(step, losses)
                 rows.save()  # before the agent: rows after its step are cut when it continues
                 side.ask("save", state=str(state))
-            evaluator, played = play(evaluator, args, [seed], EPISODES[quarter], side.policy, draw_keys, step)
-            rows.add(step, played[0])
-            rows.save(publish=True)
-            print(
-                f"{twins.method} authors seed {seed} step {step}: {played[0]} {time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
+            print(f"{twins.method} authors seed {seed}: {step} updates", flush=True)
+            pending.append((seed, rows))
+            states.append(str(state))
+        if pending:
+            side.ask("take", states=states)
+            seeds = [seed for seed, _ in pending]
+            played = play(args, seeds, EPISODES[quarter], side.policy, draw_keys, quarter * quarter_length)
+            publish(pending, played, quarter * quarter_length)
+            print(f"{twins.method} authors seeds {seeds}: {[row['success'] for row in played]}", flush=True)
     side.close()
-    if evaluator is not None:
-        evaluator.close()
 
 
 # --- Our side ---
@@ -284,7 +284,7 @@ class Ours:
         self.agents = Stacked(
             lambda: self.module.Agent(args, **replay.agent_inputs()), seeds, device, args.learning_rate
         )
-        one_update = lambda draws: self.module.update(self.agents, *replay.inputs(draws))
+        one_update = lambda draws: self.module.update(self.agents, *split_inputs(replay, draws))
         self.update = graphs.FastUpdate(self.agents, one_update, args.compile, False)
         self.draw = Draws(self.agents.agent, args, seeds, len(dataset["rewards"]), device)
         self.values = self.agents.function(VALUES_OF[self.method])
@@ -315,6 +315,14 @@ class Ours:
         saved = torch.load(path, weights_only=True)
         self.agents.load_state_dict(saved)
         self.step = saved["step"]
+
+
+def split_inputs(replay, draws):
+    """An update's batch and noise: of drawn rows ("indices"), or a batch as it is given beside the noise."""
+    if "indices" in draws:
+        return replay.inputs(draws)
+    batch = {name: value for name, value in draws.items() if name in replay.dataset}
+    return batch, {name: value for name, value in draws.items() if name not in batch}
 
 
 def floq_values(agent, observations, actions, normal, uniform):
@@ -354,7 +362,7 @@ def train_ours(twins, args, identity, dataset):
         side.restore(state)
     for rows in every_rows:
         rows.cut(side.step)
-    quarter_length, evaluator = args.total_timesteps // QUARTERS, None
+    quarter_length = args.total_timesteps // QUARTERS
     for quarter in range(1, twins.until + 1):
         if all(rows.done(quarter) for rows in every_rows):
             continue
@@ -363,29 +371,28 @@ def train_ours(twins, args, identity, dataset):
                 rows.add(side.step, losses)
                 rows.save()
             side.save(state)
-        evaluator, played = play(evaluator, args, seeds, EPISODES[quarter], side.policy, side.draw_act_noise, side.step)
-        for rows, result in zip(every_rows, played):
-            rows.add(side.step, result)
-            rows.save(publish=True)
-        print(f"{twins.method} ours step {side.step}: success {[row['success'] for row in played]}", flush=True)
-    if evaluator is not None:
-        evaluator.close()
+        played = play(args, seeds, EPISODES[quarter], side.policy, side.draw_act_noise, side.step)
+        publish(list(zip(seeds, every_rows)), played, side.step)
+        print(f"{twins.method} ours step {side.step}: {[row['success'] for row in played]}", flush=True)
 
 
 # --- Evaluations and rows ---
 
 
-def play(evaluator, args, seeds, episodes, policy, draw_noise, step):
-    """Evaluates seeds by common/rollout.py; returns the evaluator, and {success, episode_length} of each seed.
-
-    The evaluator's worker process is kept for the next call.
-    """
+def play(args, seeds, episodes, policy, draw_noise, step):
+    """Evaluates seeds side by side by common/rollout.py; returns {success, episode_length} of each."""
     settings = replace(args, num_seeds=len(seeds), eval_episodes=episodes, eval_workers=1)
-    if evaluator is None:
-        evaluator = rollout.Evaluator(settings, seeds, torch.device("cpu"), Path())
-    evaluator.args, evaluator.seeds = settings, seeds
+    evaluator = rollout.Evaluator(settings, seeds, torch.device("cpu"), Path())
     played = evaluator(policy, draw_noise, step)
-    return evaluator, [{name: row[name] for name in ("success", "episode_length")} for row in played]
+    evaluator.close()
+    return [{name: row[name] for name in ("success", "episode_length")} for row in played]
+
+
+def publish(every_rows, played, step):
+    """Adds evaluations to their seeds' rows [(seed, rows)], and writes these to the results."""
+    for (_, rows), result in zip(every_rows, played):
+        rows.add(step, result)
+        rows.save(publish=True)
 
 
 class Rows:
@@ -438,8 +445,283 @@ def write_about(twins, side, about):
     (Path(twins.results_dir) / f"{twins.method}_{side}.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
+# --- Comparison ---
+
+
+def curves_of(results_dir, method, side):
+    """{seed: {quantity: {step: value}}} of a side's csv files."""
+    curves = {}
+    for path in sorted(Path(results_dir).glob(f"{method}_{side}_seed*.csv")):
+        seed = curves[int(path.stem.rpartition("seed")[2])] = {}
+        for step, name, value in read_rows(path):
+            seed.setdefault(name, {})[step] = value
+    return curves
+
+
+def figures_of(curves, name, step):
+    """Each seed's value of a quantity at a step, where it has one."""
+    return [seed[name][step] for seed in curves.values() if step in seed.get(name, {})]
+
+
+def compare_means(ours, authors, margin):
+    """Tests the sides' means for equivalence by the rule of docs/twins.md.
+
+    Args:
+        ours, authors: a figure per seed.
+        margin: the largest difference that counts as equivalent.
+
+    Returns:
+        {difference, low, high: of the 90% interval; verdict: equivalent, different or not resolved; seeds_needed: per side,
+        None unless not resolved}. With fewer than 2 seeds on a side there is no interval, and nothing is resolved.
+    """
+    difference = float(np.mean(ours) - np.mean(authors)) if ours and authors else math.nan
+    row = {"difference": difference, "low": math.nan, "high": math.nan, "verdict": "not resolved", "seeds_needed": None}
+    if min(len(ours), len(authors)) < 2:
+        return row
+    variances = np.var(ours, ddof=1), np.var(authors, ddof=1)
+    parts = variances[0] / len(ours), variances[1] / len(authors)
+    half = 0.0
+    if sum(parts) > 0:
+        freedom = sum(parts) ** 2 / (parts[0] ** 2 / (len(ours) - 1) + parts[1] ** 2 / (len(authors) - 1))
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(sum(parts)))
+    row |= {"low": difference - half, "high": difference + half}
+    if -margin < row["low"] and row["high"] < margin:
+        row["verdict"] = "equivalent"
+    elif row["low"] > margin or row["high"] < -margin:
+        row["verdict"] = "different"
+    else:
+        row["seeds_needed"] = max(2, math.ceil(2 * (POWER_Z / margin) ** 2 * float(np.mean(variances))))
+    return row
+
+
+def log_ratios(ours, authors):
+    """Logarithms of both sides' absolute values; None where signs differ or a value is zero."""
+    signs = {math.copysign(1, value) if value else 0 for value in [*ours, *authors]}
+    if len(signs) != 1 or 0 in signs:
+        return None
+    return [math.log(abs(value)) for value in ours], [math.log(abs(value)) for value in authors]
+
+
+def compare_method(results_dir, method):
+    """Every test of a method whose figures are there, as a list of rows."""
+    ours, authors = (curves_of(results_dir, method, side) for side in ("ours", "authors"))
+    quarter_length = settings_of(method).total_timesteps // QUARTERS
+    rows = []
+
+    def add(quantity, step, a, b, margin):
+        """Adds the test of one quantity at one step; a, b: figures per seed, ours and theirs, None without a ratio."""
+        seeds = {"seeds_ours": len(a or ()), "seeds_authors": len(b or ())}
+        rows.append({"method": method, "quantity": quantity, "step": step} | seeds | compare_means(a, b, margin))
+
+    last = [quarter_length * (QUARTERS - 1), quarter_length * QUARTERS]
+    success = []
+    for curves in (ours, authors):
+        complete = [
+            seed["success"] for seed in curves.values() if all(step in seed.get("success", {}) for step in last)
+        ]
+        success.append([100 * np.mean([seed[step] for step in last]) for seed in complete])
+    if all(success):
+        add("success", last[-1], *success, MARGIN["success"])
+    for quarter in TESTED:
+        step = quarter * quarter_length
+        for name in (*LOSSES[method], *VALUES[method]):
+            figures = figures_of(ours, name, step), figures_of(authors, name, step)
+            if not all(figures):
+                continue
+            logarithms = log_ratios(*figures)
+            if logarithms is None:
+                rows.append({"method": method, "quantity": name, "step": step, "seeds_ours": len(figures[0])})
+                rows[-1] |= {"seeds_authors": len(figures[1]), "verdict": "not resolved (signs differ)"}
+            else:
+                add(name, step, *logarithms, MARGIN["ratio"])
+    return rows
+
+
+def described(row):
+    """A test's row of the table: logarithms as percent of a ratio."""
+    as_text = (lambda x: f"{x:+.1f}") if row["quantity"] == "success" else (lambda x: f"{100 * math.expm1(x):+.1f}%")
+    texts = [
+        as_text(row[name]) if math.isfinite(row.get(name, math.nan)) else "" for name in ("difference", "low", "high")
+    ]
+    needed = f", {row['seeds_needed']} seeds would do" if row.get("seeds_needed") else ""
+    seeds = f"{row['seeds_ours']} / {row['seeds_authors']}"
+    interval = f"{texts[1]} to {texts[2]}" if texts[1] else ""
+    return f"| {row['method']} | {row['quantity']} | {row['step']} | {seeds} | {texts[0]} | {interval} | {row['verdict']}{needed} |"
+
+
+def compare(twins):
+    """Tests all methods that have results; writes comparison.csv, prints the table, draws a picture per method."""
+    rows = []
+    for method in METHODS:
+        new = compare_method(twins.results_dir, method)
+        rows += new
+        if new:
+            draw_curves(twins.results_dir, method)
+    if not rows:
+        fail(f"--results-dir {twins.results_dir} has no step that both sides reached; run the tasks authors and ours")
+    names = ("method", "quantity", "step", "seeds_ours", "seeds_authors", "difference", "low", "high", "verdict")
+    with open(Path(twins.results_dir) / "comparison.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, (*names, "seeds_needed"), lineterminator="\n")
+        writer.writeheader()
+        digits = lambda value: f"{value:.4g}" if isinstance(value, float) else value
+        writer.writerows([{name: digits(value) for name, value in row.items()} for row in rows])
+    print("| method | quantity | step | seeds ours / theirs | difference | 90% interval | verdict |")
+    print("|---|---|---|---|---|---|---|")
+    print("\n".join(described(row) for row in rows))
+
+
+def draw_curves(results_dir, method):
+    """A panel per quantity: every seed of both sides, their means thick; METHOD.png among the results."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = ("success", "episode_length", *LOSSES[method], *VALUES[method])
+    columns = 4
+    figure, axes = plt.subplots(
+        math.ceil(len(names) / columns), columns, figsize=(14, 2.6 * math.ceil(len(names) / columns))
+    )
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    for axis, name in zip(axes.flat, names):
+        for side, colour in (("authors", "tab:orange"), ("ours", "tab:blue")):
+            curves = [seed[name] for seed in curves_of(results_dir, method, side).values() if name in seed]
+            for curve in curves:
+                axis.plot(list(curve), list(curve.values()), color=colour, alpha=0.25, linewidth=0.8)
+            common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+            means = [np.mean([curve[step] for curve in curves]) for step in common]
+            axis.plot(
+                common, means, color=colour, label=f"{side} ({len(curves)} seeds)", marker="." * (len(common) < 5)
+            )
+        axis.set_title(name, fontsize=9)
+        axis.tick_params(labelsize=7)
+        if name.endswith("_loss") and min(axis.get_ylim()) > 0:
+            axis.set_yscale("log")
+    axes.flat[0].legend(fontsize=7)
+    figure.suptitle(f"{method}: the authors' agents and ours, quick settings")
+    figure.tight_layout()
+    figure.savefig(Path(results_dir) / f"{method}.png", dpi=90)
+    plt.close(figure)
+
+
+# --- Long parity ---
+
+# The authors' networks under our names; the first layer of their return fields expects [z, t, s, a], ours [s, a, z, t].
+NETWORKS = {
+    "floq": {"floq": "critic_flow", "target_floq": "target_critic_flow"},
+    "value_flows": {},
+    "q_flow": {"tc_critic": "inner_value", "actor_bc_flow": "actor_flow"},
+}
+
+
+def copy_weights(agents, method, weights):
+    """Puts the authors' weights {"modules_NETWORK/.../LAYER/KIND": array} into every seed of ours.
+
+    Raises:
+        KeyError: a weight of theirs has no place here, or one of ours got none.
+    """
+    filled = set()
+    for key, array in weights.items():
+        if key == "rng" or "modules_target_tc_critic" in key:  # Q-Flow updates a second target that nothing reads
+            continue
+        network, *_, layer, kind = key.removeprefix("modules_").split("/")
+        member = re.fullmatch(r"(target_critic_flow|critic_flow)([12])", network)
+        network = member[1] if member else NETWORKS[method].get(network, network)
+        prefix = network + (".mlp" if f"{network}.mlp.weights.0" in agents.parameters else "")
+        kinds = {"kernel": "weights", "bias": "shifts" if "norm" in layer.lower() else "biases", "scale": "scales"}
+        name = f"{prefix}.{kinds[kind]}.{layer.rpartition('_')[2]}"
+        place = agents.parameters[name].data  # (S, ...), with an axis of ensemble members where there are several
+        place = place[:, int(member[2]) - 1] if member else place
+        if member and name.endswith(".weights.0"):
+            array = np.roll(array, -2, axis=-2)
+        place.copy_(torch.as_tensor(array).reshape(place.shape[1:]))
+        filled.add((name, member and member[2]))
+    missing = agents.parameters.keys() - {name for name, _ in filled}
+    if missing:
+        raise KeyError(f"the authors' weights lack {sorted(missing)}")
+
+
+def long_parity(twins, args, dataset, data):
+    """Trains theirs, theirs with the batch's rows in another order, and ours from equal weights on equal batches and noise.
+
+    Writes METHOD_parity.csv: for each update and loss the relative difference to theirs of ours, and of theirs reordered.
+    """
+    sides = [Authors(twins, args, data) for _ in range(2)]
+    first, second = sides
+    first.ask("begin", seed=0)
+    weights = first.ask("weights")
+    rng = np.random.default_rng(23)
+    order = rng.permutation(args.batch_size)
+    second.ask("set_weights", weights=weights)
+    second.ask("permute_noise", order=order)
+    ours = Ours(twins, args, dataset, [0])
+    copy_weights(ours.agents, twins.method, weights)
+    rows, batch_names = [], ("observations", "next_observations", "actions", "rewards", "masks")
+    for update in range(1, twins.updates + 1):
+        indices = rng.integers(len(dataset["rewards"]), size=args.batch_size)
+        theirs, noise = first.ask("parity_update", rows=indices)
+        reordered, _ = second.ask("parity_update", rows=indices[order], with_draws=False)
+        batch = {name: dataset[name][indices].unsqueeze(0) for name in batch_names}
+        noise = {name: torch.as_tensor(np.array(value)).unsqueeze(0) for name, value in noise.items()}
+        losses = ours.update(batch | noise)
+        for name in LOSSES[twins.method]:
+            relative = lambda value: abs(value - theirs[name]) / abs(theirs[name])
+            rows.append((update, name, theirs[name], relative(losses[name].item()), relative(reordered[name])))
+        if update % 50 == 0:
+            print(f"update {update}: {rows[-1][1]}, ours {rows[-1][3]:.2g}, reordered {rows[-1][4]:.2g}", flush=True)
+    for side in sides:
+        side.close()
+    text = "update,loss,authors,ours_relative,reordered_relative\n"
+    text += "".join(f"{u},{name},{value:.7g},{a:.3g},{b:.3g}\n" for u, name, value, a, b in rows)
+    (Path(twins.results_dir) / f"{twins.method}_parity.csv").write_text(text)
+    print("| updates | median relative difference of ours | of theirs reordered |\n|---|---|---|")
+    for low, high in ((1, 10), (11, 100), (101, 300), (301, 1000)):
+        part = [row for row in rows if low <= row[0] <= high]
+        if part:
+            print(
+                f"| {low} to {high} | {np.median([r[3] for r in part]):.2g} | {np.median([r[4] for r in part]):.2g} |"
+            )
+
+
+# --- Time per update ---
+
+
+def compare_times(twins, args, dataset, data):
+    """Times updates of both sides in turn, one seed each, and prints medians and the median of the pairs' ratios."""
+    theirs, ours = Authors(twins, args, data), Ours(twins, args, dataset, [0])
+    theirs.ask("begin", seed=0)
+    count = 10 if twins.size == "quick" else 1
+
+    def our_time():
+        start = time.perf_counter()
+        for _ in range(count):
+            ours.update(ours.draw(ours.step))
+            ours.step += 1
+        return (time.perf_counter() - start) / count
+
+    pairs = []
+    for pair in range(-2, twins.repeats):  # two pairs warm up
+        times = theirs.ask("time", updates=count) / count, our_time()
+        if pair >= 0:
+            pairs.append(times)
+    theirs.close()
+    ratios = [a / b for a, b in pairs]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    row = {"method": twins.method, "size": twins.size, "threads": twins.threads, "pairs": len(pairs)}
+    row |= {
+        "authors_ms": 1e3 * statistics.median(a for a, _ in pairs),
+        "ours_ms": 1e3 * statistics.median(b for _, b in pairs),
+    }
+    row |= {"times_as_fast": statistics.median(ratios), "quartile_low": low, "quartile_high": high}
+    print(json.dumps({name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}))
+
+
 if __name__ == "__main__":
     twins = tyro.cli(TwinsArgs, description=__doc__)
+    if twins.task == "compare":
+        compare(twins)
+        raise SystemExit
     args = settings_of(twins.method, twins.size if twins.task == "time" else "quick")
     if twins.task in ("authors", "parity", "time"):
         check_authors(twins)
@@ -453,3 +735,7 @@ if __name__ == "__main__":
         train_authors(twins, args, identity, data)
     elif twins.task == "ours":
         train_ours(twins, args, identity, dataset)
+    elif twins.task == "parity":
+        long_parity(twins, args, dataset, data)
+    else:
+        compare_times(twins, args, dataset, data)

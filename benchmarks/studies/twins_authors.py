@@ -141,12 +141,21 @@ class Server:
             values["values/flow"] = float(flow_q.mean())
         return values
 
+    def take(self, states):
+        """Takes the agents of these files, one per seed, for `act`."""
+        self.actors = []
+        for state in states:
+            self.begin(0, state)
+            self.actors.append(self.agent)
+
     def act(self, observations, keys):
-        """Actions of the policy: observations (P, D), keys (P, 2) of their random numbers -> (P, A)."""
+        """Actions of the taken agents: observations (S, P, D), keys (S, P, 2) of their random numbers -> (S, P, A)."""
         if "act" not in self.jitted:  # weights are an argument: a constant would be compiled in anew at each evaluation
             one = lambda agent, ob, key: agent.sample_actions(observations=ob, temperature=0, seed=key)
             self.jitted["act"] = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
-        return np.clip(np.asarray(self.jitted["act"](self.agent, observations, keys.astype(np.uint32))), -1, 1)
+        keys = keys.astype(np.uint32)
+        actions = [self.jitted["act"](*inputs) for inputs in zip(self.actors, observations, keys)]
+        return np.clip(np.stack([np.asarray(action) for action in actions]), -1, 1)
 
     def time(self, updates):
         """Seconds of some updates."""
