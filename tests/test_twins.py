@@ -57,7 +57,8 @@ def test_log_ratios_need_equal_signs():
 
 @pytest.fixture
 def options(tmp_path):
-    return twins.TwinsArgs("compare", "q_flow", state_dir=str(tmp_path / "state"), results_dir=str(tmp_path / "results"))
+    directories = {"state_dir": str(tmp_path / "state"), "results_dir": str(tmp_path / "results")}
+    return twins.TwinsArgs("compare", "q_flow", **directories)
 
 
 def write_side(options, side, success, loss, seeds=4):
@@ -141,7 +142,8 @@ def test_every_loss_of_the_rule_is_logged(method, tmp_path):
 def test_settings_under_the_authors_names():
     config = twins.config_of("floq", twins.settings_of("floq"))
     assert config["discount"] == 0.99 and config["lr"] == 3e-4 and config["tau"] == 0.01 and config["alpha"] == 100
-    assert config["block_depth"] == 2 and config["noise_samples"] == 2 and config["value_hidden_dims"] == (256, 256, 256)
+    assert config["block_depth"] == 2 and config["noise_samples"] == 2
+    assert config["value_hidden_dims"] == (256, 256, 256)
     assert twins.settings_of("value_flows", "published").gamma == 0.99
     assert twins.settings_of("q_flow").use_time_embed and twins.settings_of("q_flow").time_embed_dim == 64
 

@@ -1,16 +1,16 @@
 """Twins: the authors' own agents (JAX) and ours on the same data with the same settings, tested for equivalence.
 
-    python -m benchmarks.studies.twins authors --method floq --authors CHECKOUT --python PYTHON   # their side
-    python -m benchmarks.studies.twins ours --method floq                                         # our side
-    python -m benchmarks.studies.twins compare                                                    # tests, tables, picture
-    python -m benchmarks.studies.twins parity --method floq --authors CHECKOUT --python PYTHON    # 1,000 equal updates
-    python -m benchmarks.studies.twins time --method floq --authors CHECKOUT --python PYTHON      # paired times
+    python -m benchmarks.studies.twins authors --method floq --authors CHECKOUT --python PYTHON  # their side
+    python -m benchmarks.studies.twins ours --method floq                                        # our side
+    python -m benchmarks.studies.twins compare                                                   # tests, table, picture
+    python -m benchmarks.studies.twins parity --method floq --authors CHECKOUT --python PYTHON   # 1,000 equal updates
+    python -m benchmarks.studies.twins time --method floq --authors CHECKOUT --python PYTHON     # paired times
 
 CHECKOUT is a clone of the authors' repository (chongyi-zheng/value-flows, CMU-AIRe/floq, jaehyeokdoo2/qflow), PYTHON an
 interpreter with jax, flax, optax, distrax and ml_collections. docs/twins.md has the rule and the results.
 
-Both sides train in four quarters, all seeds to the end of a quarter before the next one begins. After each, a side's
-`benchmarks/results/twins/METHOD_SIDE_seedN.csv` (step, quantity, value) is written anew. A stopped side continues where it was.
+Both sides train in four quarters, all seeds to the end of a quarter before the next one begins. After each quarter,
+`benchmarks/results/twins/METHOD_SIDE_seedN.csv` (step, quantity, value) is written anew. A stopped side continues.
 """
 
 import csv
@@ -294,7 +294,7 @@ class Ours:
         self.policy, self.draw_act_noise = self.agents.function("act"), self.agents.agent.draw_act_noise
 
     def train(self, updates):
-        """Trains by some updates; returns one dictionary per seed: losses' means over them, learned values after them."""
+        """Trains by some updates; returns a dictionary per seed: losses' means over them, learned values after them."""
         sums = None
         for _ in range(updates):
             metrics = self.update(self.draw(self.step))
@@ -471,8 +471,8 @@ def compare_means(ours, authors, margin):
         margin: the largest difference that counts as equivalent.
 
     Returns:
-        {difference, low, high: of the 90% interval; verdict: equivalent, different or not resolved; seeds_needed: per side,
-        None unless not resolved}. With fewer than 2 seeds on a side there is no interval, and nothing is resolved.
+        {difference, low, high: of the 90% interval; verdict: equivalent, different or not resolved; seeds_needed: per
+        side, None unless not resolved}. With fewer than 2 seeds on a side there is no interval: nothing is resolved.
     """
     difference = float(np.mean(ours) - np.mean(authors)) if ours and authors else math.nan
     row = {"difference": difference, "low": math.nan, "high": math.nan, "verdict": "not resolved", "seeds_needed": None}
@@ -546,7 +546,8 @@ def described(row):
     needed = f", {row['seeds_needed']} seeds would do" if row.get("seeds_needed") else ""
     seeds = f"{row['seeds_ours']} / {row['seeds_authors']}"
     interval = f"{texts[1]} to {texts[2]}" if texts[1] else ""
-    return f"| {row['method']} | {row['quantity']} | {row['step']} | {seeds} | {texts[0]} | {interval} | {row['verdict']}{needed} |"
+    cells = row["method"], row["quantity"], str(row["step"]), seeds, texts[0], interval, row["verdict"] + needed
+    return f"| {' | '.join(cells)} |"
 
 
 def compare(twins):
@@ -643,9 +644,9 @@ def copy_weights(agents, method, weights):
 
 
 def long_parity(twins, args, dataset, data):
-    """Trains theirs, theirs with the batch's rows in another order, and ours from equal weights on equal batches and noise.
+    """Trains ours, theirs, and theirs with each batch's rows in another order, from equal weights on equal draws.
 
-    Writes METHOD_parity.csv: for each update and loss the relative difference to theirs of ours, and of theirs reordered.
+    Writes METHOD_parity.csv: for each update and loss, how far ours and theirs reordered are from theirs, relatively.
     """
     sides = [Authors(twins, args, data) for _ in range(2)]
     first, second = sides

@@ -1,8 +1,8 @@
 """The authors' side of benchmarks/studies/twins.py: one of their agents, in their Python (JAX), answering requests.
 
 twins.py starts it (`PYTHON twins_authors.py FD`) and sends (kind, arguments) through the connection FD; every reply is
-(ok, value). It imports jax, numpy and the authors' checkout, and nothing of this project. Their package `agents` is entered
-without its `__init__`, which imports every agent.
+(ok, value). It imports jax, numpy and the authors' checkout, and nothing of this project. Their package `agents` is
+entered without its `__init__`, which imports every agent.
 """
 
 import importlib
@@ -99,7 +99,7 @@ class Server:
         os.replace(f"{state}.part", state)
 
     def batch(self, step):
-        """The batch of an update, rows drawn uniformly with replacement as by their data sets: a function of the step."""
+        """The batch of an update, rows drawn uniformly with replacement as by theirs; a function of seed and step."""
         size = self.config["batch_size"]
         rows = np.random.default_rng([self.seed, step]).integers(len(self.data["rewards"]), size=size)
         return self.rows(rows)
@@ -193,8 +193,9 @@ class Server:
         return losses, {name: np.asarray(value) for name, value in draws.items()}
 
     def permute_noise(self, order):
-        """From now on, all random numbers of an update come in this order of the batch's rows, as the caller's rows do; then
-        the update is the same but for the order of its sums. Must precede the first update.
+        """From now on, all random numbers of an update come in this order of the batch's rows, as the caller's rows do.
+
+        An update is then the same but for the order of its sums. Must precede the first update.
         """
         B = len(order)
 
