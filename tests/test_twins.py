@@ -1,5 +1,6 @@
 """benchmarks/studies/twins.py: its tests and tables on made-up results, its data, its messages; no JAX is needed."""
 
+import json
 import math
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from test_parity import PARITY_DIR, in_our_order, make_recorded_agent, parameter_of
 
 from benchmarks.studies import twins
 
@@ -137,6 +139,27 @@ def test_every_loss_of_the_rule_is_logged(method, tmp_path):
 
     alone = twins.Ours(options, args, dataset, [1])  # a seed's numbers do not depend on the seeds beside it
     assert alone.train(3)[0] == pytest.approx(first[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("case", ["floq_a", "value_flows_a", "q_flow_a"])
+def test_the_authors_weights_find_their_places(case):
+    """As tests/test_parity.py places them, which checks recorded updates of the authors' agents."""
+    with np.load(PARITY_DIR / f"{case}.npz") as file:
+        data = {key: file[key] for key in file.files}
+    meta = json.loads(str(data["meta"]))
+    agents, expected = (make_recorded_agent(meta, [seed]) for seed in (0, 1))
+    weights = {key: value for key, value in data.items() if key.startswith("params_before/")}
+    twins.copy_weights(agents, meta["method"], {f"modules_{k.partition('/')[2]}": v for k, v in weights.items()})
+    for key, array in weights.items():
+        parameter = parameter_of(expected, key)
+        parameter.copy_(torch.as_tensor(in_our_order(key, array)).reshape(parameter.shape))
+    for name, parameter in agents.parameters.items():
+        assert torch.equal(parameter, expected.parameters[name]), name
+
+    weights.popitem()
+    fewer = {f"modules_{k.partition('/')[2]}": v for k, v in weights.items() if "/critic" not in k}
+    with pytest.raises(KeyError, match="lack"):
+        twins.copy_weights(agents, meta["method"], fewer)
 
 
 def test_settings_under_the_authors_names():

@@ -669,20 +669,27 @@ def long_parity(twins, args, dataset, data):
         for name in LOSSES[twins.method]:
             relative = lambda value: abs(value - theirs[name]) / abs(theirs[name])
             rows.append((update, name, theirs[name], relative(losses[name].item()), relative(reordered[name])))
-        if update % 50 == 0:
-            print(f"update {update}: {rows[-1][1]}, ours {rows[-1][3]:.2g}, reordered {rows[-1][4]:.2g}", flush=True)
+        if update % 50 == 0 or update == twins.updates:
+            write_parity(twins, rows)
     for side in sides:
         side.close()
-    text = "update,loss,authors,ours_relative,reordered_relative\n"
-    text += "".join(f"{u},{name},{value:.7g},{a:.3g},{b:.3g}\n" for u, name, value, a, b in rows)
-    (Path(twins.results_dir) / f"{twins.method}_parity.csv").write_text(text)
-    print("| updates | median relative difference of ours | of theirs reordered |\n|---|---|---|")
+    print("| updates | relative difference of ours, median (largest) | of theirs reordered |\n|---|---|---|")
     for low, high in ((1, 10), (11, 100), (101, 300), (301, 1000)):
         part = [row for row in rows if low <= row[0] <= high]
         if part:
-            print(
-                f"| {low} to {high} | {np.median([r[3] for r in part]):.2g} | {np.median([r[4] for r in part]):.2g} |"
-            )
+            cells = [f"{np.median(column):.1g} ({max(column):.1g})" for column in list(zip(*part))[3:]]
+            print(f"| {low} to {part[-1][0]} | {cells[0]} | {cells[1]} |")
+
+
+def write_parity(twins, rows):
+    """Writes METHOD_parity.csv, whole or not at all."""
+    path = Path(twins.results_dir) / f"{twins.method}_parity.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "update,loss,authors,ours_relative,reordered_relative\n"
+    text += "".join(f"{u},{name},{value:.7g},{a:.3g},{b:.3g}\n" for u, name, value, a, b in rows)
+    path.with_name(path.name + ".part").write_text(text)
+    os.replace(path.with_name(path.name + ".part"), path)
+    print(f"{twins.method}: {rows[-1][0]} equal updates", flush=True)
 
 
 # --- Time per update ---
