@@ -696,32 +696,35 @@ def write_parity(twins, rows):
 
 
 def compare_times(twins, args, dataset, data):
-    """Times updates of both sides in turn, one seed each, and prints medians and the median of the pairs' ratios."""
+    """Times updates of both sides in turn, one seed each, and prints a row of JSON.
+
+    It has medians in milliseconds, and of the pairs' ratios (theirs over ours), by the clock and by processor time of all
+    threads. On one thread, a busy machine changes the latter little.
+    """
     theirs, ours = Authors(twins, args, data), Ours(twins, args, dataset, [0])
     theirs.ask("begin", seed=0)
     count = 10 if twins.size == "quick" else 1
 
     def our_time():
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         for _ in range(count):
             ours.update(ours.draw(ours.step))
             ours.step += 1
-        return (time.perf_counter() - start) / count
+        return time.perf_counter() - start, time.process_time() - processor
 
-    pairs = []
+    pairs = []  # ((their seconds, their processor time), (ours))
     for pair in range(-2, twins.repeats):  # two pairs warm up
-        times = theirs.ask("time", updates=count) / count, our_time()
+        times = theirs.ask("time", updates=count), our_time()
         if pair >= 0:
             pairs.append(times)
     theirs.close()
-    ratios = [a / b for a, b in pairs]
-    low, _, high = statistics.quantiles(ratios, n=4)
     row = {"method": twins.method, "size": twins.size, "threads": twins.threads, "pairs": len(pairs)}
-    row |= {
-        "authors_ms": 1e3 * statistics.median(a for a, _ in pairs),
-        "ours_ms": 1e3 * statistics.median(b for _, b in pairs),
-    }
-    row |= {"times_as_fast": statistics.median(ratios), "quartile_low": low, "quartile_high": high}
+    for clock, kind in enumerate(("", "processor_")):
+        their_times, our_times = ([pair[side][clock] for pair in pairs] for side in (0, 1))
+        low, ratio, high = statistics.quantiles([a / b for a, b in zip(their_times, our_times)], n=4)
+        row |= {f"{kind}authors_ms": 1e3 * statistics.median(their_times) / count}
+        row |= {f"{kind}ours_ms": 1e3 * statistics.median(our_times) / count}
+        row |= {f"{kind}times_as_fast": ratio, f"{kind}quartile_low": low, f"{kind}quartile_high": high}
     print(json.dumps({name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}))
 
 

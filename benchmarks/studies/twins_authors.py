@@ -158,13 +158,13 @@ class Server:
         return np.clip(np.stack([np.asarray(action) for action in actions]), -1, 1)
 
     def time(self, updates):
-        """Seconds of some updates."""
-        start = time.perf_counter()
+        """Seconds of some updates, and seconds of processor time over all threads."""
+        start, processor = time.perf_counter(), time.process_time()
         for _ in range(updates):
             self.agent, info = self.agent.update(self.batch(self.step))
             self.step += 1
         jax.block_until_ready((self.agent, info))
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - processor
 
     def weights(self):
         """{name of a weight, parts joined by "/": array}, and the agent's key as "rng"."""
