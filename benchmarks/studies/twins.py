@@ -698,8 +698,8 @@ def write_parity(twins, rows):
 def compare_times(twins, args, dataset, data):
     """Times updates of both sides in turn, one seed each, and prints a row of JSON.
 
-    It has medians in milliseconds, and of the pairs' ratios (theirs over ours), by the clock and by processor time of all
-    threads. On one thread, a busy machine changes the latter little.
+    It has medians in milliseconds, and of the pairs' ratios (theirs over ours), by the clock and by processor time of
+    all threads. On one thread, a busy machine changes the latter little.
     """
     theirs, ours = Authors(twins, args, data), Ours(twins, args, dataset, [0])
     theirs.ask("begin", seed=0)
@@ -738,7 +738,7 @@ if __name__ == "__main__":
         check_authors(twins)
     setup_torch(args)
     torch.set_num_threads(twins.threads)
-    dataset, identity = load_data(twins, args)
+    dataset, identity = load_data(twins, settings_of(twins.method))  # at every size the file of --quick
     data = Path(twins.state_dir) / "data.npz"
     if twins.task != "ours":
         export_data(dataset, data)
