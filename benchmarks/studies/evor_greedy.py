@@ -104,7 +104,8 @@ def compare_ratings(agents, observations, generator):
         {seed index: {spread: mean over states of the ratings' standard deviation over candidates; correlation: mean
         correlation of the own fields' ratings with another seed's, NaN for one seed; with_distance: mean correlation
         of ratings with the candidate's distance from the candidates' mean; same_direction: length of the mean over
-        states of the unit vectors from the candidates' mean to the best candidate}}.
+        states of the unit vectors from the candidates' mean to the best candidate}}. A state whose ratings are all
+        equal counts as correlation 0.
     """
     agent, (S, N, _) = agents.agent, observations.shape
     noise = torch.stack([agent.draw_act_noise(generator, N) for _ in range(S)])  # (S, N, C A + C + R)

@@ -1,0 +1,81 @@
+"""The study of EVOR's greedy end: who rates whose candidates, what is chosen, how ratings are compared."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, make_agents, small_args
+
+from benchmarks.studies import evor_greedy
+
+
+@pytest.fixture
+def agents():
+    return make_agents(small_args("evor", num_actions=3, num_returns=2, clip_flow_returns=False), (0, 1, 2))
+
+
+def inputs(agents, N=6):
+    generator = torch.Generator().manual_seed(0)
+    observations = torch.randn(3, N, 5, generator=generator)
+    return observations, torch.stack([agents.agent.draw_act_noise(generator, N) for _ in range(3)])
+
+
+def test_every_seeds_candidates_are_rated_by_every_seeds_fields(agents):
+    generator = torch.Generator().manual_seed(1)
+    observations, actions = torch.randn(3, 4, 5, generator=generator), torch.randn(3, 4, 3, 3, generator=generator)
+    noise = torch.randn(3, 4, 2, generator=generator)
+    rated = evor_greedy.by_all_seeds(evor_greedy.make_ratings(agents))(observations, actions, noise)  # (3, 3, 4, 3)
+    for k in range(3):
+        for s in range(3):
+            rater = agents.only((s + k) % 3).function("ratings")
+            expected = rater(observations[s : s + 1], actions[s : s + 1], noise[s : s + 1])[0]
+            torch.testing.assert_close(rated[k, s], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(rated[0], rated[1])
+
+
+def test_the_best_candidate_of_the_named_ratings_is_chosen(agents):
+    observations, noise = inputs(agents)
+    untrained = make_agents(agents.agent.args, (7, 8, 9))
+    candidates = agents.function("flow_actions")(observations, noise[..., :9].unflatten(-1, (3, 3)))  # (3, 6, 3, 3)
+    ratings = {
+        "own": agents.function("ratings")(observations, candidates, noise[..., 12:]),
+        "untrained": untrained.function("ratings")(observations, candidates, noise[..., 12:]),
+    }
+    chosen = {name: evor_greedy.make_policy(name, agents, untrained)(observations, noise) for name in ratings}
+    for name, q in ratings.items():
+        for s in range(3):
+            for n in range(6):
+                assert torch.equal(chosen[name][s, n], candidates[s, n, q[s, n].argmax()])
+    cloning = evor_greedy.make_policy("cloning", agents, untrained)(observations, noise)
+    assert torch.equal(cloning, candidates[:, :, 0])
+    tempered = evor_greedy.make_policy("tempered", agents, untrained)(observations, noise)
+    assert torch.equal(tempered, agents.function("act")(observations, noise))
+
+
+def test_equal_seeds_agree_and_one_preferred_direction_is_seen(agents):
+    observations, _ = inputs(agents, N=64)
+    with torch.no_grad():
+        for name, p in agents.parameters.items():
+            if name.startswith("target_critic_flow"):
+                p.copy_(p[:1].expand_as(p))
+    generator = torch.Generator().manual_seed(2)
+    for row in evor_greedy.compare_ratings(agents, observations, generator).values():
+        assert row["correlation"] == pytest.approx(1, abs=1e-3) and row["spread"] > 0
+
+    # Ratings that are the first action, whatever the state is: the best candidate lies in one half of the directions.
+    first = lambda agent, observations, actions, noise: actions[..., 0]
+    own, agents.function = agents.function, lambda name: own(first if name == "ratings" else name)
+    rows = evor_greedy.compare_ratings(agents, observations, generator).values()
+    assert all(row["same_direction"] > 0.5 for row in rows)
+
+
+def test_mistakes_are_refused(online_runs):
+    command = [sys.executable, "-m", "benchmarks.studies.evor_greedy", "--run"]
+    for words, message in (
+        ([online_runs["floq"]], "is a run of floq.py, not of evor.py"),
+        ([online_runs["evor"], "--policies", "none"], "known are cloning, untrained"),
+        ([online_runs["evor"], "--num-actions", "0"], "must be above zero"),
+    ):
+        failed = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
+        assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
