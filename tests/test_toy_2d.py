@@ -172,6 +172,7 @@ def test_policies_see_a_point_and_its_waves():
 
 
 def test_lambdas_stacked_equal_each_alone():
+    """By Adam's mean gradients of three updates: later, rounding grows where the solver is differentiated through."""
     data = toy_2d.make_points("moons", 100)
     inputs = torch.as_tensor(data.points), torch.as_tensor(data.rewards), SMALL.seeds
     for method in toy_2d.METHODS:
@@ -179,11 +180,16 @@ def test_lambdas_stacked_equal_each_alone():
         for lambdas in ((0.3, 5.0), (0.3,), (5.0,)):
             agents = toy_2d.make_agents(SMALL, lambdas, "cpu", B)
             batches = toy_2d.draw_batches(agents, method, *inputs)
-            norms = toy_2d.train(method, agents, batches, 50, 1e-3, lambda done: None)
-            assert norms.shape == (1, len(lambdas) * SMALL.seeds)
-            trained.append(agents.parameters)
-        for name, value in trained[0].items():
-            torch.testing.assert_close(value, torch.cat([trained[1][name], trained[2][name]]), rtol=0, atol=2e-4)
+            toy_2d.train(method, agents, batches, 3, 1e-3, lambda done: None)
+            each = [agents.optimizer.state[p]["exp_avg"] for p in agents.parameters.values() if p.requires_grad]
+            trained.append(torch.cat([mean.flatten(1) for mean in each], dim=1))  # (lambdas * seeds, all weights)
+        both, first, second = trained
+        error = both - torch.cat([first, second])
+        assert (error.norm(dim=1) <= 0.01 * torch.cat([first, second]).norm(dim=1)).all(), method
+        assert ((first - second).norm(dim=1) > 0.1 * first.norm(dim=1)).all(), method  # what a mix-up would make
+    agents = toy_2d.make_agents(SMALL, (0.3, 5.0), "cpu", B)
+    norms = toy_2d.train("q_flow", agents, toy_2d.draw_batches(agents, "q_flow", *inputs), 50, 1e-3, lambda done: None)
+    assert norms.shape == (1, 2 * SMALL.seeds) and (norms > 0).all()
 
 
 def test_every_method_sees_the_same_draws_and_what_comes_before_others():
