@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ALGORITHMS, ENV_ID, ROOT, assert_refused, run
+from conftest import ALGORITHMS, ENV_ID, ROOT, assert_refused, make_agents, run, small_args
 
 from common import checkpoint, export, policies, rollout
 
@@ -149,6 +149,26 @@ def test_one_seed_of_many(exported, tmp_path):
     assert np.array_equal(q_flow.load(tmp_path / "one").act(obs), q_flow.load(folder, seed=1).act(obs))
     with pytest.raises(SystemExit):
         q_flow.load(tmp_path / "one", seed=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_of_eight_seeds_acts_as_itself(name, tmp_path):
+    args = small_args(name, env_id=ENV_ID, num_seeds=8, seed=3)
+    agents = make_agents(args, range(3, 11), obs_dim=2, action_dim=2)
+    saved = agents.state_dict() | {"algorithm": name, "args": vars(args), "step": args.total_timesteps}
+    saved["agent_inputs"] = {"obs_dim": 2, "action_dim": 2, "min_reward": -1.0, "max_reward": 0.0}
+    saved["dataset"] = {"file": "x.npz", "source": "generated", "transitions": 1, "sha256": "0"}
+    export.write(tmp_path, ALGORITHMS[name].Agent.ACTS, saved, [])
+    obs = observations()
+    noise = agents.agent.draw_act_noise(torch.Generator().manual_seed(0), len(obs))
+    seen = []
+    for i, seed in enumerate(range(3, 11)):
+        expected = agents.only(i).function("act")(obs[None], noise[None])[0].numpy()
+        seen.append(ALGORITHMS[name].load(tmp_path, seed).act(obs.numpy()))
+        assert np.array_equal(seen[-1], expected)
+    assert len({actions.tobytes() for actions in seen}) == 8
+    with pytest.raises(SystemExit):
+        ALGORITHMS[name].load(tmp_path, 11)
 
 
 def test_a_policy_of_a_gpu_run_is_written_for_any_device(online_runs, tmp_path, monkeypatch):
