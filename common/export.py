@@ -43,9 +43,7 @@ def write(directory, networks, saved, rows, seed=None):
             cannot be written.
     """
     directory, args = Path(directory), saved["args"]
-    seeds = list(range(args["seed"], args["seed"] + args["num_seeds"]))
-    if seed is not None and seed not in seeds:
-        fail(f"--export-seed {seed}: the run has seeds {seeds[0]} to {seeds[-1]}")
+    seeds = check(directory, saved, seed)
     chosen = seeds if seed is None else [seed]
     index = [seeds.index(s) for s in chosen]
     weights = {
@@ -59,8 +57,6 @@ def write(directory, networks, saved, rows, seed=None):
     config["evaluation"] = [row for row in rows if row["seed"] in chosen]
     packages = ("torch", "ogbench", "mujoco", "numpy")
     config["versions"] = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / WEIGHTS).exists():
-        fail(f"--export {directory}: the folder holds something else; name a new or an empty one")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config, indent=2)
@@ -71,6 +67,17 @@ def write(directory, networks, saved, rows, seed=None):
             os.replace(temporary, directory / name)
     except OSError as error:
         fail(f"could not write the policy to {directory}: {error}")
+
+
+def check(directory, saved, seed=None):
+    """The seeds of a checkpoint; ends the program (exit code 2) where `write` would refuse the folder or the seed."""
+    directory, args = Path(directory), saved["args"]
+    seeds = list(range(args["seed"], args["seed"] + args["num_seeds"]))
+    if seed is not None and seed not in seeds:
+        fail(f"--export-seed {seed}: the run has seeds {seeds[0]} to {seeds[-1]}")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / WEIGHTS).exists():
+        fail(f"--export {directory}: the folder holds something else; name a new or an empty one")
+    return seeds
 
 
 def write_run(run_dir, networks):

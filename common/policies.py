@@ -111,6 +111,8 @@ def evaluate(Agent, args, saved, inference, device, acting=always_act):
         acting: function (args, step) of the name of the agent's method that acts.
     """
     directory, step = Path(args.evaluate), saved["step"]
+    if args.export is not None:
+        export.check(args.export, saved, args.export_seed)  # before the evaluation, which takes long
     agents = rebuild(Agent, args, saved, device, directory)
     settings = {name: getattr(args, name) for name in inference}
     method = acting(args, step)
