@@ -191,3 +191,15 @@ def test_bad_input(tmp_path):
     assert no_data.returncode == 2 and "none.npz is not a file" in no_data.stderr
     for answer in (no_agent, no_python, no_jax, no_data):
         assert answer.stderr.count("\n") == 1 and "Traceback" not in answer.stderr
+
+
+def test_times_replace_those_of_the_same_setting(tmp_path):
+    for threads, ratio in ((2, 1.5), (1, 1.1), (2, 1.6)):
+        twins.store_times(
+            tmp_path / "times.csv", {"method": "floq", "size": "quick", "threads": threads, "times_as_fast": ratio}
+        )
+    assert (tmp_path / "times.csv").read_text().split() == [
+        "method,size,threads,times_as_fast",
+        "floq,quick,1,1.1",
+        "floq,quick,2,1.6",
+    ]

@@ -45,7 +45,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "twins"
 METHODS = ("floq", "value_flows", "q_flow")
 NEEDED = ("jax", "flax", "optax", "distrax", "ml_collections")  # in the authors' Python
 AGENT_FILES = {"floq": "agents/floq.py", "value_flows": "agents/value_flows.py", "q_flow": "agents/qflow.py"}
-SINGLE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 WINDOW = 500  # updates that a loss is averaged over
 QUARTERS = 4
@@ -108,7 +107,7 @@ class TwinsArgs:
     until: int = QUARTERS
     """last quarter to train"""
     threads: int = 1
-    """threads of each side"""
+    """threads of each side; time keeps both sides on as many cores, since XLA knows no limit of threads"""
     size: Literal["quick", "published"] = "quick"
     """time: sizes of --quick, or the published ones of cube-single-play"""
     repeats: int = 15
@@ -190,8 +189,6 @@ class Authors:
         self.connection, child = Pipe()
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(twins.threads)}
         environment |= {"JAX_COMPILATION_CACHE_DIR": str(Path(twins.state_dir).resolve() / "jax_cache")}
-        if twins.threads == 1:
-            environment["XLA_FLAGS"] = SINGLE_THREAD
         environment.pop("PYTHONPATH", None)
         script = str(Path(__file__).with_name("twins_authors.py"))
         self.process = subprocess.Popen(
@@ -695,8 +692,14 @@ def write_parity(twins, rows):
 # --- Time per update ---
 
 
+def keep_to_cores(number):
+    """Keeps this process and those that it starts on `number` of its cores, where the system can do so."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])
+
+
 def compare_times(twins, args, dataset, data):
-    """Times updates of both sides in turn, one seed each, and prints a row of JSON.
+    """Times updates of both sides in turn, one seed each; prints a row of JSON, and puts it into times.csv.
 
     It has medians in milliseconds, and of the pairs' ratios (theirs over ours), by the clock and by processor time of
     all threads. On one thread, a busy machine changes the latter little.
@@ -725,7 +728,24 @@ def compare_times(twins, args, dataset, data):
         row |= {f"{kind}authors_ms": 1e3 * statistics.median(their_times) / count}
         row |= {f"{kind}ours_ms": 1e3 * statistics.median(our_times) / count}
         row |= {f"{kind}times_as_fast": ratio, f"{kind}quartile_low": low, f"{kind}quartile_high": high}
-    print(json.dumps({name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}))
+    row = {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
+    print(json.dumps(row))
+    store_times(Path(twins.results_dir) / "times.csv", row)
+
+
+def store_times(path, row):
+    """Puts a row of times into the csv file, in place of one of the same method, size and threads."""
+    key = lambda row: tuple(str(row[name]) for name in ("method", "size", "threads"))
+    rows = []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = [old for old in csv.DictReader(file) if key(old) != key(row)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.part", "w", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerows(sorted([*rows, row], key=key))
+    os.replace(f"{path}.part", path)
 
 
 if __name__ == "__main__":
@@ -736,6 +756,8 @@ if __name__ == "__main__":
     args = settings_of(twins.method, twins.size if twins.task == "time" else "quick")
     if twins.task in ("authors", "parity", "time"):
         check_authors(twins)
+    if twins.task == "time":
+        keep_to_cores(twins.threads)
     setup_torch(args)
     torch.set_num_threads(twins.threads)
     dataset, identity = load_data(twins, settings_of(twins.method))  # at every size the file of --quick
