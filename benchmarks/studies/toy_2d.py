@@ -61,7 +61,7 @@ class ToyArgs:
     """data sets"""
     seeds: int = 3
     """seeds of each method and lambda"""
-    pretrain_updates: int = 8_000
+    pretrain_updates: int = 12_000
     """updates of the flow that all methods start from (0: all networks from scratch)"""
     fit_updates: int = 1_000
     """updates of the critic, V and the one-step policy that all start from, on the pretrained flow's end points"""
@@ -75,7 +75,7 @@ class ToyArgs:
     """hidden width of all networks"""
     depth: int = 3
     """their hidden layers"""
-    flow_steps: int = 25
+    flow_steps: int = 50
     """Euler steps of the flow"""
     reward_scale: float = 0.25
     """what rewards in [0, 1] are multiplied by; only its ratio to lambda matters"""
