@@ -21,6 +21,9 @@ class FastUpdate:
         self.agents, self.update = agents, update
         device = agents.state_tensors()[0].device
         agents.compiled = compile and can_compile(device)
+        if agents.compiled:
+            shorter = "up to two minutes, less in later runs (disable with --no-compile)"
+            print(f"compiling the losses in the first update: {shorter}", flush=True)
         self.captured = cudagraphs and device.type == "cuda"
         self.known = {}  # an update for each set of inputs and options
         self.new = False  # whether the last call compiled or captured, and so took longer than an update does
@@ -40,7 +43,7 @@ class FastUpdate:
         saved = [tensor.detach().clone() for tensor in state]
         while True:
             try:
-                fast = capture(update, draws, state, self.captured)
+                fast = capture(update, draws, state) if self.captured else update
                 return fast, fast(draws)
             except Exception as error:  # torch has an exception for each way of failing
                 if not (self.agents.compiled or self.captured) or "ried to allocate" in str(error):
@@ -56,7 +59,7 @@ class FastUpdate:
                 warn(f"--{flag} fails here ({_first_line(error)}); {slower}")
 
 
-def can_compile(device, announce=True):
+def can_compile(device):
     """Whether torch.compile works here, tried on a small function; if not, a warning says why.
 
     The losses themselves are compiled in the first update: up to two minutes, a few seconds where torch finds its cache
@@ -68,13 +71,10 @@ def can_compile(device, announce=True):
         slower = "updates are slower without it (--no-compile silences this)"
         warn(f"--compile: torch.compile fails here ({_first_line(error)}); {slower}")
         return False
-    if announce:
-        shorter = "up to two minutes, less in later runs (disable with --no-compile)"
-        print(f"compiling the losses in the first update: {shorter}", flush=True)
     return True
 
 
-def capture(update, inputs, state, enabled=True):
+def capture(update, inputs, state):
     """Captures `update(inputs)` in a CUDA graph, so that an update costs one launch instead of hundreds.
 
     Returns a function like `update`. On a GPU its outputs live in the graph's memory: the next call overwrites them.
@@ -84,11 +84,7 @@ def capture(update, inputs, state, enabled=True):
             no host synchronisation, no random numbers.
         inputs: example inputs, of the shapes that every call will have.
         state: every tensor that `update` changes (weights, targets, optimizer state); left as found.
-        enabled: False to call `update` directly.
     """
-    if not enabled or not next(iter(inputs.values())).is_cuda:
-        return update
-
     static_inputs = {name: value.clone() for name, value in inputs.items()}
     # Libraries allocate their workspaces in the first calls, which must not be captured; their effect is undone.
     saved = [tensor.detach().clone() for tensor in state]

@@ -61,11 +61,11 @@ def end_points(agent, condition, noise):
     (zeros for EVOR): (N, D + A), (N, 1) -> (N, 1), (N, 1).
     """
     if isinstance(agent, evor.Agent):
-        returns = agent.returns(condition, noise)
+        returns = agent.return_samples(condition, noise)
         return returns, torch.zeros_like(returns)
-    fields, args = agent.target_critic_flow, agent.args
-    returns = value_flows.aggregate(agent.returns(fields, condition, noise, 1.0), args.ret_agg)
-    deviation = value_flows.aggregate(agent.return_derivatives(fields, condition, noise).abs(), args.q_agg)
+    flow, args = agent.target_critic_flow, agent.args
+    returns = value_flows.aggregate(agent.returns(flow, condition, noise, 1.0), args.ret_agg)
+    deviation = value_flows.aggregate(agent.return_derivatives(flow, condition, noise).abs(), args.q_agg)
     return returns, value_flows.confidence_weight(deviation, args.confidence_weight_temp)
 
 
