@@ -292,7 +292,7 @@ def measure_evaluation(algorithm, num_seeds, cuda):
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     marks = [time.perf_counter()]
     evaluator = rollout.Evaluator(args, seeds, device, Path())
-    evaluator.workers = Workers(args.env_id, num_seeds, args.eval_episodes)
+    evaluator.workers = Workers(args, num_seeds, args.eval_episodes)
     marks.append(time.perf_counter())
     for step in range(3):
         evaluator(act, draw_act_noise, step)

@@ -56,9 +56,8 @@ class Evaluator:
         """
         args, seeds = self.args, self.seeds
         if self.workers is None:
-            sizes = args.env_id, len(seeds), args.eval_episodes, args.eval_workers
             frame_stack = pixels.NUM_FRAMES if envs.is_pixels(args.env_id) else 1
-            self.workers = Workers(*sizes, args.success_timing, frame_stack, render=args.capture_video)
+            self.workers = Workers(args, len(seeds), args.eval_episodes, frame_stack, render=args.capture_video)
         ask = self.workers.ask
         episodes = [[] for _ in seeds]  # of each seed, in the order of their numbers
         playing = {}  # slot (s, p) -> its Episode, and the episode's noise (T, ...)
@@ -155,9 +154,8 @@ class Explorer:
 
     def _step(self, policy, noise, step):
         if self.workers is None:
-            args, S = self.args, len(self.seeds)
-            self.workers = Workers(args.env_id, S, 1, args.eval_workers, args.success_timing)
-            self.observations = self._begin(range(S), step)
+            self.workers = Workers(self.args, len(self.seeds), num_episodes=1)
+            self.observations = self._begin(range(len(self.seeds)), step)
         observations = torch.as_tensor(self.observations).to(self.device)  # (S, D)
         actions = policy(observations.unsqueeze(1), noise.unsqueeze(1)).squeeze(1)  # (S, A)
         replies = self.workers.ask("step", {(s, 0): action for s, action in enumerate(actions.cpu().numpy())})

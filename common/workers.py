@@ -23,20 +23,18 @@ class Workers:
     """Worker processes with their environments; slot (s, p), the p-th environment of seed s, lives in one of them.
 
     Args:
-        env_id, success_timing, frame_stack, render: see `envs.make_env`.
+        args: the run's arguments: the environment, and the number of processes.
         num_seeds, num_episodes: of an evaluation; no more environments are made than it can use.
-        num_workers: processes; 0 for one per core, at most 16.
+        frame_stack, render: see `envs.make_env`.
 
     Attributes:
         slots: [(s, p)], all of them.
         max_episode_steps: an episode's most steps.
     """
 
-    def __init__(
-        self, env_id, num_seeds, num_episodes, num_workers=0, success_timing="post", frame_stack=1, render=False
-    ):
+    def __init__(self, args, num_seeds, num_episodes, frame_stack=1, render=False):
         self.slots = [(s, p) for s in range(num_seeds) for p in range(min(num_episodes, EPISODES_AT_ONCE))]
-        num_workers = min(num_workers or min(16, num_cores()), len(self.slots))
+        num_workers = min(args.eval_workers or min(16, num_cores()), len(self.slots))
         self.where = {slot: i % num_workers for i, slot in enumerate(self.slots)}  # slot -> number of its process
         self.processes, self.connections = [], []
 
@@ -50,8 +48,8 @@ class Workers:
             self.processes.append(subprocess.Popen(command, env=environment, pass_fds=[child.fileno()]))
             self.connections.append(connection)
             child.close()
-        kwargs = dict(env_id=env_id, success_timing=success_timing, frame_stack=frame_stack, render=render)
-        requests = {worker: ("make", (self.slots[worker::num_workers], kwargs)) for worker in range(num_workers)}
+        options = args.env_id, args.success_timing, frame_stack, render
+        requests = {worker: ("make", (self.slots[worker::num_workers], options)) for worker in range(num_workers)}
         self.max_episode_steps = self._exchange(requests)[0]
 
     def close(self):
@@ -101,7 +99,7 @@ class Workers:
 def serve(connection):
     """The worker process: answers the requests of `Workers` until the other end closes.
 
-    The first request is ("make", (slots, make_env's keyword arguments)), replied with an episode's most steps. Every
+    The first request is ("make", (slots, make_env's arguments)), replied with an episode's most steps. Every
     reply is (ok, value); a failure is replied as (False, traceback) and ends the worker.
     """
     try:
@@ -111,8 +109,8 @@ def serve(connection):
             except EOFError:
                 return
             if kind == "make":
-                slots, kwargs = values
-                made = {slot: envs.make_env(**kwargs) for slot in slots}
+                slots, options = values
+                made = {slot: envs.make_env(*options) for slot in slots}
                 reply = made[slots[0]].spec.max_episode_steps
             else:
                 reply = {slot: _answer(made[slot], kind, value) for slot, value in values.items()}

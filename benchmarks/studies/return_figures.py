@@ -13,7 +13,7 @@ Flows' are those of the improved policy and may lie higher.
 """
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -198,10 +198,7 @@ if __name__ == "__main__":
         fail(f"--seed {seed}: the run in {options.run} has the seeds {seeds}")
     if options.samples < 10:
         fail(f"--samples {options.samples}: at least 10")
-    path = datasets.find_dataset(
-        args.env_id, options.dataset_dir or args.dataset_dir, args.dataset_path, args.dataset_source,
-        args.generated_episodes,
-    )  # fmt: skip
+    path = datasets.find_dataset(replace(args, dataset_dir=options.dataset_dir or args.dataset_dir))
     _, identity = datasets.load_dataset(path, args.env_id, "cpu", args.dataset_path is None)
     if identity["sha256"] != payload["dataset"]["sha256"]:
         fail(f"{path} is not the dataset of the run in {options.run}, which is {payload['dataset']}")
