@@ -91,7 +91,8 @@ class Evaluator:
                 noise = blank.clone()
                 for slot, (episode, episode_noise) in playing.items():
                     noise[slot] = episode_noise[episode.length]
-                actions = policy(torch.as_tensor(observations).to(self.device), noise.to(self.device)).cpu().numpy()
+                observed = torch.as_tensor(observations).to(self.device)
+                actions = policy(observed, noise.to(self.device)).cpu().numpy()  # (S, P, A)
                 done = []
                 for slot, reply in ask("step", {slot: actions[slot] for slot in playing}).items():
                     episode, _ = playing[slot]
