@@ -388,7 +388,7 @@ if __name__ == "__main__":
     # --- Data ---
     dataset, identity = datasets.load(args, device)
     if args.td_target == "published" and args.latents == "data":
-        dataset["returns"] = torch.as_tensor(reward_to_go(dataset, args.gamma)[0], dtype=torch.float32, device=device)
+        dataset["returns"] = torch.as_tensor(reward_to_go(dataset, args.gamma), dtype=torch.float32, device=device)
     log = Log(args, resumed, device, identity, Agent.METRICS)
 
     # --- Agents, one per seed ---

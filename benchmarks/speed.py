@@ -142,7 +142,7 @@ def prepare(algorithm, num_seeds, precision, cuda, quick):
         agents = Stacked(make_agent, seeds, device, args.learning_rate)
         chunk = draws.draw_chunk(agents.agent, args, seeds, N, 0, device)
         inputs, numbers = lambda i: {name: value[i % draws.CHUNK] for name, value in chunk.items()}, itertools.count()
-        agents.compiled = compiled and graphs.can_compile(device)
+        agents.compiled = compiled
         replay = Replay(dataset, num_seeds, 0)
         update = lambda inputs: module.update(agents, *replay.inputs(inputs))
         if captured and cuda:

@@ -97,14 +97,15 @@ def load_dataset(path, env_id, device, replaceable=False):
     path, is_pixels = Path(path), envs.is_pixels(env_id)
     ogbench = envs.import_ogbench(render=is_pixels)
     env = envs.make_env(env_id)
-    check_file(path, env, replaceable)
+    advice = _advice(path, replaceable)
+    check_file(path, env, advice)
     data = ogbench.load_dataset(path, ob_dtype=np.uint8 if is_pixels else np.float32, add_info=True)
     np.random.seed(0)  # the relabelling resets the environment, which draws from the global generator
     try:
         ogbench.relabel_utils.relabel_dataset(envs.gym_id(env_id), env, data)
     except (KeyError, ValueError, IndexError) as error:
         unfit = f"its rows do not fit {env_id}, so that rewards cannot be computed ({error!r})"
-        fail(f"{path}: {unfit}; {_advice(path, replaceable)}")
+        fail(f"{path}: {unfit}; {advice}")
     env.close()
     if data["masks"].all():
         warn(f"{path.name} holds no success on {env_id}: there is nothing to learn but the negative rewards")
@@ -123,7 +124,7 @@ def load_dataset(path, env_id, device, replaceable=False):
     if path.name in KNOWN and identity["sha256"] != KNOWN[path.name][1]:
         identity["source"] = "custom"
         sums = f"SHA-256 {identity['sha256']}, OGBench's has {KNOWN[path.name][1]}"
-        remedy = f"; for OGBench's, {_advice(path, replaceable)}" if replaceable else ""
+        remedy = f"; for OGBench's, {advice}" if replaceable else ""
         warn(f"{path} is not OGBench's file of that name: {sums}. The run records it as custom{remedy}")
     return dataset, identity | {"transitions": len(data["rewards"])}
 
@@ -135,14 +136,13 @@ def _advice(path, replaceable):
     return f"delete it and run again to {'make' if '-generated-' in path.name else 'download'} it anew"
 
 
-def check_file(path, env, replaceable=False):
-    """Ends with exit code 2 unless the npz file is whole and its arrays fit the environment; names file and key.
-
-    `replaceable`, as for `load_dataset`, decides the advice.
+def check_file(path, env, advice):
+    """Ends with exit code 2 unless the npz file is whole and its arrays fit the environment; names file and key, and
+    adds the advice.
     """
 
     def refuse(message):
-        fail(f"{path}{message}; {_advice(path, replaceable)}")
+        fail(f"{path}{message}; {advice}")
 
     try:
         file = np.load(path)

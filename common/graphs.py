@@ -20,8 +20,8 @@ class FastUpdate:
     def __init__(self, agents, update, compile, cudagraphs):
         self.agents, self.update = agents, update
         device = agents.state_tensors()[0].device
-        agents.compiled = compile and can_compile(device)
-        if agents.compiled:
+        agents.compiled = compile
+        if compile:  # later runs find torch's cache (TORCHINDUCTOR_CACHE_DIR, else in the system's temporary directory)
             shorter = "up to two minutes, less in later runs (disable with --no-compile)"
             print(f"compiling the losses in the first update: {shorter}", flush=True)
         self.captured = cudagraphs and device.type == "cuda"
@@ -55,23 +55,9 @@ class FastUpdate:
                     self.captured, flag = False, "cudagraphs"
                 with torch.no_grad():
                     torch._foreach_copy_(state, saved)
+                reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
                 slower = f"updates continue without it, more slowly (--no-{flag} silences this)"
-                warn(f"--{flag} fails here ({_first_line(error)}); {slower}")
-
-
-def can_compile(device):
-    """Whether torch.compile works here, tried on a small function; if not, a warning says why.
-
-    The losses themselves are compiled in the first update: up to two minutes, a few seconds where torch finds its cache
-    from an earlier run (TORCHINDUCTOR_CACHE_DIR, by default in the system's temporary directory).
-    """
-    try:
-        torch.compile(lambda x: 2 * x + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # a missing compiler, Triton, header or right: torch has an exception for each
-        slower = "updates are slower without it (--no-compile silences this)"
-        warn(f"--compile: torch.compile fails here ({_first_line(error)}); {slower}")
-        return False
-    return True
+                warn(f"--{flag} fails here ({reason}); {slower}")
 
 
 def capture(update, inputs, state):
@@ -106,8 +92,3 @@ def capture(update, inputs, state):
         return outputs
 
     return replay
-
-
-def _first_line(error):
-    """What an exception says first, or its name."""
-    return next((line for line in str(error).splitlines() if line), type(error).__name__)

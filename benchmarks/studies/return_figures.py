@@ -108,6 +108,16 @@ def agreement(learned, returns):
     return spearmanr(learned, returns).statistic, error.mean(), np.abs(error).mean()
 
 
+def cut_off_discounts(data, gamma):
+    """Discount of what follows a trajectory's end, at each of its transitions (0 where a success follows): (N,)."""
+    masks, ends = data["masks"].double().cpu().numpy(), returns_of.trajectory_ends(data)
+    discounts, discount = np.zeros_like(masks), 1.0
+    for i in reversed(range(len(masks))):
+        discount = gamma * masks[i] * (1.0 if ends[i] else discount)
+        discounts[i] = discount
+    return discounts
+
+
 def longest_way_to_success(data):
     """Row numbers of the validation trajectory's part that ends with the first success after the longest way."""
     ends = returns_of.trajectory_ends(data)
@@ -124,8 +134,8 @@ def draw(agents, s, data, num_samples, title, output):
     """Draws the figure of seed s from validation transitions; returns what it shows, as numbers."""
     from matplotlib.figure import Figure
 
-    returns, cut_off = returns_of.reward_to_go(data, agents.agent.args.gamma)
-    known = cut_off < TAIL
+    gamma = agents.agent.args.gamma
+    returns, known = returns_of.reward_to_go(data, gamma), cut_off_discounts(data, gamma) < TAIL
     candidates = np.flatnonzero(known)
     if len(candidates) < NEIGHBOURS:
         fail(f"only {len(candidates)} validation transitions have a known return; {NEIGHBOURS} are needed")
