@@ -213,17 +213,17 @@ class Agent(nn.Module):
         x = euler(lambda x, t: self.bc_velocity(rows, x, t), noise.flatten(0, 1), self.args.flow_steps)  # (N*C, A)
         return x.clamp(-1, 1).unflatten(0, (-1, C))
 
-    def field(self, fields, condition, z, t):
-        """Return fields' v_e(z, t|s, a): [s, a] (N, D + A), z (N, 1) or (E, N, 1), t (N, 1) or a float -> (E, N, 1)."""
+    def z_velocity(self, flow, condition, z, t):
+        """Velocities v_e(z, t|s, a): [s, a] (N, D + A), z (N, 1) or (E, N, 1), t (N, 1) or a float -> (E, N, 1)."""
         t = t.expand_as(z) if torch.is_tensor(t) else torch.full_like(z, t)
-        return fields(condition, torch.cat([z, t], dim=-1))
+        return flow(condition, torch.cat([z, t], dim=-1))
 
-    def returns(self, condition, noise):
+    def return_samples(self, condition, noise):
         """Return samples, the mean of the EMA fields' end points from the same noise: (N, D + A), (N, 1) -> (N, 1).
 
         Clipped at the end only, since what is on the way may lie outside the range of returns.
         """
-        z = euler(lambda z, t: self.field(self.target_critic_flow, condition, z, t), noise, self.args.flow_steps)
+        z = euler(lambda z, t: self.z_velocity(self.target_critic_flow, condition, z, t), noise, self.args.flow_steps)
         z = z.clamp(self.z_min, self.z_max) if self.args.clip_flow_returns else z  # (E, N, 1)
         return z.mean(dim=0)
 
@@ -245,19 +245,19 @@ class Agent(nn.Module):
 
         # 2. A return z_1 of (s,a). Exact: r + gamma z' with z' = Phi(z_0; s', a', 1). Published: independent of z_0.
         if args.td_target == "exact":
-            z_1 = rewards + args.gamma * masks * self.returns(next_condition, z_0)  # (B, 1)
+            z_1 = rewards + args.gamma * masks * self.return_samples(next_condition, z_0)  # (B, 1)
         elif args.latents == "data":
             z_1 = batch["returns"].unsqueeze(-1)  # (B, 1)
         else:
             condition = torch.cat([batch["observations"], batch["actions"]], dim=-1)  # (B, D + A)
-            z_1 = self.returns(condition, noise["latent"])  # (B, 1)
+            z_1 = self.return_samples(condition, noise["latent"])  # (B, 1)
         z_t = (1 - t) * z_0 + t * z_1  # (B, 1)
 
         # 3. The label. Exact: the velocity of the straight way from z_0 to z_1. Published: the Bellman equation of
         #    fields, the next field at the same z_t and t.
         if args.td_target == "exact":
             return z_t, z_1 - z_0
-        next_velocity = self.field(self.target_critic_flow, next_condition, z_t, t).mean(dim=0)  # (B, 1)
+        next_velocity = self.z_velocity(self.target_critic_flow, next_condition, z_t, t).mean(dim=0)  # (B, 1)
         return z_t, rewards + args.gamma * masks * next_velocity
 
     def critic_loss(self, batch, noise):
@@ -266,7 +266,7 @@ class Agent(nn.Module):
 
         # Regression of every field: v(z_t, t | s, a) -> label. The label's mean is the mean return: z_0 has mean zero.
         condition = torch.cat([batch["observations"], batch["actions"]], dim=-1)  # (B, D + A)
-        velocity = self.field(self.critic_flow, condition, z_t, noise["time"])  # (E, B, 1)
+        velocity = self.z_velocity(self.critic_flow, condition, z_t, noise["time"])  # (E, B, 1)
         critic_loss = (velocity - label).square().mean()
         return critic_loss, {"critic/critic_loss": critic_loss, "critic/target_mean": label.mean()}
 
@@ -288,7 +288,7 @@ class Agent(nn.Module):
         condition = torch.cat([observations.unsqueeze(1).expand(-1, C, -1), actions], dim=-1)  # (N, C, D + A)
         condition = condition.flatten(0, 1).repeat_interleave(R, dim=0)  # (N*C*R, D + A)
         noise = noise.repeat_interleave(C, dim=0).view(-1, 1)  # (N*C*R, 1)
-        return soft_maximum(self.returns(condition, noise).view(-1, C, R), self.args.tau_r)
+        return soft_maximum(self.return_samples(condition, noise).view(-1, C, R), self.args.tau_r)
 
     def act(self, observations, noise):
         """Inference: the base policy's candidates, rated and chosen by softmax: (N, D), (N, C*A + C + R) -> (N, A)."""
@@ -388,7 +388,7 @@ if __name__ == "__main__":
     # --- Data ---
     dataset, identity = datasets.load(args, device)
     if args.td_target == "published" and args.latents == "data":
-        dataset["returns"] = torch.as_tensor(reward_to_go(dataset, args.gamma)[0], dtype=torch.float32, device=device)
+        dataset["returns"] = torch.as_tensor(reward_to_go(dataset, args.gamma), dtype=torch.float32, device=device)
     log = Log(args, resumed, device, identity, Agent.METRICS)
 
     # --- Agents, one per seed ---
@@ -401,7 +401,7 @@ if __name__ == "__main__":
 
     # --- Training: offline, then online ---
     one_update = lambda draws, trains: update(agents, *replay.inputs(draws), trains)  # the batch, and noise
-    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)  # compiles the losses
+    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)  # torch.compile, CUDA graphs
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes

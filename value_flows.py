@@ -187,7 +187,7 @@ def gelu(x):
 
 
 class Network(nn.Module):
-    """An MLP on encoded observations and further inputs; callers encode, `network.encoder(observations)`, once a flow.
+    """An MLP on encoded observations; the caller encodes, `network.encoder(s)`, once for all Euler steps of a flow.
 
     Args:
         obs_dim: dimension of observations; for images their shape (H, W, channels).
@@ -269,17 +269,17 @@ class Agent(nn.Module):
         """C(z): z kept in [r_min, r_max] / (1 - gamma)."""
         return z.clamp(self.z_min, self.z_max) if self.args.clip_flow_returns else z
 
-    def returns(self, fields, condition, z, end_time):
-        """Carries noise to returns, Phi(z; T): K Euler steps of T / K with self.critic_flow or its target as `fields`.
+    def returns(self, flow, condition, z, end_time):
+        """Carries noise to returns, Phi(z; T): K Euler steps of T / K with self.critic_flow or its target as `flow`.
 
         Encoded observations and actions (N, D + A), start noise (N, 1), T in [0, 1] (N, 1) or a float -> (E, N, 1).
         """
         step = end_time / self.args.num_flow_steps
         for k in range(self.args.num_flow_steps):
-            z = self.clip_return(z + step * fields(condition, z, k * step))  # (E, N, 1)
+            z = self.clip_return(z + step * flow(condition, z, k * step))  # (E, N, 1)
         return z
 
-    def return_derivatives(self, fields, condition, z):
+    def return_derivatives(self, flow, condition, z):
         """dPhi(z; 1)/dz by the flow derivative ODE dJ/dt = (dv/dz) J, J_0 = 1; clipping is not differentiated.
 
         Arguments as for returns, (E, N, 1) out. A row's velocity depends on its own z only, so that the gradient of the
@@ -290,7 +290,7 @@ class Agent(nn.Module):
         for k in range(K):
 
             def summed(z):
-                v = fields(condition, z, k / K)  # (E, N, 1)
+                v = flow(condition, z, k / K)  # (E, N, 1)
                 return v.sum(), v
 
             dv, v = torch.func.grad(summed, has_aux=True)(z)  # (E, N, 1)
@@ -492,7 +492,7 @@ if __name__ == "__main__":
 
     # --- Training: offline, then online ---
     one_update = lambda draws: update(agents, *replay.inputs(draws))  # the batch, and noise
-    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)  # compiles the losses
+    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)  # torch.compile, CUDA graphs
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
     act, draw_act_noise = agents.function("act_online"), agents.agent.draw_act_noise  # the policy that explores
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes

@@ -38,7 +38,7 @@ from common import draws, fail, graphs, num_cores, rollout, warn
 from common.device import setup_torch
 from common.replay import Replay
 from common.stacked import Stacked
-from common.workers import start_workers, stop_workers
+from common.workers import Workers
 
 OBS_DIM, ACTION_DIM = 28, 5  # cube-single's
 RESULTS = Path(__file__).parent / "results"
@@ -142,10 +142,11 @@ def prepare(algorithm, num_seeds, precision, cuda, quick):
         agents = Stacked(make_agent, seeds, device, args.learning_rate)
         chunk = draws.draw_chunk(agents.agent, args, seeds, N, 0, device)
         inputs, numbers = lambda i: {name: value[i % draws.CHUNK] for name, value in chunk.items()}, itertools.count()
-        agents.compiled = compiled and graphs.can_compile(device, announce=False)
+        agents.compiled = compiled
         replay = Replay(dataset, num_seeds, 0)
         update = lambda inputs: module.update(agents, *replay.inputs(inputs))
-        update = graphs.capture(update, inputs(0), agents.state_tensors(), captured)
+        if captured and cuda:
+            update = graphs.capture(update, inputs(0), agents.state_tensors())
         return lambda: update(inputs(next(numbers)))
 
     return device, torch.cuda.synchronize if cuda else lambda: None, make_update
@@ -290,13 +291,14 @@ def measure_evaluation(algorithm, num_seeds, cuda):
     agents = Stacked(make_agent, seeds, device, args.learning_rate)
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     marks = [time.perf_counter()]
-    workers = start_workers(args.env_id, num_seeds, args.eval_episodes)
+    evaluator = rollout.Evaluator(args, seeds, device, Path())
+    evaluator.workers = Workers(args, num_seeds, args.eval_episodes)
     marks.append(time.perf_counter())
     for step in range(3):
-        rollout.evaluate(workers, act, draw_act_noise, seeds, args.eval_episodes, step, device)
+        evaluator(act, draw_act_noise, step)
         marks.append(time.perf_counter())
-    num_workers = len(workers.processes)
-    stop_workers(workers)
+    num_workers = len(evaluator.workers.processes)
+    evaluator.close()
     start, *evaluations = [round(b - a, 1) for a, b in zip(marks, marks[1:])]
     figures = {"num_seeds": num_seeds, "workers": num_workers, "start_seconds": start}
     return {"algorithm": algorithm} | figures | {"evaluation_seconds": evaluations}

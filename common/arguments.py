@@ -16,6 +16,11 @@ MAY_CHANGE = LENGTHS | set(
     "save_interval compile cudagraphs matmul_precision".split()
 )
 EVALUATING = {"evaluate", "export", "export_seed", "seed", "eval_episodes"}  # what --evaluate may change
+# What --help says of the defaults that it shows.
+DEFAULTS = (
+    "The defaults below are those of Args. --env-id (TUNED) and --quick (QUICK) change some: a run prints the values "
+    "that it takes and stores them in its args.json."
+)
 # The numbers that every algorithm has; a file checks its own by `check_numbers`.
 INTERVALS = ("total_timesteps", "eval_interval", "log_interval", "save_interval")
 ABOVE_ZERO = (*INTERVALS, "num_seeds", "generated_episodes", "eval_episodes", "batch_size", "learning_rate")
@@ -42,10 +47,10 @@ def parse(Args, tuned, tuned_online, quick, inference=(), words=None):
         SystemExit: (code 2) for a flag that does not exist, a value out of range, an unknown environment, or a run
             that cannot be continued or evaluated; the message lists the arguments that contradict the stored ones.
     """
-    file = Path(sys.modules[Args.__module__].__file__)
-    if not file.stem.isidentifier():  # other programs import the file
-        fail(f"{file}: the file's name must be letters, digits and underscores (my_floq.py)")
-    read = lambda default: tyro.cli(Args, args=words, default=default, description=sys.modules[Args.__module__].__doc__)
+    module = sys.modules[Args.__module__]
+    if not Path(module.__file__).stem.isidentifier():  # other programs import the file
+        fail(f"{module.__file__}: the file's name must be letters, digits and underscores (my_floq.py)")
+    read = lambda default: tyro.cli(Args, args=words, default=default, description=f"{module.__doc__}\n{DEFAULTS}")
     args, saved = read(Args()), None
     if args.resume is not None and args.evaluate is not None:
         fail("--resume and --evaluate exclude each other: one trains further, the other does not train")

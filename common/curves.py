@@ -5,13 +5,19 @@ import csv
 import numpy as np
 
 
+def read_evaluations(path):
+    """The rows of an eval.csv, numbers as numbers."""
+    kinds = {"phase": str} | dict.fromkeys(("step", "seed", "episodes"), int)
+    with open(path) as file:
+        return [{name: kinds.get(name, float)(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
 def read_success(path, phase=None):
     """{seed: {step: success in percent}} of an eval.csv, or of one phase of it."""
     curves = {}
-    with open(path) as file:
-        for row in csv.DictReader(file):
-            if phase in (None, row["phase"]):
-                curves.setdefault(int(row["seed"]), {})[int(row["step"])] = 100 * float(row["success"])
+    for row in read_evaluations(path):
+        if phase in (None, row["phase"]):
+            curves.setdefault(row["seed"], {})[row["step"]] = 100 * row["success"]
     return curves
 
 

@@ -20,29 +20,21 @@ from common.download import DAMAGE, KNOWN, download, sha256_of
 
 def load(args, device):
     """The dataset of a run's arguments, on the device; see find_dataset and load_dataset."""
-    path = find_dataset(args.env_id, args.dataset_dir, args.dataset_path, args.dataset_source, args.generated_episodes)
-    return load_dataset(path, args.env_id, device, replaceable=args.dataset_path is None)
+    return load_dataset(find_dataset(args), args.env_id, device, replaceable=args.dataset_path is None)
 
 
-def find_dataset(env_id, dataset_dir, dataset_path=None, source="official", episodes=None, seed=0):
-    """Path of the training file of an environment's dataset, downloaded or generated if need be; exit code 2 where the
-    file cannot be had.
-
-    Args:
-        env_id: single-task id; the dataset is `envs.dataset_name(env_id)`.
-        dataset_dir: directory of the files.
-        dataset_path: a file of the user's own, which wins.
-        source: `official` or `generated`.
-        episodes, seed: of a generated set; None for as many as the official one has.
+def find_dataset(args):
+    """Path of the training file of a run's dataset, downloaded or generated if need be; exit code 2 where the file
+    cannot be had. The user's own file, --dataset-path, wins.
     """
-    if dataset_path is not None:
-        path = Path(dataset_path).expanduser()
+    if args.dataset_path is not None:
+        path = Path(args.dataset_path).expanduser()
         if not path.is_file():
             fail(f"--dataset-path {path} is not a file")
         return path
-    name = envs.dataset_name(env_id)
-    if source == "official":
-        directory = Path(dataset_dir).expanduser()
+    name = envs.dataset_name(args.env_id)
+    if args.dataset_source == "official":
+        directory = Path(args.dataset_dir).expanduser()
         for path in (directory / f"{name}-val.npz", directory / f"{name}.npz"):
             if not path.exists():
                 with only_one(path):
@@ -51,12 +43,12 @@ def find_dataset(env_id, dataset_dir, dataset_path=None, source="official", epis
         return path
 
     generate.check_collectable(name)
-    episodes = generate.OFFICIAL_SIZES[name][0] if episodes is None else episodes
-    path = generate.generated_path(name, dataset_dir, episodes, seed)
+    episodes = args.generated_episodes or generate.OFFICIAL_SIZES[name][0]
+    path = generate.generated_path(name, args.dataset_dir, episodes, seed=0)
     if not (path.exists() and generate.val_path(path).exists()):
         # A process of its own, so that the collecting workers load neither torch nor the algorithm.
-        flags = ["--dataset", name, "--dataset-dir", dataset_dir, "--num-episodes", episodes, "--seed", seed]
-        command = [sys.executable, "-m", "common.generate", *map(str, flags)]
+        flags = ["--dataset", name, "--dataset-dir", args.dataset_dir, "--num-episodes", str(episodes)]
+        command = [sys.executable, "-m", "common.generate", *flags]
         with only_one(path):  # the second of two processes finds everything made
             status = subprocess.run(command, env=python_environment()).returncode
         if status != 0:
@@ -105,14 +97,15 @@ def load_dataset(path, env_id, device, replaceable=False):
     path, is_pixels = Path(path), envs.is_pixels(env_id)
     ogbench = envs.import_ogbench(render=is_pixels)
     env = envs.make_env(env_id)
-    check_file(path, env, replaceable)
+    advice = _advice(path, replaceable)
+    check_file(path, env, advice)
     data = ogbench.load_dataset(path, ob_dtype=np.uint8 if is_pixels else np.float32, add_info=True)
     np.random.seed(0)  # the relabelling resets the environment, which draws from the global generator
     try:
         ogbench.relabel_utils.relabel_dataset(envs.gym_id(env_id), env, data)
     except (KeyError, ValueError, IndexError) as error:
         unfit = f"its rows do not fit {env_id}, so that rewards cannot be computed ({error!r})"
-        fail(f"{path}: {unfit}; {_advice(path, replaceable)}")
+        fail(f"{path}: {unfit}; {advice}")
     env.close()
     if data["masks"].all():
         warn(f"{path.name} holds no success on {env_id}: there is nothing to learn but the negative rewards")
@@ -131,7 +124,7 @@ def load_dataset(path, env_id, device, replaceable=False):
     if path.name in KNOWN and identity["sha256"] != KNOWN[path.name][1]:
         identity["source"] = "custom"
         sums = f"SHA-256 {identity['sha256']}, OGBench's has {KNOWN[path.name][1]}"
-        remedy = f"; for OGBench's, {_advice(path, replaceable)}" if replaceable else ""
+        remedy = f"; for OGBench's, {advice}" if replaceable else ""
         warn(f"{path} is not OGBench's file of that name: {sums}. The run records it as custom{remedy}")
     return dataset, identity | {"transitions": len(data["rewards"])}
 
@@ -143,14 +136,13 @@ def _advice(path, replaceable):
     return f"delete it and run again to {'make' if '-generated-' in path.name else 'download'} it anew"
 
 
-def check_file(path, env, replaceable=False):
-    """Ends with exit code 2 unless the npz file is whole and its arrays fit the environment; names file and key.
-
-    `replaceable`, as for `load_dataset`, decides the advice.
+def check_file(path, env, advice):
+    """Ends with exit code 2 unless the npz file is whole and its arrays fit the environment; names file and key, and
+    adds the advice.
     """
 
     def refuse(message):
-        fail(f"{path}{message}; {_advice(path, replaceable)}")
+        fail(f"{path}{message}; {advice}")
 
     try:
         file = np.load(path)

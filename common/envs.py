@@ -74,27 +74,17 @@ def gym_id(env_id):
     return re.sub(r"-\w+(-singletask)", r"\1", env_id, count=1)
 
 
-class FrameStack:
-    """Stacks the last `num_frames` observations along the last axis: (64, 64, 3) -> (64, 64, 3 * num_frames).
+def stack_frames(env, num_frames):
+    """Observations become the last `num_frames` ones, stacked along the last axis: (64, 64, 3) -> (64, 64, 3 * number).
 
-    The first frame of an episode is repeated. Everything else is the wrapped environment's.
+    The first frame of an episode is repeated.
     """
+    from gymnasium import spaces, wrappers
 
-    def __init__(self, env, num_frames):
-        self.env, self.num_frames, self.frames = env, num_frames, []
-
-    def __getattr__(self, name):
-        return getattr(self.env, name)
-
-    def reset(self, **kwargs):
-        ob, info = self.env.reset(**kwargs)
-        self.frames = [ob] * self.num_frames
-        return np.concatenate(self.frames, axis=-1), info
-
-    def step(self, action):
-        ob, *rest = self.env.step(action)
-        self.frames = [*self.frames[1:], ob]
-        return np.concatenate(self.frames, axis=-1), *rest
+    env = wrappers.FrameStackObservation(env, num_frames)  # (num_frames, 64, 64, 3)
+    channels_last = lambda frames: np.concatenate(frames, axis=-1)
+    low, high = map(channels_last, (env.observation_space.low, env.observation_space.high))
+    return wrappers.TransformObservation(env, channels_last, spaces.Box(low, high, dtype=low.dtype))
 
 
 def make_env(env_id, success_timing="post", frame_stack=1, render=False):
@@ -112,7 +102,7 @@ def make_env(env_id, success_timing="post", frame_stack=1, render=False):
     import gymnasium
 
     env = gymnasium.make(gym_id(env_id), success_timing=success_timing)
-    return FrameStack(env, frame_stack) if frame_stack > 1 else env
+    return stack_frames(env, frame_stack) if frame_stack > 1 else env
 
 
 def reset_env(env, seed):

@@ -4,7 +4,6 @@ A folder holds `policy.safetensors` (the weights that acting needs, each with a 
 (what else acting needs, where the weights come from and what they scored) and `README.md` (the same for people).
 """
 
-import csv
 import importlib.metadata
 import json
 import os
@@ -16,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from common import checkpoint, envs, fail
+from common import checkpoint, curves, envs, fail
 
 WEIGHTS, CONFIG, CARD = "policy.safetensors", "config.json", "README.md"
 KEYS = {"algorithm": str, "args": dict, "agent_inputs": dict, "step": int, "dataset": dict, "evaluation": list}
@@ -83,7 +82,8 @@ def check(directory, saved, seed=None):
 def write_run(run_dir, networks):
     """Writes the policy of a run's latest checkpoint to `policy/` in its directory, with that step's evaluation."""
     saved = checkpoint.load(run_dir)
-    write(Path(run_dir) / "policy", networks, saved, last_evaluation(Path(run_dir) / "eval.csv", saved["step"]))
+    rows = [row for row in curves.read_evaluations(run_dir / "eval.csv") if row["step"] == saved["step"]]
+    write(run_dir / "policy", networks, saved, rows)
 
 
 def read(directory):
@@ -124,16 +124,6 @@ def read(directory):
 def read_any(directory, flag):
     """What `read` returns for a policy's folder, else the checkpoint of a run directory; `flag` is for messages."""
     return read(directory) if (Path(directory) / CONFIG).exists() else checkpoint.load(directory, flag)
-
-
-def last_evaluation(path, step):
-    """The rows of an eval.csv that belong to `step`, numbers as numbers; [] without any."""
-    if not Path(path).exists():
-        return []
-    kinds = {"phase": str} | dict.fromkeys(("step", "seed", "episodes"), int)
-    with open(path) as file:
-        rows = [row for row in csv.DictReader(file) if int(row["step"]) == step]
-    return [{name: kinds.get(name, float)(value) for name, value in row.items()} for row in rows]
 
 
 def card(config):

@@ -20,7 +20,10 @@ class FastUpdate:
     def __init__(self, agents, update, compile, cudagraphs):
         self.agents, self.update = agents, update
         device = agents.state_tensors()[0].device
-        agents.compiled = compile and can_compile(device)
+        agents.compiled = compile
+        if compile:  # later runs find torch's cache (TORCHINDUCTOR_CACHE_DIR, else in the system's temporary directory)
+            shorter = "up to two minutes, less in later runs (disable with --no-compile)"
+            print(f"compiling the losses in the first update: {shorter}", flush=True)
         self.captured = cudagraphs and device.type == "cuda"
         self.known = {}  # an update for each set of inputs and options
         self.new = False  # whether the last call compiled or captured, and so took longer than an update does
@@ -40,7 +43,7 @@ class FastUpdate:
         saved = [tensor.detach().clone() for tensor in state]
         while True:
             try:
-                fast = capture(update, draws, state, self.captured)
+                fast = capture(update, draws, state) if self.captured else update
                 return fast, fast(draws)
             except Exception as error:  # torch has an exception for each way of failing
                 if not (self.agents.compiled or self.captured) or "ried to allocate" in str(error):
@@ -52,29 +55,12 @@ class FastUpdate:
                     self.captured, flag = False, "cudagraphs"
                 with torch.no_grad():
                     torch._foreach_copy_(state, saved)
+                reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
                 slower = f"updates continue without it, more slowly (--no-{flag} silences this)"
-                warn(f"--{flag} fails here ({_first_line(error)}); {slower}")
+                warn(f"--{flag} fails here ({reason}); {slower}")
 
 
-def can_compile(device, announce=True):
-    """Whether torch.compile works here, tried on a small function; if not, a warning says why.
-
-    The losses themselves are compiled in the first update: up to two minutes, a few seconds where torch finds its cache
-    from an earlier run (TORCHINDUCTOR_CACHE_DIR, by default in the system's temporary directory).
-    """
-    try:
-        torch.compile(lambda x: 2 * x + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # a missing compiler, Triton, header or right: torch has an exception for each
-        slower = "updates are slower without it (--no-compile silences this)"
-        warn(f"--compile: torch.compile fails here ({_first_line(error)}); {slower}")
-        return False
-    if announce:
-        shorter = "up to two minutes, less in later runs (disable with --no-compile)"
-        print(f"compiling the losses in the first update: {shorter}", flush=True)
-    return True
-
-
-def capture(update, inputs, state, enabled=True):
+def capture(update, inputs, state):
     """Captures `update(inputs)` in a CUDA graph, so that an update costs one launch instead of hundreds.
 
     Returns a function like `update`. On a GPU its outputs live in the graph's memory: the next call overwrites them.
@@ -84,11 +70,7 @@ def capture(update, inputs, state, enabled=True):
             no host synchronisation, no random numbers.
         inputs: example inputs, of the shapes that every call will have.
         state: every tensor that `update` changes (weights, targets, optimizer state); left as found.
-        enabled: False to call `update` directly.
     """
-    if not enabled or not next(iter(inputs.values())).is_cuda:
-        return update
-
     static_inputs = {name: value.clone() for name, value in inputs.items()}
     # Libraries allocate their workspaces in the first calls, which must not be captured; their effect is undone.
     saved = [tensor.detach().clone() for tensor in state]
@@ -110,8 +92,3 @@ def capture(update, inputs, state, enabled=True):
         return outputs
 
     return replay
-
-
-def _first_line(error):
-    """What an exception says first, or its name."""
-    return next((line for line in str(error).splitlines() if line), type(error).__name__)

@@ -127,12 +127,8 @@ class Log:
 
 
 def check_finite(history, names, first_step, seeds, run_dir):
-    """Ends with exit code 1 at the first non-finite loss: its name, step and seed.
-
-    Args:
-        history, names: (updates, losses, S), the losses of consecutive updates, and their names.
-        first_step: the first update's step.
-        seeds, run_dir: the S seeds and the run's directory, for the message.
+    """Ends with exit code 1 at the first non-finite loss of `history` (updates, losses, S), whose first update made
+    `first_step`; names the loss, its step and its seed.
     """
     if torch.isfinite(history).all():
         return

@@ -24,7 +24,7 @@ def gather_frames(dataset, indices):
     """A batch of frame-stacked transitions, {key: (S, B, ...)} without starts.
 
     Its observations and next_observations are (S, B, 64, 64, 3 * NUM_FRAMES), the oldest frame first, a trajectory's
-    first frame repeated, as `envs.FrameStack` does.
+    first frame repeated, as `envs.stack_frames` does.
 
     Args:
         dataset: {observations, next_observations (N, 64, 64, 3) uint8, starts (N,), other keys (N, ...)}.

@@ -19,15 +19,12 @@ def always_act(args, step):
 def rebuild(Agent, args, saved, device, directory):
     """The agents of a run's checkpoint or of an exported folder; the latter's have the networks that acting needs only.
 
-    Args:
-        Agent: the algorithm's.
-        args: its arguments, as trained.
-        saved: what export.read_any returned.
-        device: torch device.
-        directory: for messages.
+    Weights or a configuration that do not fit the algorithm end the program with exit code 2.
 
-    Raises:
-        SystemExit: (code 2) for weights or a configuration that do not fit the algorithm.
+    Args:
+        Agent, args: the algorithm's, and the arguments as trained.
+        saved, directory: what export.read_any returned, and of which folder.
+        device: torch device.
     """
     try:
         seeds = range(args.seed, args.seed + args.num_seeds)
@@ -103,30 +100,25 @@ def evaluate(Agent, args, saved, inference, device, acting=always_act):
     inference.csv in the directory: the settings that may differ, the seed of the episodes, eval.csv's columns.
 
     Args:
-        Agent: the algorithm's.
+        Agent, saved, device, acting: see `rebuild` and `load`.
         args: of this program: `evaluate` is the directory, `seed` the episodes' first.
-        saved: what export.read_any returned.
         inference: names of the settings that --evaluate may change.
-        device: torch device.
-        acting: function (args, step) of the name of the agent's method that acts.
     """
     directory, step = Path(args.evaluate), saved["step"]
     if args.export is not None:
         export.check(args.export, saved, args.export_seed)  # before the evaluation, which takes long
     agents = rebuild(Agent, args, saved, device, directory)
     settings = {name: getattr(args, name) for name in inference}
-    method = acting(args, step)
-    first = saved["args"]["seed"]
     episode_seeds = list(range(args.seed, args.seed + args.num_seeds))  # one for each agent
     evaluator = rollout.Evaluator(args, episode_seeds, device, directory)
-    rows = evaluator(agents.function(method), agents.agent.draw_act_noise, step)
+    rows = evaluator(agents.function(acting(args, step)), agents.agent.draw_act_noise, step)
     evaluator.close()
+    first = saved["args"]["seed"]
     rows = [settings | {"episodes_seed": row["seed"]} | row | {"seed": first + i} for i, row in enumerate(rows)]
     runs.append_rows(directory / "inference.csv", rows)
     for row in rows:
-        print(
-            f"seed {row['seed']}: success {row['success']:.2f} at step {step}" + (f", {settings}" if settings else "")
-        )
+        chosen = f", {settings}" if settings else ""
+        print(f"seed {row['seed']}: success {row['success']:.2f} at step {step}{chosen}")
     if args.capture_video:
         print(f"videos: {directory}/videos")
     if args.export is not None:

@@ -28,11 +28,10 @@ class Replay:
 
     def agent_inputs(self):
         """What an agent must know: obs_dim (of pixels the shape of a frame stack), action_dim, extreme rewards."""
-        data = self.dataset
-        obs_shape, rewards = tuple(data["observations"].shape[1:]), data["rewards"]
-        if len(obs_shape) > 1:
-            obs_shape = (*obs_shape[:-1], obs_shape[-1] * pixels.NUM_FRAMES)
-        dims = {"obs_dim": obs_shape[0] if len(obs_shape) == 1 else obs_shape, "action_dim": data["actions"].shape[1]}
+        data, rewards = self.dataset, self.dataset["rewards"]
+        *image, last = data["observations"].shape[1:]  # (D) of states, (H, W, channels) of frames
+        obs_dim = (*image, last * pixels.NUM_FRAMES) if image else last
+        dims = {"obs_dim": obs_dim, "action_dim": data["actions"].shape[1]}
         return dims | {"min_reward": rewards.min().item(), "max_reward": rewards.max().item()}
 
     def append(self, transitions):

@@ -5,104 +5,35 @@ number of workers nor on which of them is faster, and a seed's result not on its
 """
 
 import contextlib
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from common import envs, pixels
-from common.workers import ask, start_workers, stop_workers
+from common.workers import Workers
 
 EXPLORING = 2**32 - 1  # stands for the episode's number in the seeds of the online phase's episodes
 
 
+@dataclass
 class Episode:
-    """An episode that is being played: its number, its noise (T, ...), and what has happened so far."""
+    """What has happened in an episode so far."""
 
-    def __init__(self, number, noise):
-        self.number, self.noise = number, noise
-        self.episode_return, self.length = 0.0, 0
-
-
-def evaluate(workers, policy, draw_noise, seeds, num_episodes, step, device, stop=False, video_dir=None):
-    """Plays `num_episodes` episodes with each seed's policy.
-
-    Args:
-        workers: of `start_workers`.
-        policy: (observations (S, P, D), noise (S, P, ...)) tensors on the device -> actions (S, P, A) in [-1, 1].
-        draw_noise: (CPU generator, T) -> (T, ...), the noise of an episode of T steps.
-        seeds, num_episodes: the S seeds, and the number of episodes per seed.
-        step: the training step, which the episodes' random numbers depend on too.
-        device: torch device of the policy.
-        stop: an object (signals.StopRequest); once it is true, the evaluation is given up.
-        video_dir: directory for a GIF of each seed's first episode (the workers must have been started to render).
-
-    Returns:
-        One row per seed, {step, seed, success (a fraction), episode_return (undiscounted), episode_length, episodes},
-        means over its episodes; None when given up.
-    """
-    S, P = workers.num_seeds, workers.per_seed
-    waiting = [list(range(num_episodes)) for _ in range(S)]  # numbers of each seed's episodes to come
-    playing = {}  # slot (s, p) -> its Episode
-    results = [{} for _ in range(S)]  # of each seed: episode number -> (success, return, length)
-    frames = [[] for _ in range(S)]
-
-    def begin(slots):
-        """Starts the next episode of each slot's seed, where one is left; returns {slot: first observation}."""
-        resets = {}
-        for s, p in slots:
-            playing.pop((s, p), None)
-            if waiting[s]:
-                number = waiting[s].pop(0)
-                words = np.random.SeedSequence([seeds[s], step, number]).generate_state(2, np.uint32)
-                generator = torch.Generator().manual_seed(int(words[0]))
-                playing[s, p] = Episode(number, draw_noise(generator, workers.max_episode_steps))
-                resets[s, p] = int(words[1] >> 1)
-        return ask(workers, "reset", resets)
-
-    bar = tqdm(total=S * num_episodes, desc=f"evaluating at {step}", unit=" episodes", leave=False, position=1)
-    with bar, one_thread():
-        first = begin([(s, p) for s in range(S) for p in range(P)])
-        ob = first[0, 0]
-        observations = np.zeros((S, P, *ob.shape), np.uint8 if ob.dtype == np.uint8 else np.float32)
-        blank = playing[0, 0].noise.new_zeros(S, P, *playing[0, 0].noise.shape[1:])  # where no episode is left
-        while playing:
-            for slot, ob in first.items():
-                observations[slot] = ob
-            if stop:
-                return None
-            noise = blank.clone()
-            for slot, episode in playing.items():
-                noise[slot] = episode.noise[episode.length]
-            actions = policy(torch.as_tensor(observations).to(device), noise.to(device)).cpu().numpy()  # (S, P, A)
-            done = []
-            for slot, reply in ask(workers, "step", {slot: actions[slot] for slot in playing}).items():
-                s, episode = slot[0], playing[slot]
-                observations[slot], reward, terminated, truncated, success = reply
-                episode.episode_return += reward
-                episode.length += 1
-                if video_dir is not None and episode.number == 0:
-                    frames[s].append(ask(workers, "render", {slot: None})[slot])
-                if terminated or truncated:
-                    results[s][episode.number] = (success, episode.episode_return, episode.length)
-                    done.append(slot)
-            first = begin(done)
-            bar.update(len(done))
-    rows = []
-    for s, seed in enumerate(seeds):
-        # In the order of the episodes' numbers, so that the sums do not depend on which ended first.
-        success, episode_return, length = np.mean([results[s][n] for n in range(num_episodes)], axis=0)
-        row = {"step": step, "seed": seed, "success": float(success), "episode_return": float(episode_return)}
-        rows.append(row | {"episode_length": float(length), "episodes": num_episodes})
-        if frames[s]:
-            save_gif(video_dir / f"step{step}-seed{seed}.gif", frames[s])
-    return rows
+    success: float = 0.0
+    episode_return: float = 0.0
+    length: int = 0
+    frames: list = field(default_factory=list)  # of its video
 
 
 class Evaluator:
     """Plays a run's evaluation episodes in worker processes, which start with the first evaluation.
 
-    With --capture-video, each seed's first episode is in `run_dir`/videos.
+    Args:
+        args: the run's arguments: the environment, the number of episodes per seed, ...
+        seeds, device: the S seeds and the torch device of their policies.
+        run_dir: with --capture-video, a GIF of each seed's first episode goes to its folder `videos`.
     """
 
     def __init__(self, args, seeds, device, run_dir):
@@ -111,18 +42,83 @@ class Evaluator:
         self.workers = None
 
     def __call__(self, policy, draw_noise, step, stop=False):
-        """An evaluation's rows, or None when given up; see `evaluate`."""
-        args = self.args
+        """Plays `eval_episodes` episodes with each seed's policy.
+
+        Args:
+            policy: (observations (S, P, D), noise (S, P, ...)) tensors on the device -> actions (S, P, A) in [-1, 1].
+            draw_noise: (CPU generator, T) -> (T, ...), the noise of an episode of T steps.
+            step: the training step, which the episodes' random numbers depend on too.
+            stop: an object (signals.StopRequest); once it is true, the evaluation is given up.
+
+        Returns:
+            One row per seed, {step, seed, success (a fraction), episode_return (undiscounted), episode_length,
+            episodes}, means over its episodes; None when given up.
+        """
+        args, seeds = self.args, self.seeds
         if self.workers is None:
-            sizes = args.env_id, args.num_seeds, args.eval_episodes, args.eval_workers
             frame_stack = pixels.NUM_FRAMES if envs.is_pixels(args.env_id) else 1
-            self.workers = start_workers(*sizes, args.success_timing, frame_stack, render=args.capture_video)
-        rest = self.device, stop, self.video_dir
-        return evaluate(self.workers, policy, draw_noise, self.seeds, args.eval_episodes, step, *rest)
+            self.workers = Workers(args, len(seeds), args.eval_episodes, frame_stack, render=args.capture_video)
+        ask = self.workers.ask
+        episodes = [[] for _ in seeds]  # of each seed, in the order of their numbers
+        playing = {}  # slot (s, p) -> its Episode, and the episode's noise (T, ...)
+
+        def begin(slots):
+            """Starts the next episode of each slot's seed, where one is left; returns {slot: first observation}."""
+            resets = {}
+            for s, p in slots:
+                playing.pop((s, p), None)
+                if len(episodes[s]) < args.eval_episodes:
+                    words = np.random.SeedSequence([seeds[s], step, len(episodes[s])]).generate_state(2, np.uint32)
+                    generator = torch.Generator().manual_seed(int(words[0]))
+                    playing[s, p] = Episode(), draw_noise(generator, self.workers.max_episode_steps)
+                    episodes[s].append(playing[s, p][0])
+                    resets[s, p] = int(words[1] >> 1)
+            return ask("reset", resets)
+
+        total = len(seeds) * args.eval_episodes
+        bar = tqdm(total=total, desc=f"evaluating at {step}", unit=" episodes", leave=False, position=1)
+        with bar, one_thread():
+            first = begin(self.workers.slots)
+            ob, episode_noise = first[0, 0], playing[0, 0][1]
+            shape = len(seeds), len(self.workers.slots) // len(seeds)  # (S, P)
+            observations = np.zeros((*shape, *ob.shape), np.uint8 if ob.dtype == np.uint8 else np.float32)
+            blank = episode_noise.new_zeros(*shape, *episode_noise.shape[1:])  # where no episode is left
+            while playing:
+                for slot, ob in first.items():
+                    observations[slot] = ob
+                if stop:
+                    return None
+                noise = blank.clone()
+                for slot, (episode, episode_noise) in playing.items():
+                    noise[slot] = episode_noise[episode.length]
+                observed = torch.as_tensor(observations).to(self.device)
+                actions = policy(observed, noise.to(self.device)).cpu().numpy()  # (S, P, A)
+                done = []
+                for slot, reply in ask("step", {slot: actions[slot] for slot in playing}).items():
+                    episode, _ = playing[slot]
+                    observations[slot], reward, terminated, truncated, episode.success = reply
+                    episode.episode_return += reward
+                    episode.length += 1
+                    if self.video_dir is not None and episode is episodes[slot[0]][0]:
+                        episode.frames.append(ask("render", {slot: None})[slot])
+                    if terminated or truncated:
+                        done.append(slot)
+                first = begin(done)
+                bar.update(len(done))
+        rows = []
+        for seed, played in zip(seeds, episodes):
+            ends = [(episode.success, episode.episode_return, episode.length) for episode in played]
+            success, episode_return, length = np.mean(ends, axis=0).tolist()
+            row = {"step": step, "seed": seed, "success": success, "episode_return": episode_return}
+            rows.append(row | {"episode_length": length, "episodes": len(played)})
+            if played[0].frames:
+                save_gif(self.video_dir / f"step{step}-seed{seed}.gif", played[0].frames)
+        return rows
 
     def close(self):
         """Ends the worker processes."""
-        stop_workers(self.workers)
+        if self.workers is not None:
+            self.workers.close()
 
 
 class Explorer:
@@ -136,7 +132,7 @@ class Explorer:
         """One environment step of every seed with its stochastic policy; where an episode ends, the next one begins.
 
         Args:
-            policy: see `evaluate`.
+            policy: see `Evaluator`.
             noise: (S, ...) on the device, one action's random numbers for each seed.
             step: the training step, which a new episode's start depends on.
             on_failure: called before the error of an environment that failed or died ends the run.
@@ -154,17 +150,16 @@ class Explorer:
     def _begin(self, which, step):
         """New episodes of the seeds with the indices `which`, functions of (seed, step): first observations (n, D)."""
         words = lambda s: np.random.SeedSequence([self.seeds[s], step, EXPLORING]).generate_state(1, np.uint32)
-        first = ask(self.workers, "reset", {(s, 0): int(words(s)[0] >> 1) for s in which})
+        first = self.workers.ask("reset", {(s, 0): int(words(s)[0] >> 1) for s in which})
         return np.array([first[s, 0] for s in which], np.float32)
 
     def _step(self, policy, noise, step):
         if self.workers is None:
-            args, S = self.args, len(self.seeds)
-            self.workers = start_workers(args.env_id, S, 1, args.eval_workers, args.success_timing)
-            self.observations = self._begin(range(S), step)
+            self.workers = Workers(self.args, len(self.seeds), num_episodes=1)
+            self.observations = self._begin(range(len(self.seeds)), step)
         observations = torch.as_tensor(self.observations).to(self.device)  # (S, D)
         actions = policy(observations.unsqueeze(1), noise.unsqueeze(1)).squeeze(1)  # (S, A)
-        replies = ask(self.workers, "step", {(s, 0): action for s, action in enumerate(actions.cpu().numpy())})
+        replies = self.workers.ask("step", {(s, 0): action for s, action in enumerate(actions.cpu().numpy())})
         next_observations, rewards, terminated, truncated, _ = map(np.array, zip(*replies.values()))
         rows = {"next_observations": next_observations, "rewards": rewards, "masks": 1 - terminated}
         rows = {key: torch.as_tensor(value.astype(np.float32)).to(self.device) for key, value in rows.items()}
@@ -176,7 +171,8 @@ class Explorer:
 
     def close(self):
         """Ends the worker processes."""
-        stop_workers(self.workers)
+        if self.workers is not None:
+            self.workers.close()
 
 
 @contextlib.contextmanager

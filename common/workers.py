@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import traceback
-from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
@@ -20,100 +19,87 @@ from common import envs, num_cores, python_environment
 EPISODES_AT_ONCE = 4
 
 
-@dataclass
 class Workers:
-    """Running worker processes: slot (s, p), the p-th environment of seed s, is in the process number `where[s, p]`."""
-
-    num_seeds: int
-    per_seed: int
-    where: dict
-    processes: list
-    connections: list
-    max_episode_steps: int = 0
-
-
-def start_workers(env_id, num_seeds, num_episodes, num_workers=0, success_timing="post", frame_stack=1, render=False):
-    """Starts worker processes with their environments: the Workers for `ask` and `stop_workers`.
+    """Worker processes with their environments; slot (s, p), the p-th environment of seed s, lives in one of them.
 
     Args:
-        env_id, success_timing, frame_stack, render: see `envs.make_env`.
+        args: the run's arguments: the environment, and the number of processes.
         num_seeds, num_episodes: of an evaluation; no more environments are made than it can use.
-        num_workers: processes; 0 for one per core, at most 16.
+        frame_stack, render: see `envs.make_env`.
+
+    Attributes:
+        slots: [(s, p)], all of them.
+        max_episode_steps: an episode's most steps.
     """
-    per_seed = min(num_episodes, EPISODES_AT_ONCE)
-    slots = [(s, p) for s in range(num_seeds) for p in range(per_seed)]
-    num_workers = min(num_workers or min(16, num_cores()), len(slots))
-    workers = Workers(num_seeds, per_seed, {slot: i % num_workers for i, slot in enumerate(slots)}, [], [])
 
-    environment = python_environment()
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    if render and environment.get("MUJOCO_GL") == "disable":
-        environment["MUJOCO_GL"] = "egl"
-    for _ in range(num_workers):
-        connection, child = Pipe()
-        command = [sys.executable, "-m", "common.workers", str(child.fileno())]
-        workers.processes.append(subprocess.Popen(command, env=environment, pass_fds=[child.fileno()]))
-        workers.connections.append(connection)
-        child.close()
-    kwargs = dict(env_id=env_id, success_timing=success_timing, frame_stack=frame_stack, render=render)
-    requests = {worker: ("make", (slots[worker::num_workers], kwargs)) for worker in range(num_workers)}
-    workers.max_episode_steps = _exchange(workers, requests)[0]
-    return workers
+    def __init__(self, args, num_seeds, num_episodes, frame_stack=1, render=False):
+        self.slots = [(s, p) for s in range(num_seeds) for p in range(min(num_episodes, EPISODES_AT_ONCE))]
+        num_workers = min(args.eval_workers or min(16, num_cores()), len(self.slots))
+        self.where = {slot: i % num_workers for i, slot in enumerate(self.slots)}  # slot -> number of its process
+        self.processes, self.connections = [], []
 
+        environment = python_environment()
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        if render and environment.get("MUJOCO_GL") == "disable":
+            environment["MUJOCO_GL"] = "egl"
+        for _ in range(num_workers):
+            connection, child = Pipe()
+            command = [sys.executable, "-m", "common.workers", str(child.fileno())]
+            self.processes.append(subprocess.Popen(command, env=environment, pass_fds=[child.fileno()]))
+            self.connections.append(connection)
+            child.close()
+        options = args.env_id, args.success_timing, frame_stack, render
+        requests = {worker: ("make", (self.slots[worker::num_workers], options)) for worker in range(num_workers)}
+        self.max_episode_steps = self._exchange(requests)[0]
 
-def stop_workers(workers):
-    """Ends the processes (None: there are none); idle ones leave by themselves when their connection closes."""
-    if workers is None:
-        return
-    for connection in workers.connections:
-        connection.close()
-    for process in workers.processes:
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
+    def close(self):
+        """Ends the processes; idle ones leave by themselves when their connection closes."""
+        for connection in self.connections:
+            connection.close()
+        for process in self.processes:
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
+    def ask(self, kind, values):
+        """Sends {(s, p): value} to the slots' workers in one request each; returns {(s, p): reply}.
 
-def ask(workers, kind, values):
-    """Sends {(s, p): value} to the slots' workers in one request each; returns {(s, p): reply}.
+        A worker that failed, or died, is a RuntimeError with its traceback, or exit code.
 
-    A worker that failed, or died, is a RuntimeError with its traceback, or exit code.
+        Args:
+            kind: "reset" (value: a seed; reply: the observation), "step" (an action; (observation, reward, terminated,
+                truncated, success)) or "render" (None; a frame).
+            values: {(s, p): value}.
+        """
+        requests = {}
+        for slot, value in values.items():
+            requests.setdefault(self.where[slot], (kind, {}))[1][slot] = value
+        replies = self._exchange(requests)
+        return {slot: replies[self.where[slot]][slot] for slot in values}
 
-    Args:
-        workers: of `start_workers`.
-        kind: "reset" (value: a seed; reply: the observation), "step" (an action; (observation, reward, terminated,
-            truncated, success)) or "render" (None; a frame).
-        values: {(s, p): value}.
-    """
-    requests = {}
-    for slot, value in values.items():
-        requests.setdefault(workers.where[slot], (kind, {}))[1][slot] = value
-    replies = _exchange(workers, requests)
-    return {slot: replies[workers.where[slot]][slot] for slot in values}
-
-
-def _exchange(workers, requests):
-    """Sends {worker: request}; returns {worker: reply}."""
-    for worker, request in requests.items():
-        with contextlib.suppress(OSError):  # the reason stands in its last reply, or in its exit code
-            workers.connections[worker].send(request)
-    replies = {}
-    for worker in requests:
-        try:
-            ok, replies[worker] = workers.connections[worker].recv()
-        except (EOFError, OSError):
-            code = workers.processes[worker].wait()
-            died = f"environment worker {worker} died with exit code {code} (negative: killed by that signal)"
-            raise RuntimeError(died) from None
-        if not ok:
-            raise RuntimeError(f"environment worker {worker} failed:\n{replies[worker]}")
-    return replies
+    def _exchange(self, requests):
+        """Sends {worker: request}; returns {worker: reply}."""
+        for worker, request in requests.items():
+            with contextlib.suppress(OSError):  # the reason stands in its last reply, or in its exit code
+                self.connections[worker].send(request)
+        replies = {}
+        for worker in requests:
+            try:
+                ok, replies[worker] = self.connections[worker].recv()
+            except (EOFError, OSError):
+                code = self.processes[worker].wait()
+                died = f"environment worker {worker} died with exit code {code} (negative: killed by that signal)"
+                raise RuntimeError(died) from None
+            if not ok:
+                raise RuntimeError(f"environment worker {worker} failed:\n{replies[worker]}")
+        return replies
 
 
 def serve(connection):
-    """The worker process: answers the requests of `ask` until the other end closes.
+    """The worker process: answers the requests of `Workers` until the other end closes.
 
-    The first request is ("make", (slots, make_env's keyword arguments)), replied with an episode's most steps. Every
+    The first request is ("make", (slots, make_env's arguments)), replied with an episode's most steps. Every
     reply is (ok, value); a failure is replied as (False, traceback) and ends the worker.
     """
     try:
@@ -123,8 +109,8 @@ def serve(connection):
             except EOFError:
                 return
             if kind == "make":
-                slots, kwargs = values
-                made = {slot: envs.make_env(**kwargs) for slot in slots}
+                slots, options = values
+                made = {slot: envs.make_env(*options) for slot in slots}
                 reply = made[slots[0]].spec.max_episode_steps
             else:
                 reply = {slot: _answer(made[slot], kind, value) for slot, value in values.items()}

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import ogbench
 import pytest
-from conftest import ALGORITHMS, assert_refused
+from conftest import ALGORITHMS, assert_refused, parse
 
 from common import datasets, envs, generate
 
@@ -133,7 +133,9 @@ def test_maze_rewards_are_those_of_the_goal_distance(maze_data):
 
 
 def test_generated_data_is_made_once_and_named_so(tmp_path):
-    find = lambda: datasets.find_dataset("pointmaze-medium-navigate-singletask-v0", tmp_path, None, "generated", 2)
+    words = ["--dataset-source", "generated", "--generated-episodes", "2", "--dataset-dir", str(tmp_path)]
+    args = parse("floq", "--env-id", "pointmaze-medium-navigate-singletask-v0", *words)
+    find = lambda: datasets.find_dataset(args)
     path = find()
     stamp = path.stat().st_mtime_ns
     assert "-generated-2ep-" in path.name and find().stat().st_mtime_ns == stamp
@@ -141,8 +143,10 @@ def test_generated_data_is_made_once_and_named_so(tmp_path):
 
 def test_processes_that_start_together_share_one_collection(tmp_path):
     code = (
-        "import sys; from common import datasets;"
-        "print(datasets.find_dataset('pointmaze-medium-navigate-singletask-v0', sys.argv[1], None, 'generated', 30))"
+        "import sys, floq; from common import datasets;"
+        "sizes = dict(dataset_source='generated', generated_episodes=30);"
+        "args = floq.Args(env_id='pointmaze-medium-navigate-singletask-v0', dataset_dir=sys.argv[1], **sizes);"
+        "print(datasets.find_dataset(args))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]

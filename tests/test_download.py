@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from conftest import parse
 
 from common import datasets, download
 
@@ -167,10 +168,11 @@ def test_find_dataset_downloads_what_is_missing_and_only_that(tmp_path, monkeypa
     server = Server()
     use(monkeypatch, server)
     (tmp_path / "cube-single-play-v0-val.npz").write_bytes(b"already here")
-    path = datasets.find_dataset("cube-single-play-singletask-task3-v0", tmp_path)
+    args = parse("floq", "--env-id", "cube-single-play-singletask-task3-v0", "--dataset-dir", str(tmp_path))
+    path = datasets.find_dataset(args)
     assert path == tmp_path / "cube-single-play-v0.npz"
     assert [request[0] for request in server.requests] == ["/cube-single-play-v0.npz"]
-    datasets.find_dataset("cube-single-play-singletask-task3-v0", tmp_path)
+    datasets.find_dataset(args)
     assert len(server.requests) == 1
 
 

@@ -245,7 +245,7 @@ def test_the_published_label_of_a_known_return_makes_its_velocity(latents):
     batch, noise = evor_inputs(agent)
     label = agent.flow_td(batch, noise)[1]
     torch.testing.assert_close(label.squeeze(-1), batch["rewards"] + 0.99 * batch["masks"] * -7.0)
-    returns = agent.returns(torch.randn(2, 8), torch.tensor([[0.5], [-1.5]]))
+    returns = agent.return_samples(torch.randn(2, 8), torch.tensor([[0.5], [-1.5]]))
     torch.testing.assert_close(returns, torch.tensor([[-6.5], [-8.5]]))
 
 
@@ -361,7 +361,7 @@ def test_returns_are_clipped_to_their_range():
     for clip, expected in ((True, -100.0), (False, None)):
         agent = make_agent(small_args(clip_flow_returns=clip), min_reward=-1.0)
         constant_target_field(agent, -5_000.0)
-        returns = agent.returns(torch.randn(12, 8), torch.randn(12, 1))
+        returns = agent.return_samples(torch.randn(12, 8), torch.randn(12, 1))
         assert (returns == expected).all() if clip else (returns < -4_000).all()
 
 

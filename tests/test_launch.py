@@ -496,6 +496,19 @@ def test_slurm_jobs_are_killed_and_queued_again(slurm, maze_data, tmp_path):
     assert "2 jobs: 2 skipped" in out and out.count("done: ") == 2
 
 
+def test_a_single_slurm_job_which_is_no_array_is_queued_again_too(slurm, tmp_path):
+    words = ["--executor", "slurm", "--gpus-per-node", 0, "--cpus-per-task", 1, "--mem-gb", 1, "--watch"]
+    words = stub_sweep(
+        tmp_path, *words, "--", "--total-timesteps", 200, env_ids="cube-single-play-singletask-v0", seeds=1
+    )
+    process = start_launch(*words, env=slurm)
+    wait_for(process, lambda: [path for path in stub_runs(tmp_path) if (path / "checkpoint.pt").exists()])
+    (path,) = tmp_path.glob("launch/*/state.json")
+    slurm_says(slurm, "scancel", "--signal=USR2", json.loads(path.read_text())["slurm"])
+    out, _ = finish_launch(process)
+    assert ": done, step 200/200" in out and json.loads(path.read_text())["starts"] == 2
+
+
 def has_row(runs_dir, env_id, step):
     """The run directory of an environment once its train.csv has a step."""
     found = [path for path in runs_dir.glob(f"{env_id}__*/train.csv") if f"\n{step}," in path.read_text()]

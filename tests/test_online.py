@@ -205,13 +205,12 @@ def test_the_same_command_gives_the_same_files_and_online_follows_an_unchanged_o
 def test_each_phase_acts_with_its_own_policy(online_flags, tmp_path, algorithm, online_policy):
     code = (
         "import runpy, sys; from common import rollout\n"
-        "evaluate, explore = rollout.evaluate, rollout.Explorer.__call__\n"
-        "def spy_evaluate(workers, policy, draw, seeds, episodes, step, *rest):\n"
-        "    print('evaluate', step, policy.__name__)\n"
-        "    return evaluate(workers, policy, draw, seeds, episodes, step, *rest)\n"
+        "evaluate, explore = rollout.Evaluator.__call__, rollout.Explorer.__call__\n"
+        "def spy_evaluate(evaluator, policy, draw, step, *rest):\n"
+        "    print('evaluate', step, policy.__name__); return evaluate(evaluator, policy, draw, step, *rest)\n"
         "def spy_explore(explorer, policy, *rest, **named):\n"
         "    print('explore', policy.__name__); return explore(explorer, policy, *rest, **named)\n"
-        "rollout.evaluate, rollout.Explorer.__call__ = spy_evaluate, spy_explore\n"
+        "rollout.Evaluator.__call__, rollout.Explorer.__call__ = spy_evaluate, spy_explore\n"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     short = ["--total-timesteps", 2, "--online-timesteps", 2, "--runs-dir", tmp_path]

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -39,8 +40,10 @@ def test_batches_stack_frames_as_the_environments_wrapper_does():
     times = batch["next_observations"][:, :, 0, 0, ::3].tolist()
     assert times == [[[0, 0, 1], [0, 1, 2], [1, 2, 3]], [[10, 10, 11], [13, 14, 15], [22, 23, 24]]]
 
-    class Env:  # the first trajectory, played
-        def reset(self):
+    class Env(gymnasium.Env):  # the first trajectory, played
+        observation_space = gymnasium.spaces.Box(0, 255, (4, 4, 3), np.uint8)
+
+        def reset(self, **kwargs):
             self.time = 0
             return np.zeros((4, 4, 3), np.uint8), {}
 
@@ -48,7 +51,7 @@ def test_batches_stack_frames_as_the_environments_wrapper_does():
             self.time += 1
             return np.full((4, 4, 3), self.time, np.uint8), 0.0, False, False, {}
 
-    env = envs.FrameStack(Env(), pixels.NUM_FRAMES)
+    env = envs.stack_frames(Env(), pixels.NUM_FRAMES)
     played = [env.reset()[0], env.step(None)[0], env.step(None)[0]]
     assert np.array_equal(np.stack(played), batch["observations"][0].numpy())
 

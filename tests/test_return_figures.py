@@ -24,11 +24,11 @@ def chain(rewards, masks, starts):
 
 def test_reward_to_go_by_hand():
     data = chain([-1.0, -1.0, 0.0, -1.0, -1.0, -1.0], [1.0, 1.0, 0.0, 1.0, 1.0, 1.0], starts=[0, 4])
-    returns, cut_off = reward_to_go(data, 0.5)
+    returns, cut_off = reward_to_go(data, 0.5), return_figures.cut_off_discounts(data, 0.5)
     np.testing.assert_allclose(returns, [-1.5, -1.0, 0.0, -1.0, -1.5, -1.0])  # row 3 ends the first trajectory
     np.testing.assert_allclose(cut_off, [0, 0, 0, 0.5, 0.25, 0.5])
     data = chain([-1.0] * 10, [1.0] * 10, starts=[0])
-    returns, cut_off = reward_to_go(data, 0.5)
+    returns, cut_off = reward_to_go(data, 0.5), return_figures.cut_off_discounts(data, 0.5)
     np.testing.assert_allclose(returns, [-2 * (1 - 0.5 ** (10 - i)) for i in range(10)])
     np.testing.assert_allclose(cut_off, [0.5 ** (10 - i) for i in range(10)])
 

@@ -3,38 +3,41 @@
 import os
 import signal
 import time
+from dataclasses import replace
+from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import ENV_ID, make_expert, small_args
+from conftest import ENV_ID, make_expert, parse, small_args
 
 from common import envs, rollout
 from common.stacked import Stacked
-from common.workers import start_workers, stop_workers
 
 
 @pytest.fixture
 def start():
-    """start(**changes) -> evaluation workers of two seeds, ended after the test."""
+    """start(**changes) -> the evaluator of two seeds, its workers ended after the test."""
     started = []
 
-    def start(num_episodes=3, num_workers=2, num_seeds=2, **changes):
-        started.append(start_workers(ENV_ID, num_seeds, num_episodes, num_workers, **changes))
+    def start(num_episodes=3, num_workers=2, num_seeds=2, run_dir=Path(), **changes):
+        sizes = dict(num_seeds=num_seeds, eval_episodes=num_episodes, eval_workers=num_workers)
+        args = replace(parse("floq", "--env-id", ENV_ID), **sizes, **changes)
+        started.append(rollout.Evaluator(args, list(range(10, 10 + num_seeds)), "cpu", run_dir))
         return started[-1]
 
     yield start
-    for workers in started:
-        stop_workers(workers)
+    for evaluator in started:
+        evaluator.close()
 
 
 def draw_noise(generator, num_steps):
     return torch.randn(num_steps, 2, generator=generator)
 
 
-def evaluate(workers, policy, num_episodes=3, step=5, **kwargs):
-    seeds = list(range(10, 10 + workers.num_seeds))
-    return rollout.evaluate(workers, policy, draw_noise, seeds, num_episodes, step, "cpu", **kwargs)
+def evaluate(evaluator, policy, step=5, **kwargs):
+    return evaluator(policy, draw_noise, step, **kwargs)
 
 
 def count_by_hand(policy, seed, num_episodes, step, success_timing="post"):
@@ -66,7 +69,7 @@ def test_expert_succeeds_and_equals_a_hand_count(start):
 
 
 def test_a_policy_that_stands_still_never_succeeds(start):
-    for row in evaluate(start(num_episodes=1), lambda observations, noise: torch.zeros_like(observations), 1):
+    for row in evaluate(start(num_episodes=1), lambda observations, noise: torch.zeros_like(observations)):
         assert (row["success"], row["episode_return"], row["episode_length"]) == (0.0, -1000.0, 1000.0)
 
 
@@ -75,7 +78,7 @@ def test_a_policy_that_sometimes_succeeds_is_counted_right(start):
     # The start is (16, 20) +- 1 and the way leads to the right: episodes that start in the cell's left half stay there.
     stuck = lambda ob: (15 <= ob[..., :1]) & (ob[..., :1] < 16) & (ob[..., 1:] > 18.5)
     sometimes = lambda observations, noise: expert(observations, noise) * ~stuck(observations)
-    rows = evaluate(start(num_episodes=6), sometimes, 6)
+    rows = evaluate(start(num_episodes=6), sometimes)
     by_hand = [count_by_hand(sometimes, seed, 6, 5) for seed in (10, 11)]
     assert 0 < np.concatenate(by_hand)[:, 0].mean() < 1
     for row, episodes in zip(rows, by_hand):
@@ -99,8 +102,7 @@ def test_a_network_acts_the_same_on_any_number_of_workers(start):
     act = {n: Stacked(make_agent, range(10, 10 + n), "cpu", 1e-3).function("act") for n in (1, 2)}
 
     def rows(num_workers, num_seeds):
-        workers = start(num_episodes=9, num_workers=num_workers, num_seeds=num_seeds)
-        return evaluate(workers, act[num_seeds], num_episodes=9)
+        return evaluate(start(num_episodes=9, num_workers=num_workers, num_seeds=num_seeds), act[num_seeds])
 
     expected = rows(2, 2)
     assert rows(1, 2) == rows(3, 2) == expected
@@ -137,15 +139,15 @@ def test_reset_is_a_function_of_its_seed(env_id):
 
 
 def test_a_killed_worker_is_an_error_and_not_a_hang(start):
-    workers = start()
+    evaluator = start()
 
     def policy(observations, noise):
-        os.kill(workers.processes[0].pid, signal.SIGKILL)
+        os.kill(evaluator.workers.processes[0].pid, signal.SIGKILL)
         return torch.zeros_like(observations)
 
     begin = time.time()
     with pytest.raises(RuntimeError, match="worker 0 died with exit code -9"):
-        evaluate(workers, policy)
+        evaluate(evaluator, policy)
     assert time.time() - begin < 20
 
 
@@ -166,7 +168,9 @@ def test_an_evaluation_can_be_given_up(start):
 
 
 def test_frames_are_stacked_on_the_channel_axis():
-    class Env:
+    class Env(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(0, 255, (4, 4, 3), np.uint8)
+
         def reset(self, **kwargs):
             self.count = 0
             return np.full((4, 4, 3), 0, np.uint8), {}
@@ -175,8 +179,8 @@ def test_frames_are_stacked_on_the_channel_axis():
             self.count += 1
             return np.full((4, 4, 3), self.count, np.uint8), 0.0, False, False, {}
 
-    env = envs.FrameStack(Env(), 3)
-    assert env.reset()[0].shape == (4, 4, 9) and env.reset()[0].max() == 0
+    env = envs.stack_frames(Env(), 3)
+    assert env.reset()[0].shape == env.observation_space.shape == (4, 4, 9) and env.reset()[0].max() == 0
     env.step(None)
     assert env.step(None)[0][0, 0, ::3].tolist() == [0, 1, 2]
     assert env.step(None)[0][0, 0, ::3].tolist() == [1, 2, 3]
@@ -186,8 +190,7 @@ def test_video_of_each_seeds_first_episode(start, tmp_path):
     from PIL import Image
 
     try:
-        workers = start(num_episodes=2, num_seeds=1, render=True)
-        rows = evaluate(workers, make_expert(), 2, video_dir=tmp_path / "videos")
+        rows = evaluate(start(num_episodes=2, num_seeds=1, capture_video=True, run_dir=tmp_path), make_expert())
     except RuntimeError as error:
         if "GL" in str(error):
             pytest.skip("no OpenGL on this machine")
@@ -196,7 +199,7 @@ def test_video_of_each_seeds_first_episode(start, tmp_path):
         assert row["success"] == 1.0
         with Image.open(tmp_path / "videos" / f"step5-seed{row['seed']}.gif") as image:
             assert image.n_frames > 5 and image.size == (200, 200)
-    assert evaluate(start(num_episodes=2, num_seeds=1), make_expert(), 2) == rows  # rendering changes no number
+    assert evaluate(start(num_episodes=2, num_seeds=1), make_expert()) == rows  # rendering changes no number
 
 
 def test_gif_has_every_frame(tmp_path):

@@ -99,14 +99,17 @@ def test_precisions_of_the_cpu(same_precision, capsys):
 
 
 def test_without_a_compiler_the_losses_stay_and_a_warning_says_so(monkeypatch, capsys):
-    def no_compiler(function):
+    def no_compiler(function, options):
         raise RuntimeError("\nno C++ compiler was found\nmore lines")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    agents = make_agents(small_args("evor"))
-    graphs.FastUpdate(agents, None, compile=True, cudagraphs=False)
-    assert not agents.compiled
-    assert "--compile: torch.compile fails here (no C++ compiler was found)" in capsys.readouterr().err
+    eager, agents = (make_agents(small_args("evor")) for _ in range(2))
+    batch, noise = stacked_inputs(agents)
+    one_update = lambda draws: update(agents, batch, draws)
+    fast = graphs.FastUpdate(agents, one_update, compile=True, cudagraphs=False)
+    expected, updated = update(eager, batch, noise), fast(noise)
+    assert all(torch.equal(updated[name], value) for name, value in expected.items()) and not agents.compiled
+    assert "--compile fails here (no C++ compiler was found)" in capsys.readouterr().err
 
 
 def test_out_of_memory_says_how_many_seeds_may_fit(monkeypatch, capsys):

@@ -3,8 +3,10 @@
 import contextlib
 import difflib
 import fnmatch
+import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import re
@@ -66,15 +68,13 @@ def make_jobs(options, extra):
     for word in extra:
         if word.split("=")[0].replace("_", "-") in OWN_FLAGS:
             fail(f"{word} after --: the launcher sets it itself (--env-ids, --seed, --seeds, --runs-dir; see --help)")
-    seeds = range(options.seed, options.seed + options.seeds)
-    size = options.seeds_per_job or options.seeds
+    files = dict.fromkeys(find_method(name) for name in options.methods)
+    seeds, size = range(options.seed, options.seed + options.seeds), options.seeds_per_job or options.seeds
+    parts = [tuple(seeds[i : i + size]) for i in range(0, len(seeds), size)]
     wanted = []
-    for file in dict.fromkeys(find_method(name) for name in options.methods):
-        for env_id in expand_env_ids(options.env_ids):
-            for part in (seeds[i : i + size] for i in range(0, len(seeds), size)):
-                words = ["--env-id", env_id, "--seed", str(part[0]), "--num-seeds", str(len(part))]
-                words += ["--runs-dir", options.runs_dir, *extra]
-                wanted.append((file, env_id, tuple(part), Path(options.runs_dir), words))
+    for file, env_id, part in itertools.product(files, expand_env_ids(options.env_ids), parts):
+        words = ["--env-id", env_id, "--seed", str(part[0]), "--num-seeds", str(len(part))]
+        wanted.append((file, env_id, part, Path(options.runs_dir), [*words, "--runs-dir", options.runs_dir, *extra]))
 
     # In a process of its own: torch and the algorithms are not needed afterwards.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -132,9 +132,9 @@ def resolve(commands):
 
     from common import arguments, generate
 
-    resolved, modules = [], {}
+    resolved = []
     for file, words in commands:
-        module = modules[file] = modules.get(file) or load_method(file)
+        module = load_method(file)
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 args, _ = module.parse_args(words)
@@ -152,6 +152,7 @@ def resolve(commands):
     return resolved, torch.cuda.device_count()
 
 
+@functools.cache
 def load_method(file):
     """The module of an algorithm's file, wherever that lies; one without `parse_args` ends the program with code 2."""
     spec = importlib.util.spec_from_file_location(file.stem, file)

@@ -55,7 +55,6 @@ def start(job, device, threads):
     with lock:
         action, run_dir = state.choose(job)
         if action == "skip":
-            state.refresh(job)
             job.state, job.note = "done", ""
             return None
         if full := missing_space(job):

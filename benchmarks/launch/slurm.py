@@ -18,11 +18,12 @@ def train(job, gpus, cpus, max_restarts, grace):
     At SIGTERM the algorithm saves and leaves, and SLURM decides what follows. At SIGUSR2, which SLURM sends before the
     time limit, it saves, and the job is queued again.
     """
+    import submitit
+
     threads = os.environ.get("OMP_NUM_THREADS", str(cpus))
     code = local.run([job], local.find_devices((), gpus), threads, max_restarts, grace)
     if code == 128 + signal.SIGUSR2:
-        name = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-        subprocess.run(["scontrol", "requeue", name], check=True)
+        subprocess.run(["scontrol", "requeue", submitit.JobEnvironment().job_id], check=True)
     if code >= 128:
         time.sleep(600)  # a process that ends by itself counts as finished and is not queued again
     elif code != 0:
@@ -35,14 +36,13 @@ def run(jobs, options):
 
     os.environ.update(python_environment())  # SLURM's processes import `train`
     executor = submitit.SlurmExecutor(jobs[0].runs_dir / "launch" / "submitit")
-    names = ("partition", "account", "qos", "cpus_per_task", "signal_delay_s", "array_parallelism")
-    parameters = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.gpus_per_node:
-        parameters["gpus_per_node"] = options.gpus_per_node
+    names = ("partition", "account", "qos", "gpus_per_node")
     executor.update_parameters(
-        job_name="cleanflow", time=options.timeout_min, mem=f"{options.mem_gb}GB",
+        job_name="cleanflow", time=options.timeout_min, mem=f"{options.mem_gb}GB", cpus_per_task=options.cpus_per_task,
         srun_args=[f"--cpus-per-task={options.cpus_per_task}"],  # srun does not take it over from sbatch
-        additional_parameters={"requeue": True}, **parameters,
+        signal_delay_s=options.signal_delay_s, array_parallelism=options.array_parallelism,
+        additional_parameters={"requeue": True},
+        **{name: getattr(options, name) for name in names if getattr(options, name)},
     )  # fmt: skip
     grace = max(5, options.signal_delay_s - 15)  # the rest is for queueing again
     words = options.gpus_per_node, options.cpus_per_task, options.max_restarts, grace
@@ -65,18 +65,14 @@ def queue(jobs):
     """{SLURM job id: state} of the user's queue; {} if none of `jobs` was submitted, None if it is not known."""
     if not any(state.read_json(job.folder / "state.json").get("slurm") for job in jobs):
         return {}
-    words = ["squeue", "--me", "--noheader", "--array", "--format=%A %F %K %T"]
+    words = ["squeue", "--me", "--noheader", "--array", "--format=%i %T"]
     try:
         lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError) as error:
         text = getattr(error, "stderr", None) or str(error)
         warn(f"SLURM's queue is not known: {text.strip().splitlines()[-1]}")
         return None
-    queued = {}
-    for line in lines:
-        own, array, index, place = line.split(maxsplit=3)
-        queued[own if index == "N/A" else f"{array}_{index}"] = place
-    return queued
+    return dict(line.split() for line in lines)
 
 
 def look(jobs):

@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks.launch.jobs import absolute
 from benchmarks.tables import read_rows
 from common import warn
+from common.download import DAMAGE
 
 # --- Runs ---
 
@@ -63,13 +64,10 @@ def read_json(path):
 
 def has_checkpoint(run_dir):
     """Whether one of the run's checkpoints is whole (torch, which takes seconds to import, is not needed for that)."""
-    for path in sorted(run_dir.glob("checkpoint*.pt")):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is None:
-                    return True
-        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile):
-            continue
+    for path in run_dir.glob("checkpoint*.pt"):
+        with contextlib.suppress(*DAMAGE), zipfile.ZipFile(path) as archive:
+            if archive.testzip() is None:
+                return True
     return False
 
 
@@ -78,10 +76,9 @@ def choose(job):
 
     A run that was killed before its first checkpoint is left alone: it has nothing to continue from.
     """
+    if finished := refresh(job):
+        return "skip", finished
     newest_first = find_runs(job)[::-1]
-    for run in newest_first:
-        if run.finished:
-            return "skip", run.path
     for run in sorted(newest_first, key=lambda run: run.step, reverse=True):
         if run.step <= job.last_step and has_checkpoint(run.path):
             return "resume", run.path

@@ -34,11 +34,9 @@ def table(jobs, height=None):
 def line(job):
     """A job's line where there is no table."""
     method, env_id, seeds, state, step, success, rate, _, note = cells(job)
-    note = f" ({note})" if note else ""
-    success = f", success {success}" if success else ""
-    rate = f", {rate} updates/s" if rate else ""
-    restarts = f", restarts {job.restarts}" if job.restarts else ""
-    return f"{method} {env_id} seeds {seeds}: {state}{note}, step {step}{success}{rate}{restarts}"
+    parts = {"step {}": step, "success {}": success, "{} updates/s": rate, "restarts {}": job.restarts}
+    known = ", ".join(text.format(value) for text, value in parts.items() if value)
+    return f"{method} {env_id} seeds {seeds}: {state}{note and f' ({note})'}, {known}"
 
 
 class Screen:

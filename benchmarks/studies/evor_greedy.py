@@ -34,7 +34,6 @@ import evor
 from common import checkpoint, fail, policies, rollout, runs
 from common.device import setup_torch
 from common.stacked import Stacked
-from common.workers import start_workers, stop_workers
 
 KEEP_EVERY = 20  # steps between the states at which ratings are compared
 
@@ -140,7 +139,7 @@ if __name__ == "__main__":
     saved = checkpoint.load(options.run, "--run")
     if saved["algorithm"] != "evor":
         fail(f"--run {options.run} is a run of {saved['algorithm']}.py, not of evor.py")
-    args = evor.Args(**saved["args"])
+    args = replace(evor.Args(**saved["args"]), eval_episodes=options.episodes, capture_video=False)
     device = setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available(), matmul_precision=None))
     seeds = list(range(args.seed, args.seed + args.num_seeds))
     agents = policies.rebuild(evor.Agent, args, saved, device, options.run)
@@ -149,7 +148,7 @@ if __name__ == "__main__":
     output = Path(options.output) if options.output else Path(options.run) / "greedy"
     output.with_suffix(".csv").unlink(missing_ok=True)
 
-    workers = start_workers(args.env_id, len(seeds), options.episodes, args.eval_workers, args.success_timing)
+    evaluator = rollout.Evaluator(args, seeds, device, Path(options.run))
     visited = []
     numbers = options.num_actions or (args.num_actions,)
     for name, number in tqdm(list(itertools.product(options.policies, numbers)), unit=" policies"):
@@ -163,13 +162,12 @@ if __name__ == "__main__":
             steps += 1
             return policy(observations, noise)
 
-        draw = agents.agent.draw_act_noise
-        rows = rollout.evaluate(workers, watched, draw, seeds, options.episodes, saved["step"], device)
+        rows = evaluator(watched, agents.agent.draw_act_noise, saved["step"])
         rows = [{"policy": name, "num_actions": number} | row for row in rows]
         runs.append_rows(output.with_suffix(".csv"), rows)
         success = " ".join(f"{row['success']:.2f}" for row in rows)
         tqdm.write(f"{name}, {number} candidates: success {success}")
-    stop_workers(workers)
+    evaluator.close()
 
     agents.agent.args = args
     if visited:

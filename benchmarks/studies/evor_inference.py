@@ -21,7 +21,6 @@ import evor
 from benchmarks.scores import interval
 from common import checkpoint, fail, policies, rollout, runs
 from common.device import setup_torch
-from common.workers import start_workers, stop_workers
 
 SWEEPS = {
     "num_actions": (1, 2, 4, 8, 16, 32, 64),
@@ -98,9 +97,9 @@ if __name__ == "__main__":
     if options.episodes is not None and options.episodes < 1:
         fail(f"--episodes {options.episodes}: must be above zero")
     args = evor.Args(**payload["args"])
+    args = replace(args, eval_episodes=options.episodes or args.eval_episodes, capture_video=False)
     device = setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available(), matmul_precision=None))
     seeds = list(range(args.seed, args.seed + args.num_seeds))
-    episodes = options.episodes or args.eval_episodes
     agents = policies.rebuild(evor.Agent, args, payload, device, options.run)
     agent, act = agents.agent, agents.function("act")
     base = {name: getattr(args, name) for name in SWEEPS}
@@ -108,17 +107,17 @@ if __name__ == "__main__":
     output = Path(options.output) if options.output else Path(options.run) / "inference_scaling"
     output.with_suffix(".csv").unlink(missing_ok=True)
 
-    workers = start_workers(args.env_id, args.num_seeds, episodes, args.eval_workers, args.success_timing)
+    evaluator = rollout.Evaluator(args, seeds, device, Path(options.run))
     rows, known = [], {}
     for name, setting in tqdm(settings, unit=" settings"):
         key, start = tuple(setting.values()), time.perf_counter()
         if key not in known:  # the run's own settings are a point of every sweep
             agent.args = replace(args, **setting)
-            known[key] = rollout.evaluate(workers, act, agent.draw_act_noise, seeds, episodes, payload["step"], device)
+            known[key] = evaluator(act, agent.draw_act_noise, payload["step"])
         new = [{"sweep": name} | setting | row for row in known[key]]
         rows += new
         runs.append_rows(output.with_suffix(".csv"), new)
         tqdm.write(f"{name} {setting[name]:g}: success {success_text(new)} ({time.perf_counter() - start:.0f} s)")
-    stop_workers(workers)
+    evaluator.close()
     draw(output.with_suffix(".png"), rows, base)
     print(f"saved {output.with_suffix('.csv')} and {output.with_suffix('.png')}")

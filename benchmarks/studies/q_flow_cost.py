@@ -121,7 +121,8 @@ def measure(options):
         with FlopCounterMode(display=False) as counter:
             split(batch | noise)
         gflop[name] = counter.get_total_flops() / 1e9
-        updates[name] = graphs.capture(split, batch | noise, agents.state_tensors())
+        on_gpu = device.type == "cuda"
+        updates[name] = graphs.capture(split, batch | noise, agents.state_tensors()) if on_gpu else split
         for _ in range(2):
             updates[name](batch | noise)
     for _ in tqdm(range(options.repeats), desc="timing", unit=" rounds"):

@@ -13,7 +13,7 @@ Flows' are those of the improved policy and may lie higher.
 """
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -61,11 +61,11 @@ def end_points(agent, condition, noise):
     (zeros for EVOR): (N, D + A), (N, 1) -> (N, 1), (N, 1).
     """
     if isinstance(agent, evor.Agent):
-        returns = agent.returns(condition, noise)
+        returns = agent.return_samples(condition, noise)
         return returns, torch.zeros_like(returns)
-    fields, args = agent.target_critic_flow, agent.args
-    returns = value_flows.aggregate(agent.returns(fields, condition, noise, 1.0), args.ret_agg)
-    deviation = value_flows.aggregate(agent.return_derivatives(fields, condition, noise).abs(), args.q_agg)
+    flow, args = agent.target_critic_flow, agent.args
+    returns = value_flows.aggregate(agent.returns(flow, condition, noise, 1.0), args.ret_agg)
+    deviation = value_flows.aggregate(agent.return_derivatives(flow, condition, noise).abs(), args.q_agg)
     return returns, value_flows.confidence_weight(deviation, args.confidence_weight_temp)
 
 
@@ -108,6 +108,16 @@ def agreement(learned, returns):
     return spearmanr(learned, returns).statistic, error.mean(), np.abs(error).mean()
 
 
+def cut_off_discounts(data, gamma):
+    """Discount of what follows a trajectory's end, at each of its transitions (0 where a success follows): (N,)."""
+    masks, ends = data["masks"].double().cpu().numpy(), returns_of.trajectory_ends(data)
+    discounts, discount = np.zeros_like(masks), 1.0
+    for i in reversed(range(len(masks))):
+        discount = gamma * masks[i] * (1.0 if ends[i] else discount)
+        discounts[i] = discount
+    return discounts
+
+
 def longest_way_to_success(data):
     """Row numbers of the validation trajectory's part that ends with the first success after the longest way."""
     ends = returns_of.trajectory_ends(data)
@@ -124,8 +134,8 @@ def draw(agents, s, data, num_samples, title, output):
     """Draws the figure of seed s from validation transitions; returns what it shows, as numbers."""
     from matplotlib.figure import Figure
 
-    returns, cut_off = returns_of.reward_to_go(data, agents.agent.args.gamma)
-    known = cut_off < TAIL
+    gamma = agents.agent.args.gamma
+    returns, known = returns_of.reward_to_go(data, gamma), cut_off_discounts(data, gamma) < TAIL
     candidates = np.flatnonzero(known)
     if len(candidates) < NEIGHBOURS:
         fail(f"only {len(candidates)} validation transitions have a known return; {NEIGHBOURS} are needed")
@@ -198,10 +208,7 @@ if __name__ == "__main__":
         fail(f"--seed {seed}: the run in {options.run} has the seeds {seeds}")
     if options.samples < 10:
         fail(f"--samples {options.samples}: at least 10")
-    path = datasets.find_dataset(
-        args.env_id, options.dataset_dir or args.dataset_dir, args.dataset_path, args.dataset_source,
-        args.generated_episodes,
-    )  # fmt: skip
+    path = datasets.find_dataset(replace(args, dataset_dir=options.dataset_dir or args.dataset_dir))
     _, identity = datasets.load_dataset(path, args.env_id, "cpu", args.dataset_path is None)
     if identity["sha256"] != payload["dataset"]["sha256"]:
         fail(f"{path} is not the dataset of the run in {options.run}, which is {payload['dataset']}")

@@ -214,7 +214,7 @@ class Authors:
         return value
 
     def policy(self, observations, keys):
-        """The taken seeds' policy for rollout.evaluate: (S, P, D), keys (S, P, 2) -> (S, P, A)."""
+        """The taken seeds' policy for rollout.Evaluator: (S, P, D), keys (S, P, 2) -> (S, P, A)."""
         return torch.as_tensor(self.ask("act", observations=observations.numpy(), keys=keys.numpy()))
 
     def close(self):
