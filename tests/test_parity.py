@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ALGORITHMS, update
+from conftest import EVERY, update
 
 from common import pixels
 from common.stacked import Stacked
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
-CASES = [path for method in ALGORITHMS for path in sorted(PARITY_DIR.glob(f"{method}*.npz"))]
+CASES = [path for method in EVERY for path in sorted(PARITY_DIR.glob(f"{method}*.npz"))]
 CASES += sorted(PARITY_DIR.glob("pixels/*.npz"))
 
 
@@ -38,6 +38,7 @@ SAME_NAME = {
     "q_flow": (
         "tau", "q_agg", "alpha", "flow_steps", "use_time_embed", "time_embed_dim", "layer_norm", "actor_layer_norm",
     ),
+    "fql": ("tau", "q_agg", "alpha", "actor_flow_steps", "normalize_q_loss", "layer_norm", "actor_layer_norm"),
 }  # fmt: skip
 RENAMED = {"batch_size": "B", "gamma": "discount", "learning_rate": "lr"}
 
@@ -54,7 +55,7 @@ def make_recorded_agent(meta, seeds):
         settings["block_depth"] = meta.get("block_depth", len(hidden))
         if not meta.get("time_embedding", "cos").startswith("cos(t)"):
             settings["time_embedding"] = "fourier"
-    module = ALGORITHMS[method]
+    module = EVERY[method]
     args = replace(module.Args(), **settings)
     obs_dim = tuple(meta["obs_shape"]) if "obs_shape" in meta else meta["obs_dim"]
     make_agent = lambda: module.Agent(args, obs_dim, meta["action_dim"], *rewards)
@@ -154,6 +155,6 @@ def test_parity(path, num_seeds):
     assert off <= weights / 10_000, f"{off} of {weights} weights differ by more than 1e-5"
 
 
-@pytest.mark.parametrize("method", sorted(set(ALGORITHMS) - {"evor"}))  # EVOR's code could not be read here
+@pytest.mark.parametrize("method", sorted(set(EVERY) - {"evor"}))  # EVOR's code could not be read here
 def test_every_built_method_has_cases(method):
     assert any(path.stem.startswith(method) for path in CASES), f"no {method}*.npz in {PARITY_DIR}"
