@@ -25,13 +25,13 @@ import evor  # noqa: E402
 import floq  # noqa: E402
 import q_flow  # noqa: E402
 import value_flows  # noqa: E402
-from benchmarks.baselines import fql  # noqa: E402
+from benchmarks.baselines import c51, fql, iqn  # noqa: E402
 from common import envs  # noqa: E402
 from common.stacked import Stacked  # noqa: E402
 
 ALGORITHMS = {"floq": floq, "value_flows": value_flows, "q_flow": q_flow, "evor": evor}
 # Baselines share the tests of agents, parity and settings; tests/test_baselines.py starts them.
-BASELINES = {"fql": fql}
+BASELINES = {"fql": fql, "c51": c51, "iqn": iqn}
 EVERY = ALGORITHMS | BASELINES
 ENV_ID = "pointmaze-medium-navigate-singletask-task4-v0"  # the shortest task
 SMALL_FLAGS = {
@@ -40,6 +40,8 @@ SMALL_FLAGS = {
     "q_flow": "--flow-steps 2 --use-time-embed --time-embed-dim 8",
     "evor": "--flow-steps 2 --num-actions 3 --num-returns 4",
     "fql": "--actor-flow-steps 2",
+    "c51": "--num-samples 3 --num-flow-steps 2",
+    "iqn": "--num-samples 3 --num-flow-steps 2 --num-quantiles 4 --embedding-dim 16",
 }
 for name in SMALL_FLAGS:
     SMALL_FLAGS[name] += " --no-cuda --no-compile --batch-size 16 --value-hidden-dims 16 16 --actor-hidden-dims 16 16"
@@ -52,6 +54,8 @@ SMALL_ARGS = {
     "q_flow": dict(alpha=10.0, flow_steps=5, use_time_embed=True, time_embed_dim=8),
     "evor": dict(flow_steps=5, num_actions=4, num_returns=4),
     "fql": dict(alpha=10.0, actor_flow_steps=5),
+    "c51": dict(num_samples=4, num_flow_steps=5),
+    "iqn": dict(num_samples=4, num_flow_steps=5, num_quantiles=8, embedding_dim=16),
 }
 
 

@@ -29,6 +29,8 @@ CRITICS = {
     "q_flow": {"critic", "inner_value"},
     "evor": {"critic_flow"},
     "fql": {"critic"},
+    "c51": {"critic"},
+    "iqn": {"critic"},
 }
 POLICIES = {
     "floq": {"actor_bc_flow", "actor_onestep_flow"},
@@ -36,6 +38,8 @@ POLICIES = {
     "q_flow": {"actor_flow"},
     "evor": {"actor_flow"},
     "fql": {"actor_bc_flow", "actor_onestep_flow"},
+    "c51": {"actor_flow"},
+    "iqn": {"actor_flow"},
 }
 TARGETS = {
     "floq": ("target_critic_flow", "critic_flow"),
@@ -43,6 +47,8 @@ TARGETS = {
     "q_flow": ("target_critic", "critic"),
     "evor": ("target_critic_flow", "critic_flow"),
     "fql": ("target_critic", "critic"),
+    "c51": ("target_critic", "critic"),
+    "iqn": ("target_critic", "critic"),
 }
 # The network that each part of the losses moves, alone.
 MOVED_BY = {
@@ -72,6 +78,8 @@ MOVED_BY = {
         "actor/distill_loss": "actor_onestep_flow",
         "actor/q_loss": "actor_onestep_flow",
     },
+    "c51": {"critic/critic_loss": "critic", "actor/bc_flow_loss": "actor_flow"},
+    "iqn": {"critic/critic_loss": "critic", "actor/bc_flow_loss": "actor_flow"},
 }
 
 
@@ -185,6 +193,8 @@ UNIFORM = {
     "q_flow": {"value_time", "policy_time"},
     "evor": {"time", "bc_time"},
     "fql": {"bc_time"},
+    "c51": {"bc_time"},
+    "iqn": {"next_q", "next_level", "level", "bc_time"},
 }
 
 
@@ -229,6 +239,8 @@ STACKED = {
     ],
     "evor": [{}, dict(td_target="published", latents="target", num_ensembles=1, clip_flow_returns=False)],
     "fql": [{}, dict(normalize_q_loss=True, q_agg="min", layer_norm=False, actor_layer_norm=True, num_ensembles=3)],
+    "c51": [{}, dict(loss="cross_entropy", q_agg="min", num_samples=1, num_atoms=11, clip_flow_actions=False)],
+    "iqn": [{}, dict(quantile_agg="min", num_samples=1, num_quantiles=3, kappa=0.1, value_layer_norm=False)],
 }
 
 
@@ -357,6 +369,8 @@ def test_compiled_losses_equal_eager_ones(algorithm):
         "q_flow": dict(flow_steps=2),
         "evor": dict(flow_steps=2),
         "fql": dict(actor_flow_steps=2),
+        "c51": dict(num_flow_steps=2),
+        "iqn": dict(num_flow_steps=2),
     }
     args, seeds = small_args(algorithm, **few_steps[algorithm]), (0, 1)
     eager, compiled = make_agents(args, seeds), make_agents(args, seeds)

@@ -37,6 +37,16 @@ DEFAULTS = {
         normalize_q_loss=False, num_ensembles=2, layer_norm=True, value_hidden_dims=(512,) * 4,
         actor_hidden_dims=(512,) * 4, actor_layer_norm=False,
     ),
+    "c51": dict(
+        batch_size=256, learning_rate=3e-4, gamma=0.99, tau=0.005, num_atoms=51, loss="released", num_samples=16,
+        num_flow_steps=10, q_agg="mean", clip_flow_actions=True, value_hidden_dims=(512,) * 4, value_layer_norm=True,
+        actor_hidden_dims=(512,) * 4, actor_layer_norm=True,
+    ),
+    "iqn": dict(
+        batch_size=256, learning_rate=3e-4, gamma=0.99, tau=0.005, num_quantiles=16, kappa=0.9, num_cosines=64,
+        embedding_dim=512, num_samples=16, num_flow_steps=10, quantile_agg="mean", clip_flow_actions=True,
+        value_hidden_dims=(512,) * 4, value_layer_norm=True, actor_hidden_dims=(512,) * 4, actor_layer_norm=True,
+    ),
 }  # fmt: skip
 
 # Columns of each table, then its rows; online rows hold the offline-to-online runs.
@@ -45,6 +55,8 @@ COLUMNS = {
     "value_flows": "gamma bcfm_lambda confidence_weight_temp ret_agg q_agg alpha total_timesteps",
     "q_flow": "alpha gamma q_agg time_embed_dim use_time_embed",
     "fql": "alpha gamma q_agg",
+    "c51": "gamma num_atoms q_agg",
+    "iqn": "gamma kappa",
 }
 OFFLINE = {
     "floq": """
@@ -96,6 +108,20 @@ OFFLINE = {
         puzzle-3x3-play               1000  0.99   mean
         puzzle-4x4-play               1000  0.99   mean
     """,
+    "c51": """
+        cube-double-play  0.995  101  mean
+        cube-triple-play  0.995  51   mean
+        puzzle-3x3-play   0.995  101  mean
+        puzzle-4x4-play   0.99   101  min
+        scene-play        0.99   51   mean
+    """,
+    "iqn": """
+        cube-double-play  0.995  0.9
+        cube-triple-play  0.995  0.8
+        puzzle-3x3-play   0.995  0.8
+        puzzle-4x4-play   0.99   0.95
+        scene-play        0.99   0.95
+    """,
 }
 ONLINE = {
     "floq": """
@@ -133,6 +159,14 @@ ONLINE = {
         cube-triple-play              300   0.995  mean
         scene-play                    300   0.99   mean
         puzzle-4x4-play               1000  0.99   mean
+    """,
+    "iqn": """
+        antmaze-large-navigate        0.99   0.7
+        humanoidmaze-medium-navigate  0.995  0.7
+        cube-double-play              0.995  0.9
+        cube-triple-play              0.995  0.8
+        puzzle-4x4-play               0.99   0.8
+        scene-play                    0.99   0.95
     """,
 }
 TABLES = {
