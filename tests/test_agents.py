@@ -369,8 +369,8 @@ def test_compiled_losses_equal_eager_ones(algorithm):
         "q_flow": dict(flow_steps=2),
         "evor": dict(flow_steps=2),
         "fql": dict(actor_flow_steps=2),
-        "c51": dict(num_flow_steps=2),
-        "iqn": dict(num_flow_steps=2),
+        "c51": dict(num_flow_steps=1),
+        "iqn": dict(num_flow_steps=1),
     }
     args, seeds = small_args(algorithm, **few_steps[algorithm]), (0, 1)
     eager, compiled = make_agents(args, seeds), make_agents(args, seeds)

@@ -8,7 +8,7 @@ behaviour-cloning flow, and the one with the largest mean return is taken (rejec
 Read first: project, Agent.critic_loss, Agent.actor_loss (what is learned), update (one step), then the main program at
 the end. An agent is written for one seed; common/stacked.py runs several side by side.
 
-    python -m benchmarks.baselines.c51 --quick                                         # minutes on two CPU cores
+    python -m benchmarks.baselines.c51 --quick                                         # generated data, small networks
     python -m benchmarks.baselines.c51 --env-id cube-double-play-singletask-task1-v0   # the published hyperparameters
     python benchmarks/baselines/c51.py --env-id scene-play-singletask-v0 --loss cross_entropy   # C51's own loss
 

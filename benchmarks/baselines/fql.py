@@ -8,7 +8,7 @@ EMA copy in the target. floq.py keeps this policy and replaces the critic by a f
 Read first: Agent.critic_loss, Agent.actor_loss (what is learned), update (one step), then the main program at the end.
 An agent is written for one seed; common/stacked.py runs several side by side.
 
-    python -m benchmarks.baselines.fql --quick                                  # minutes on two CPU cores, with data
+    python -m benchmarks.baselines.fql --quick                                  # generated data, small networks
     python -m benchmarks.baselines.fql --env-id cube-single-play-singletask-v0  # the published hyperparameters
     python benchmarks/baselines/fql.py --env-id scene-play-singletask-v0 --num-seeds 8    # eight seeds in one process
 

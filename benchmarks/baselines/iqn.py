@@ -9,7 +9,7 @@ sampling), in targets as in acting.
 Read first: Quantiles, Agent.critic_loss, Agent.actor_loss (what is learned), update (one step), then the main program
 at the end. An agent is written for one seed; common/stacked.py runs several side by side.
 
-    python -m benchmarks.baselines.iqn --quick                                         # minutes on two CPU cores
+    python -m benchmarks.baselines.iqn --quick                                         # generated data, small networks
     python -m benchmarks.baselines.iqn --env-id cube-double-play-singletask-task1-v0   # the published hyperparameters
     python benchmarks/baselines/iqn.py --env-id scene-play-singletask-v0 --num-seeds 8 --online-timesteps 1000000
 
@@ -128,7 +128,7 @@ INFERENCE = ("num_quantiles", "num_samples", "num_flow_steps")
 QUICK = dict(exp_name=f"{Path(__file__).stem}-quick", cuda=False, env_id="cube-single-noisy-singletask-v0")
 QUICK |= dict(dataset_source="generated", generated_episodes=120)
 QUICK |= dict(total_timesteps=8_000, eval_interval=2_000, log_interval=500, save_interval=2_000)
-QUICK |= dict(tau=0.01, num_quantiles=8, embedding_dim=256, num_samples=8, num_flow_steps=5)
+QUICK |= dict(tau=0.01, num_quantiles=4, embedding_dim=256, num_samples=8, num_flow_steps=5)
 QUICK |= dict(value_hidden_dims=(256, 256, 256), actor_hidden_dims=(256, 256, 256))
 
 
