@@ -130,6 +130,9 @@ def card(config):
     """The model card of a folder, as markdown."""
     args, rows, data = config["args"], config["evaluation"], config["dataset"]
     name, env_id = config["algorithm"], args["env_id"]
+    importing, program = f"import {name}", f"python {name}.py"
+    if (Path(__file__).resolve().parents[1] / "benchmarks" / "baselines" / f"{name}.py").is_file():
+        importing, program = f"from benchmarks.baselines import {name}", f"python -m benchmarks.baselines.{name}"
     settings = "\n".join(f"{key} = {value}" for key, value in args.items())
     versions = ", ".join(f"{key} {value}" for key, value in config["versions"].items())
     scores = "This policy has not been evaluated.\n"
@@ -156,13 +159,13 @@ Data: `{data["file"]}` ({data["source"]}, {data["transitions"]:,} transitions, S
 Load and act, from CleanFlow's folder, on a CPU, without the data:
 
 ```python
-import {name}
+{importing}
 
 policy = {name}.load("THIS_FOLDER")
 action = policy.act(observation)
 ```
 
-Evaluate and film: `python {name}.py --evaluate THIS_FOLDER --capture-video`
+Evaluate and film: `{program} --evaluate THIS_FOLDER --capture-video`
 
 Settings:
 

@@ -2,7 +2,6 @@
 
 import signal
 import sys
-from pathlib import Path
 
 
 class StopRequest:
@@ -25,6 +24,6 @@ class StopRequest:
 
     def leave(self, run_dir, step):
         """Ends the program with the signal's usual exit code (143 or 130), after the checkpoint was saved."""
-        resume = f"; continue with: python {Path(sys.argv[0]).name} --resume {run_dir}" if step else ""
+        resume = f"; continue with: python {sys.argv[0]} --resume {run_dir}" if step else ""
         print(f"stopped by {signal.Signals(self.signal).name} at step {step}{resume}")
         raise SystemExit(128 + self.signal)

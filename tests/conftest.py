@@ -25,16 +25,23 @@ import evor  # noqa: E402
 import floq  # noqa: E402
 import q_flow  # noqa: E402
 import value_flows  # noqa: E402
+from benchmarks.baselines import c51, fql, iqn  # noqa: E402
 from common import envs  # noqa: E402
 from common.stacked import Stacked  # noqa: E402
 
 ALGORITHMS = {"floq": floq, "value_flows": value_flows, "q_flow": q_flow, "evor": evor}
+# Baselines share the tests of agents, parity and settings; tests/test_baselines.py starts them.
+BASELINES = {"fql": fql, "c51": c51, "iqn": iqn}
+EVERY = ALGORITHMS | BASELINES
 ENV_ID = "pointmaze-medium-navigate-singletask-task4-v0"  # the shortest task
 SMALL_FLAGS = {
     "floq": "--noise-samples 2 --critic-flow-steps 2 --actor-flow-steps 2 --block-width 16",
     "value_flows": "--num-samples 3 --num-flow-steps 2",
     "q_flow": "--flow-steps 2 --use-time-embed --time-embed-dim 8",
     "evor": "--flow-steps 2 --num-actions 3 --num-returns 4",
+    "fql": "--actor-flow-steps 2",
+    "c51": "--num-samples 3 --num-flow-steps 2",
+    "iqn": "--num-samples 3 --num-flow-steps 2 --num-quantiles 4 --embedding-dim 16",
 }
 for name in SMALL_FLAGS:
     SMALL_FLAGS[name] += " --no-cuda --no-compile --batch-size 16 --value-hidden-dims 16 16 --actor-hidden-dims 16 16"
@@ -46,6 +53,9 @@ SMALL_ARGS = {
     "value_flows": dict(alpha=10.0, num_samples=4, num_flow_steps=5),
     "q_flow": dict(alpha=10.0, flow_steps=5, use_time_embed=True, time_embed_dim=8),
     "evor": dict(flow_steps=5, num_actions=4, num_returns=4),
+    "fql": dict(alpha=10.0, actor_flow_steps=5),
+    "c51": dict(num_samples=4, num_flow_steps=5),
+    "iqn": dict(num_samples=4, num_flow_steps=5, num_quantiles=8, embedding_dim=16),
 }
 
 
@@ -172,7 +182,7 @@ def assert_same_csv(run_dir, other):
 
 def parse(algorithm, *words):
     """The arguments that an algorithm makes of a command line."""
-    return ALGORITHMS[algorithm].parse_args(list(words))[0]
+    return EVERY[algorithm].parse_args(list(words))[0]
 
 
 def make_expert():
@@ -195,7 +205,7 @@ def make_expert():
 def small_args(algorithm, **changes):
     """Arguments of an algorithm with small networks."""
     small = dict(batch_size=6, value_hidden_dims=(16, 16), actor_hidden_dims=(16, 16))
-    return replace(ALGORITHMS[algorithm].Args(), **small | SMALL_ARGS[algorithm] | changes)
+    return replace(EVERY[algorithm].Args(), **small | SMALL_ARGS[algorithm] | changes)
 
 
 def make_agent(args, seed=0, obs_dim=5, action_dim=3, min_reward=-1.0, max_reward=0.0):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    ALGORITHMS,
+    EVERY,
     gradients,
     make_agent,
     make_agents,
@@ -21,25 +21,34 @@ from conftest import (
 from common import draws, graphs
 from common.stacked import Stacked
 
-pytestmark = pytest.mark.parametrize("algorithm", ALGORITHMS)
+pytestmark = pytest.mark.parametrize("algorithm", EVERY)
 
 CRITICS = {
     "floq": {"critic_flow", "critic"},
     "value_flows": {"critic_flow"},
     "q_flow": {"critic", "inner_value"},
     "evor": {"critic_flow"},
+    "fql": {"critic"},
+    "c51": {"critic"},
+    "iqn": {"critic"},
 }
 POLICIES = {
     "floq": {"actor_bc_flow", "actor_onestep_flow"},
     "value_flows": {"actor_flow", "actor_onestep_flow"},
     "q_flow": {"actor_flow"},
     "evor": {"actor_flow"},
+    "fql": {"actor_bc_flow", "actor_onestep_flow"},
+    "c51": {"actor_flow"},
+    "iqn": {"actor_flow"},
 }
 TARGETS = {
     "floq": ("target_critic_flow", "critic_flow"),
     "value_flows": ("target_critic_flow", "critic_flow"),
     "q_flow": ("target_critic", "critic"),
     "evor": ("target_critic_flow", "critic_flow"),
+    "fql": ("target_critic", "critic"),
+    "c51": ("target_critic", "critic"),
+    "iqn": ("target_critic", "critic"),
 }
 # The network that each part of the losses moves, alone.
 MOVED_BY = {
@@ -63,6 +72,14 @@ MOVED_BY = {
         "actor/total_loss": "actor_flow",
     },
     "evor": {"critic/critic_loss": "critic_flow", "actor/bc_flow_loss": "actor_flow"},
+    "fql": {
+        "critic/critic_loss": "critic",
+        "actor/bc_flow_loss": "actor_bc_flow",
+        "actor/distill_loss": "actor_onestep_flow",
+        "actor/q_loss": "actor_onestep_flow",
+    },
+    "c51": {"critic/critic_loss": "critic", "actor/bc_flow_loss": "actor_flow"},
+    "iqn": {"critic/critic_loss": "critic", "actor/bc_flow_loss": "actor_flow"},
 }
 
 
@@ -70,7 +87,7 @@ MOVED_BY = {
 
 
 def test_mlp_equals_the_plain_formula(algorithm):
-    mlp = ALGORITHMS[algorithm].MLP((4, 8, 8, 1), layer_norm=True, ensemble=(3,))
+    mlp = EVERY[algorithm].MLP((4, 8, 8, 1), layer_norm=True, ensemble=(3,))
     with torch.no_grad():
         for parameter in mlp.parameters():
             parameter.normal_()
@@ -89,7 +106,7 @@ def test_mlp_equals_the_plain_formula(algorithm):
 
 
 def test_weights_are_glorot_uniform_with_zero_biases(algorithm):
-    mlp = ALGORITHMS[algorithm].MLP((64, 256, 1), layer_norm=True, ensemble=(2,))
+    mlp = EVERY[algorithm].MLP((64, 256, 1), layer_norm=True, ensemble=(2,))
     bound = math.sqrt(6 / (64 + 256))
     for member in mlp.weights[0]:
         assert member.abs().max() <= bound
@@ -99,7 +116,7 @@ def test_weights_are_glorot_uniform_with_zero_biases(algorithm):
 
 
 def test_targets_start_as_copies(algorithm):
-    agent = ALGORITHMS[algorithm].Agent(small_args(algorithm), 5, 3, -1.0, 0.0)
+    agent = EVERY[algorithm].Agent(small_args(algorithm), 5, 3, -1.0, 0.0)
     target, online = (getattr(agent, name) for name in TARGETS[algorithm])
     for a, b in zip(target.parameters(), online.parameters()):
         assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
@@ -175,6 +192,9 @@ UNIFORM = {
     "value_flows": {"time", "bc_time"},
     "q_flow": {"value_time", "policy_time"},
     "evor": {"time", "bc_time"},
+    "fql": {"bc_time"},
+    "c51": {"bc_time"},
+    "iqn": {"next_q", "next_level", "level", "bc_time"},
 }
 
 
@@ -218,6 +238,9 @@ STACKED = {
         dict(q_agg="min", use_time_embed=False, actor_time_embed=True, num_ensembles=3, actor_layer_norm=True),
     ],
     "evor": [{}, dict(td_target="published", latents="target", num_ensembles=1, clip_flow_returns=False)],
+    "fql": [{}, dict(normalize_q_loss=True, q_agg="min", layer_norm=False, actor_layer_norm=True, num_ensembles=3)],
+    "c51": [{}, dict(loss="cross_entropy", q_agg="min", num_samples=1, num_atoms=11, clip_flow_actions=False)],
+    "iqn": [{}, dict(quantile_agg="min", num_samples=1, num_quantiles=3, kappa=0.1, value_layer_norm=False)],
 }
 
 
@@ -260,7 +283,7 @@ def test_one_stacked_agent_is_the_agent_itself(algorithm):
 
 def test_a_file_of_ones_own_may_use_any_module(algorithm):
     """Layers of torch start from the seed like the files' own, and train."""
-    module = ALGORITHMS[algorithm]
+    module = EVERY[algorithm]
 
     class Mine(module.Agent):
         def __init__(self, *sizes):
@@ -345,6 +368,9 @@ def test_compiled_losses_equal_eager_ones(algorithm):
         "value_flows": dict(num_flow_steps=2),
         "q_flow": dict(flow_steps=2),
         "evor": dict(flow_steps=2),
+        "fql": dict(actor_flow_steps=2),
+        "c51": dict(num_flow_steps=1),
+        "iqn": dict(num_flow_steps=1),
     }
     args, seeds = small_args(algorithm, **few_steps[algorithm]), (0, 1)
     eager, compiled = make_agents(args, seeds), make_agents(args, seeds)

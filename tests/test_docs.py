@@ -5,7 +5,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ALGORITHMS, ROOT
+from conftest import EVERY, ROOT
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
     (ROOT / "docs").glob("*.md")
@@ -110,9 +110,9 @@ def test_commands_name_files_modules_and_flags_that_exist(page):
             known = set(re.findall(r"^    (\w+): ", source, flags=re.M))
         else:
             assert words[1] in READERS_OWN or (ROOT / words[1]).is_file(), f"{page.name}: no file {words[1]}"
-            known = algorithm_flags(words[1].removesuffix(".py"))
+            known = algorithm_flags(words[1].split("/")[-1].removesuffix(".py"))
         wrong = flags(own) - known
-        for method in [word for word in own if word in ALGORITHMS] if passed_on else []:
+        for method in [word for word in own if word in EVERY] if passed_on else []:
             wrong |= flags(passed_on) - algorithm_flags(method)
         assert not wrong, f"{page.name}: {' '.join(words)}: no flag {', '.join(sorted(wrong))}"
 
@@ -132,7 +132,7 @@ def flags(words):
 
 def algorithm_flags(name):
     """The fields of an algorithm's Args; of a reader's own file those of all."""
-    modules = [ALGORITHMS[name]] if name in ALGORITHMS else ALGORITHMS.values()
+    modules = [EVERY[name]] if name in EVERY else EVERY.values()
     return {field.name for module in modules for field in dataclasses.fields(module.Args)}
 
 

@@ -45,7 +45,7 @@ def test_true_returns_have_their_closed_forms():
 def test_measures_of_samples_that_are_the_truth_or_far_from_it(monkeypatch):
     mdp = return_accuracy.make_mdp("coin")
 
-    def learned(agent, state, n=2_000):
+    def learned(agents, mdp, state, n=2_000):
         truth = return_accuracy.true_returns(mdp, state, 0.9, n)
         return np.sort(np.stack([truth, np.zeros(n), np.full(n, 0.5)]), axis=1)
 
@@ -81,3 +81,27 @@ def test_the_script_writes_a_table_and_a_picture(tmp_path):
         3 + 4
     )
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_learned_returns_of_histograms_and_quantiles_are_their_inverse_distribution_functions():
+    """Each baseline is given a distribution by hand: what is read is its value at each middle level, in order."""
+    mdp = return_accuracy.make_mdp("coin")
+    levels = (np.arange(40) + 0.5) / 40
+
+    module, _ = return_accuracy.parse_variant("c51")
+    args = return_accuracy.small_args(module, 0.5, num_atoms=5)  # atoms -2, -1, 0, 1, 2
+    agents, _ = return_accuracy.train(module, args, mdp, 0, seeds=[0, 1])
+    for name, parameter in agents.parameters.items():
+        if name.startswith("target_critic."):
+            parameter.data.zero_()
+    agents.parameters["target_critic.biases.2"].data[:] = torch.tensor([0.1, 0.2, 0.3, 0.4, 1e-9]).log()
+    read = return_accuracy.learned_returns(agents, mdp, 0, 40)
+    expected = np.select([levels < 0.1, levels < 0.3, levels < 0.6], [-2.0, -1.0, 0.0], 1.0)
+    np.testing.assert_array_equal(read, np.stack([expected, expected]))
+
+    module, _ = return_accuracy.parse_variant("iqn")
+    agents, _ = return_accuracy.train(module, return_accuracy.small_args(module), mdp, 0, seeds=[0])
+    read = return_accuracy.learned_returns(agents, mdp, 1, 40)
+    pair, q = torch.tensor([[[0.0, 1, 0]]]), lambda agent, s, a, x: agent.quantiles(agent.target_critic, s, a, x)
+    quantiles = agents.function(q)(pair, torch.zeros(1, 1, 1), torch.tensor(levels, dtype=torch.float32)[None, None])
+    np.testing.assert_allclose(read[0], np.sort(quantiles[0, :, 0].mean(dim=0).numpy()), atol=1e-6)

@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 import pytest
-from conftest import ALGORITHMS, parse
+from conftest import EVERY, parse
 
 from common import envs
 
@@ -32,6 +32,21 @@ DEFAULTS = {
         clip_flow_returns=True, value_hidden_dims=(512,) * 4, value_layer_norm=True,
         actor_hidden_dims=(512,) * 4, actor_layer_norm=False,
     ),
+    "fql": dict(
+        batch_size=256, learning_rate=3e-4, gamma=0.99, tau=0.005, alpha=10.0, actor_flow_steps=10, q_agg="mean",
+        normalize_q_loss=False, num_ensembles=2, layer_norm=True, value_hidden_dims=(512,) * 4,
+        actor_hidden_dims=(512,) * 4, actor_layer_norm=False,
+    ),
+    "c51": dict(
+        batch_size=256, learning_rate=3e-4, gamma=0.99, tau=0.005, num_atoms=51, loss="released", num_samples=16,
+        num_flow_steps=10, q_agg="mean", clip_flow_actions=True, value_hidden_dims=(512,) * 4, value_layer_norm=True,
+        actor_hidden_dims=(512,) * 4, actor_layer_norm=True,
+    ),
+    "iqn": dict(
+        batch_size=256, learning_rate=3e-4, gamma=0.99, tau=0.005, num_quantiles=16, kappa=0.9, num_cosines=64,
+        embedding_dim=512, num_samples=16, num_flow_steps=10, quantile_agg="mean", clip_flow_actions=True,
+        value_hidden_dims=(512,) * 4, value_layer_norm=True, actor_hidden_dims=(512,) * 4, actor_layer_norm=True,
+    ),
 }  # fmt: skip
 
 # Columns of each table, then its rows; online rows hold the offline-to-online runs.
@@ -39,6 +54,9 @@ COLUMNS = {
     "floq": "alpha gamma q_agg batch_size block_depth critic_flow_steps noise_coverage total_timesteps",
     "value_flows": "gamma bcfm_lambda confidence_weight_temp ret_agg q_agg alpha total_timesteps",
     "q_flow": "alpha gamma q_agg time_embed_dim use_time_embed",
+    "fql": "alpha gamma q_agg",
+    "c51": "gamma num_atoms q_agg",
+    "iqn": "gamma kappa",
 }
 OFFLINE = {
     "floq": """
@@ -77,6 +95,33 @@ OFFLINE = {
         puzzle-3x3-play               20   0.99   min   64  True
         puzzle-4x4-play               20   0.99   min   64  True
     """,
+    "fql": """
+        antmaze-large-navigate        10    0.99   min
+        antmaze-giant-navigate        10    0.995  min
+        humanoidmaze-medium-navigate  30    0.995  mean
+        humanoidmaze-large-navigate   30    0.995  mean
+        antsoccer-arena-navigate      10    0.995  mean
+        cube-single-play              300   0.99   mean
+        cube-double-play              300   0.99   mean
+        cube-triple-play              300   0.995  mean
+        scene-play                    300   0.99   mean
+        puzzle-3x3-play               1000  0.99   mean
+        puzzle-4x4-play               1000  0.99   mean
+    """,
+    "c51": """
+        cube-double-play  0.995  101  mean
+        cube-triple-play  0.995  51   mean
+        puzzle-3x3-play   0.995  101  mean
+        puzzle-4x4-play   0.99   101  min
+        scene-play        0.99   51   mean
+    """,
+    "iqn": """
+        cube-double-play  0.995  0.9
+        cube-triple-play  0.995  0.8
+        puzzle-3x3-play   0.995  0.8
+        puzzle-4x4-play   0.99   0.95
+        scene-play        0.99   0.95
+    """,
 }
 ONLINE = {
     "floq": """
@@ -106,6 +151,23 @@ ONLINE = {
         cube-double-play              2    0.99   mean  16  True
         puzzle-4x4-play               20   0.99   min   64  True
     """,
+    "fql": """
+        antmaze-large-navigate        10    0.99   mean
+        humanoidmaze-medium-navigate  100   0.995  mean
+        antsoccer-arena-navigate      30    0.995  mean
+        cube-double-play              300   0.99   mean
+        cube-triple-play              300   0.995  mean
+        scene-play                    300   0.99   mean
+        puzzle-4x4-play               1000  0.99   mean
+    """,
+    "iqn": """
+        antmaze-large-navigate        0.99   0.7
+        humanoidmaze-medium-navigate  0.995  0.7
+        cube-double-play              0.995  0.9
+        cube-triple-play              0.995  0.8
+        puzzle-4x4-play               0.99   0.8
+        scene-play                    0.99   0.95
+    """,
 }
 TABLES = {
     (name, phase): table
@@ -133,9 +195,9 @@ def test_settings_of_an_environment(algorithm, phase, environment, values):
         assert getattr(args, name) == value, name
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", EVERY)
 def test_defaults(algorithm):
-    module, expected = ALGORITHMS[algorithm], DEFAULTS[algorithm]
+    module, expected = EVERY[algorithm], DEFAULTS[algorithm]
     args = parse(algorithm, "--env-id", "pointmaze-medium-navigate-singletask-v0")  # which no table names
     assert {name: getattr(args, name) for name in expected} == expected
     assert args.total_timesteps == (2_000_000 if algorithm == "floq" else 1_000_000)

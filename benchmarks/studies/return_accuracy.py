@@ -3,6 +3,7 @@
     python -m benchmarks.studies.return_accuracy                            # EVOR's targets and Value Flows, all MDPs
     python -m benchmarks.studies.return_accuracy --output docs/evor_returns # also a csv file and a picture
     python -m benchmarks.studies.return_accuracy --mdps coin --variants value_flows:bcfm_lambda=0 value_flows
+    python -m benchmarks.studies.return_accuracy --variants value_flows c51:loss=cross_entropy iqn:kappa=0.01
 
 The MDPs (actions change nothing in them, so that there is one policy):
 
@@ -10,8 +11,8 @@ The MDPs (actions change nothing in them, so that there is one policy):
     coin       three states in a row without reward, then a fair coin of +1 or -1: two modes
     geometric  one state, each step costs 1 and is the last with probability 1/10: a long tail
 
-A variant is FILE:field=value,field=value, changes to the algorithm's arguments; all have equal networks, batches,
-learning rates and numbers of updates. The error of the mean is also given as a share of the MDP's range of returns,
+A variant is FILE:field=value,field=value, changes to the arguments of evor, value_flows, or the baselines c51 and iqn.
+All have equal networks, batches, learning rates and numbers of updates. The error of the mean is also given as a share of the MDP's range of returns,
 which is (largest - smallest of its true returns, geometric's tail cut at one in a thousand).
 """
 
@@ -36,6 +37,8 @@ VARIANTS = (
     "evor:td_target=published,latents=target",
     "value_flows",
 )
+MODULES = {"evor": "evor", "value_flows": "value_flows"}
+MODULES |= {name: f"benchmarks.baselines.{name}" for name in ("c51", "iqn")}
 
 
 @dataclass
@@ -114,9 +117,9 @@ def rewards_to_go(mdp, gamma):
 def parse_variant(variant):
     """The module and the changes {field: value} that a variant's words mean; unknown ones end with exit code 2."""
     name, _, words = variant.partition(":")
-    if name not in ("evor", "value_flows"):
-        fail(f"--variants {variant}: {name} learns no return distribution; known: evor, value_flows")
-    module, changes = importlib.import_module(name), {}
+    if name not in MODULES:
+        fail(f"--variants {variant}: {name} learns no return distribution; known: {', '.join(MODULES)}")
+    module, changes = importlib.import_module(MODULES[name]), {}
     for word in filter(None, words.split(",")):
         field, _, value = word.partition("=")
         if field not in {known.name for known in fields(module.Args)}:
@@ -130,7 +133,8 @@ def parse_variant(variant):
 
 def small_args(module, gamma=0.9, **changes):
     """Arguments of an agent for these MDPs: small networks, one candidate action (actions change nothing)."""
-    candidates = {"num_samples": 1} if module.__name__ == "value_flows" else {}
+    candidates = {} if module.__name__ == "evor" else {"num_samples": 1}
+    candidates |= {"embedding_dim": 64} if hasattr(module.Args, "embedding_dim") else {}
     small = dict(
         learning_rate=1e-3, batch_size=512, tau=0.02, value_hidden_dims=(64, 64), actor_hidden_dims=(8,), cuda=False
     )
@@ -156,14 +160,31 @@ def train(module, args, mdp, updates, seeds, compiled=False):
     return agents, None
 
 
-def learned_returns(agents, state, n=2_000):
-    """Sorted end points of each seed's EMA return flow at a state, from the n middle quantiles of N(0,1): (S, n)."""
-    first_weight = next(iter(agents.parameters.values()))
-    num_states = first_weight.shape[-2] - 3  # the return fields' inputs are [s, a, z, t]
-    noise = torch.special.ndtri((torch.arange(n) + 0.5) / n).view(n, 1)
-    pair = torch.cat([torch.eye(num_states)[state], torch.zeros(1)]).unsqueeze(0)  # (1, D + A)
-    returns, _ = return_samples(agents, pair, noise)  # (S, 1, n)
+def learned_returns(agents, mdp, state, n=2_000):
+    """n equally likely values of each seed's learned return from a state, in order, by its EMA networks: (S, n)."""
+    observation = torch.eye(mdp["observations"].shape[1])[state].unsqueeze(0)  # (1, D)
+    action, levels = torch.zeros(1, 1), (torch.arange(n) + 0.5) / n
+    if hasattr(agents.agent, "target_critic_flow"):  # a flow's end points from the n middle quantiles of N(0, 1)
+        noise = torch.special.ndtri(levels).view(n, 1)
+        returns, _ = return_samples(agents, torch.cat([observation, action], dim=1), noise)  # (S, 1, n)
+    else:
+        read = iqn_returns if hasattr(agents.agent, "quantiles") else c51_returns
+        S = len(next(iter(agents.parameters.values())))
+        every = [x.expand(S, *x.shape) for x in (observation, action, levels)]
+        returns = agents.function(read)(*every).unsqueeze(1)  # (S, 1, n)
     return returns.squeeze(1).sort(dim=1).values.numpy()
+
+
+def iqn_returns(agent, observation, action, levels):
+    """Quantiles at the levels, mean over the critics: (1, D), (1, A), (n,) -> (n,)."""
+    return agent.quantiles(agent.target_critic, observation, action, levels.unsqueeze(0)).mean(dim=(0, 1))
+
+
+def c51_returns(agent, observation, action, levels):
+    """Quantiles at the levels of the mean of the critics' histograms: (1, D), (1, A), (n,) -> (n,)."""
+    probs = agent.logits(agent.target_critic, observation, action).softmax(dim=-1).mean(dim=(0, 1))  # (atoms,)
+    below = (probs.cumsum(dim=0)[:-1] < levels.unsqueeze(1)).sum(dim=1)  # (n,): atoms whose levels lie below
+    return agent.atoms[below]
 
 
 def accuracy(agents, mdp, gamma):
@@ -181,7 +202,7 @@ def accuracy(agents, mdp, gamma):
     rows = []
     for state, truth in enumerate(truths):
         low, high = truth[0], truth[-1]
-        for s, samples in enumerate(learned_returns(agents, state, len(truth))):
+        for s, samples in enumerate(learned_returns(agents, mdp, state, len(truth))):
             error = samples.mean() - truth.mean()
             row = {"state": state, "seed_index": s, "wasserstein": np.abs(samples - truth).mean(), "mean_error": error}
             row["mean_error_share"] = abs(error) / full_range
@@ -241,7 +262,7 @@ if __name__ == "__main__":
                     digits = lambda row: {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
                     keys = {"mdp": name, "gamma": gamma, "variant": variant}
                     runs.append_rows(Path(options.output).with_suffix(".csv"), [keys | digits(row) for row in rows])
-                pictures.setdefault((name, gamma), {})[variant] = learned_returns(agents, 0), truth
+                pictures.setdefault((name, gamma), {})[variant] = learned_returns(agents, mdp, 0), truth
                 column = lambda key: np.array([row[key] for row in rows])
                 modes = (
                     f"  modes {column('low_mode').min():.2f} + {column('high_mode').min():.2f}"
