@@ -12,8 +12,9 @@ The MDPs (actions change nothing in them, so that there is one policy):
     geometric  one state, each step costs 1 and is the last with probability 1/10: a long tail
 
 A variant is FILE:field=value,field=value, changes to the arguments of evor, value_flows, or the baselines c51 and iqn.
-All have equal networks, batches, learning rates and numbers of updates. The error of the mean is also given as a share of the MDP's range of returns,
-which is (largest - smallest of its true returns, geometric's tail cut at one in a thousand).
+All have equal networks, batches, learning rates and numbers of updates. The error of the mean is also given as a share
+of the MDP's range of returns, which is (largest - smallest of its true returns, geometric's tail cut at one in a
+thousand).
 """
 
 import ast
