@@ -57,7 +57,7 @@ class Args:
     """run directory or exported folder to evaluate only, without data; its arguments apply, --seed is the episodes'"""
     export: str | None = None  # with --evaluate: write the policy to this folder, with the evaluation's scores
     export_seed: int | None = None  # with --export: the one seed to write (default: all)
-    quick: bool = False  # the whole pipeline small, in minutes on two cores: generated data, small networks (see QUICK)
+    quick: bool = False  # the whole pipeline small: generated data, small networks (see QUICK)
 
     # Data and evaluation
     env_id: str = "cube-single-play-singletask-v0"  # OGBench single-task environment with its dataset type
@@ -126,7 +126,7 @@ TUNED_ONLINE = {
 # What --evaluate may change: nothing, since the policy acts in one step.
 INFERENCE = ()
 
-# What --quick changes: data that are made here, and sizes that learn within minutes on two cores.
+# What --quick changes: data that are made here, and small sizes.
 QUICK = dict(exp_name=f"{Path(__file__).stem}-quick", cuda=False, env_id="cube-single-noisy-singletask-v0")
 QUICK |= dict(dataset_source="generated", generated_episodes=120)
 QUICK |= dict(total_timesteps=16_000, eval_interval=4_000, log_interval=500, save_interval=2_000)
