@@ -372,7 +372,7 @@ if __name__ == "__main__":
 
     # --- Training: offline, then online ---
     one_update = lambda draws: update(agents, *replay.inputs(draws))  # the batch, and noise
-    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)  # compiles the losses
+    fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)  # torch.compile, CUDA graphs
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes

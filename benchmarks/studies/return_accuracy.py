@@ -167,13 +167,13 @@ def learned_returns(agents, mdp, state, n=2_000):
     action, levels = torch.zeros(1, 1), (torch.arange(n) + 0.5) / n
     if hasattr(agents.agent, "target_critic_flow"):  # a flow's end points from the n middle quantiles of N(0, 1)
         noise = torch.special.ndtri(levels).view(n, 1)
-        returns, _ = return_samples(agents, torch.cat([observation, action], dim=1), noise)  # (S, 1, n)
+        returns = return_samples(agents, torch.cat([observation, action], dim=1), noise)[0].squeeze(1)  # (S, n)
     else:
         read = iqn_returns if hasattr(agents.agent, "quantiles") else c51_returns
         S = len(next(iter(agents.parameters.values())))
         every = [x.expand(S, *x.shape) for x in (observation, action, levels)]
-        returns = agents.function(read)(*every).unsqueeze(1)  # (S, 1, n)
-    return returns.squeeze(1).sort(dim=1).values.numpy()
+        returns = agents.function(read)(*every)  # (S, n)
+    return returns.sort(dim=1).values.numpy()
 
 
 def iqn_returns(agent, observation, action, levels):

@@ -34,7 +34,8 @@ import torch
 import tyro
 from scipy import stats
 
-from common import datasets, fail, graphs, rollout
+from benchmarks import tables
+from common import datasets, fail, graphs, rollout, runs
 from common.device import setup_torch
 from common.draws import Draws
 from common.replay import Replay
@@ -418,8 +419,7 @@ class Rows:
         text = "step,quantity,value\n" + "".join(f"{step},{name},{value:.7g}\n" for step, name, value in self.rows)
         for path in (self.kept, self.published) if publish else (self.kept,):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_name(path.name + ".part").write_text(text)
-            os.replace(path.with_name(path.name + ".part"), path)
+            runs.write_text(path, text)
 
 
 def read_rows(path):
@@ -535,7 +535,7 @@ def compare_method(results_dir, method):
 
 
 def described(row):
-    """A test's row of the table: logarithms as percent of a ratio."""
+    """The cells of a test's row of the table: logarithms as percent of a ratio."""
     as_text = (lambda x: f"{x:+.1f}") if row["quantity"] == "success" else (lambda x: f"{100 * math.expm1(x):+.1f}%")
     texts = [
         as_text(row[name]) if math.isfinite(row.get(name, math.nan)) else "" for name in ("difference", "low", "high")
@@ -543,8 +543,7 @@ def described(row):
     needed = f", {row['seeds_needed']} seeds would do" if row.get("seeds_needed") else ""
     seeds = f"{row['seeds_ours']} / {row['seeds_authors']}"
     interval = f"{texts[1]} to {texts[2]}" if texts[1] else ""
-    cells = row["method"], row["quantity"], str(row["step"]), seeds, texts[0], interval, row["verdict"] + needed
-    return f"| {' | '.join(cells)} |"
+    return row["method"], row["quantity"], row["step"], seeds, texts[0], interval, row["verdict"] + needed
 
 
 def compare(twins):
@@ -558,14 +557,12 @@ def compare(twins):
     if not rows:
         fail(f"--results-dir {twins.results_dir} has no step that both sides reached; run the tasks authors and ours")
     names = ("method", "quantity", "step", "seeds_ours", "seeds_authors", "difference", "low", "high", "verdict")
-    with open(Path(twins.results_dir) / "comparison.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, (*names, "seeds_needed"), lineterminator="\n")
-        writer.writeheader()
-        digits = lambda value: f"{value:.4g}" if isinstance(value, float) else value
-        writer.writerows([{name: digits(value) for name, value in row.items()} for row in rows])
-    print("| method | quantity | step | seeds ours / theirs | difference | 90% interval | verdict |")
-    print("|---|---|---|---|---|---|---|")
-    print("\n".join(described(row) for row in rows))
+    digits = lambda value: f"{value:.4g}" if isinstance(value, float) else value
+    written = [{name: digits(value) for name, value in row.items()} for row in rows]
+    text = tables.csv_text(written, (*names, "seeds_needed"))
+    runs.write_text(Path(twins.results_dir) / "comparison.csv", text)
+    header = ("method", "quantity", "step", "seeds ours / theirs", "difference", "90% interval", "verdict")
+    print(tables.markdown(header, map(described, rows)), end="")
 
 
 def draw_curves(results_dir, method):
@@ -670,12 +667,14 @@ def long_parity(twins, args, dataset, data):
             write_parity(twins, rows)
     for side in sides:
         side.close()
-    print("| updates | relative difference of ours, median (largest) | of theirs reordered |\n|---|---|---|")
+    lines = []
     for low, high in ((1, 10), (11, 100), (101, 300), (301, 1000)):
         part = [row for row in rows if low <= row[0] <= high]
         if part:
             cells = [f"{np.median(column):.1g} ({max(column):.1g})" for column in list(zip(*part))[3:]]
-            print(f"| {low} to {part[-1][0]} | {cells[0]} | {cells[1]} |")
+            lines.append((f"{low} to {part[-1][0]}", *cells))
+    header = ("updates", "relative difference of ours, median (largest)", "of theirs reordered")
+    print(tables.markdown(header, lines), end="")
 
 
 def write_parity(twins, rows):
@@ -684,8 +683,7 @@ def write_parity(twins, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "update,loss,authors,ours_relative,reordered_relative\n"
     text += "".join(f"{u},{name},{value:.7g},{a:.3g},{b:.3g}\n" for u, name, value, a, b in rows)
-    path.with_name(path.name + ".part").write_text(text)
-    os.replace(path.with_name(path.name + ".part"), path)
+    runs.write_text(path, text)
     print(f"{twins.method}: {rows[-1][0]} equal updates", flush=True)
 
 
@@ -736,16 +734,9 @@ def compare_times(twins, args, dataset, data):
 def store_times(path, row):
     """Puts a row of times into the csv file, in place of one of the same method, size and threads."""
     key = lambda row: tuple(str(row[name]) for name in ("method", "size", "threads"))
-    rows = []
-    if path.exists():
-        with open(path, newline="") as file:
-            rows = [old for old in csv.DictReader(file) if key(old) != key(row)]
+    rows = [old for old in tables.read_rows(path) if key(old) != key(row)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.part", "w", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        writer.writeheader()
-        writer.writerows(sorted([*rows, row], key=key))
-    os.replace(f"{path}.part", path)
+    runs.write_text(path, tables.csv_text(sorted([*rows, row], key=key)))
 
 
 if __name__ == "__main__":
