@@ -226,7 +226,7 @@ def test_a_checkpoint_of_another_device_goes_on_with_this_devices_adam(finished,
     run("floq", "--resume", run_dir, "--total-timesteps", 425)
     assert checkpoint.load(run_dir)["step"] == 425
     assert checkpoint.load(run_dir)["optimizer"]["param_groups"][0]["capturable"] is False
-    for name in SMALL_FLAGS:  # the others restore it by the same method
+    for name in ALGORITHMS:  # the others restore it by the same method
         assert "    agents.load_state_dict(resumed)\n" in (ROOT / f"{name}.py").read_text()
 
 
