@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed                                          # all four, 1 and 8 seeds, published sizes
     python -m benchmarks.speed --algorithms floq --num-seeds 1 --quick  # one setting, at the sizes of --quick
+    python -m benchmarks.speed --algorithms fql c51 iqn                 # the baselines
     python -m benchmarks.speed --store                                  # also results/speed_MACHINE.csv and .png
     python -m benchmarks.speed --check                                  # exit code 1 below a stored efficiency
     python -m benchmarks.speed --profile --quick                        # where the time of an update goes
@@ -40,6 +41,7 @@ from common.replay import Replay
 from common.stacked import Stacked
 from common.workers import Workers
 
+ALGORITHMS = ("floq", "value_flows", "q_flow", "evor")
 OBS_DIM, ACTION_DIM = 28, 5  # cube-single's
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 0.85  # --check: efficiency may fall to this share of the stored one
@@ -61,8 +63,8 @@ GROUPS = {  # what a profile's events are, by their names: operations on the CPU
 
 @dataclass
 class SpeedArgs:
-    algorithms: tuple[Literal["floq", "value_flows", "q_flow", "evor"], ...] = ("floq", "value_flows", "q_flow", "evor")
-    """files to measure"""
+    algorithms: tuple[Literal["floq", "value_flows", "q_flow", "evor", "fql", "c51", "iqn"], ...] = ALGORITHMS
+    """files to measure; fql, c51 and iqn are those of benchmarks/baselines"""
     num_seeds: tuple[int, ...] = (1, 8)
     """agents trained side by side"""
     precisions: tuple[Literal["highest", "high", "medium"], ...] = ()
@@ -112,6 +114,11 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def module_of(algorithm):
+    """The module of an algorithm or baseline, by its name."""
+    return importlib.import_module(algorithm if algorithm in ALGORITHMS else f"benchmarks.baselines.{algorithm}")
+
+
 def prepare(algorithm, num_seeds, precision, cuda, quick):
     """Sets torch up for a setting.
 
@@ -119,7 +126,7 @@ def prepare(algorithm, num_seeds, precision, cuda, quick):
         device; a function that waits for it; and make_update(variant), the agent's update as a function without
         arguments, each call on other random rows of a random dataset.
     """
-    module = importlib.import_module(algorithm)
+    module = module_of(algorithm)
     args = module.Args(**(module.QUICK if quick else module.TUNED.get("scene-play", {})))  # 4 x 512 in all four
     cuda = cuda and torch.cuda.is_available()
     args = replace(args, num_seeds=num_seeds, cuda=cuda, matmul_precision=None if precision == "highest" else precision)
@@ -283,7 +290,7 @@ def against_one_seed(algorithm, num_seeds, precision, variant, cuda=True, repeat
 
 def measure_evaluation(algorithm, num_seeds, cuda):
     """Seconds to start the evaluation workers, and of each of three evaluations."""
-    module = importlib.import_module(algorithm)
+    module = module_of(algorithm)
     args = module.Args(env_id="cube-single-play-singletask-v0", cuda=cuda and torch.cuda.is_available())
     device = setup_torch(args)
     seeds = list(range(num_seeds))

@@ -43,6 +43,13 @@ def test_operations_are_those_counted_by_hand(same_precision):
     assert row["quartile_low"] <= row["updates_per_second"] <= row["quartile_high"]
 
 
+@pytest.mark.parametrize("baseline", ["fql", "c51", "iqn"])
+def test_baselines_are_measured_by_the_same_program(same_precision, baseline):
+    row = speed.measure(baseline, 1, "highest", "eager", repeats=1, quick=True)
+    assert (row["algorithm"], row["size"], row["num_seeds"]) == (baseline, "quick", 1)
+    assert row["gflop_per_update"] > 0.1 and 0 < row["efficiency"] < 1.5
+
+
 def test_a_profile_divides_the_whole_time_of_an_update(same_precision):
     row = speed.profile("evor", 1, "highest", "eager", repeats=3, quick=True)
     shares = [row[name] for name in (*speed.GROUPS, "gaps")]
