@@ -377,8 +377,8 @@ def test_evor_learns_a_two_mode_return_distribution():
     from benchmarks.studies import return_accuracy
 
     mdp = return_accuracy.make_mdp("coin")
-    args = return_accuracy.small_args(evor, batch_size=256)
-    agent, diverged = return_accuracy.train(evor, args, mdp, updates=2_000, seeds=[0])
+    args = return_accuracy.small_args(evor, batch_size=256, learning_rate=2e-3)
+    agent, diverged = return_accuracy.train(evor, args, mdp, updates=1_000, seeds=[0])
     assert diverged is None
     for row in return_accuracy.accuracy(agent, mdp, 0.9):
         assert row["wasserstein"] < 0.2 and abs(row["mean_error"]) < 0.1, row

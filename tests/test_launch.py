@@ -24,7 +24,7 @@ OTHER_ENV_ID = ENV_ID.replace("task4", "task5")
 BOTH = ENV_ID.replace("task4", "task{4,5}")
 TWENTY = "cube-{single,double}-play-singletask-task{1..5}-v0"  # with two seeds, one a job
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-LENGTHS = "--total-timesteps 240 --eval-interval 150 --log-interval 20 --save-interval 70 --eval-episodes 1".split()
+LENGTHS = "--total-timesteps 240 --eval-interval 240 --log-interval 20 --save-interval 70 --eval-episodes 1".split()
 
 
 def start_launch(*words, env=None):
@@ -466,7 +466,7 @@ def slurm_says(environment, *words):
 
 
 def test_slurm_jobs_are_killed_and_queued_again(slurm, maze_data, tmp_path):
-    flags = [*SMALL_FLAGS["floq"], *LENGTHS, "--total-timesteps", 900, "--dataset-path", maze_data]
+    flags = [*SMALL_FLAGS["floq"], *LENGTHS, "--total-timesteps", 500, "--dataset-path", maze_data]
     runs_dir = tmp_path / "runs"
     words = ["--methods", "floq", "--env-ids", BOTH, "--seeds", 2, "--runs-dir", runs_dir, "--executor", "slurm"]
     own = ["--gpus-per-node", 0, "--cpus-per-task", 1, "--mem-gb", 1]
@@ -475,18 +475,18 @@ def test_slurm_jobs_are_killed_and_queued_again(slurm, maze_data, tmp_path):
 
     process = start_launch(*words, *own, "--watch", "--", *flags, env=slurm)
     first = lambda env_id, row: wait_for(process, lambda: has_row(runs_dir, env_id, row))
-    run_dir = first(ENV_ID, 180)
+    run_dir = first(ENV_ID, 80)
     (killed,) = [pid for pid in trainers(runs_dir) if ENV_ID in command_line(pid)]
     os.kill(killed, signal.SIGKILL)  # within its SLURM job it starts again
     array = json.loads(next(runs_dir.glob(f"launch/*{ENV_ID}*/state.json")).read_text())["slurm"].split("_")[0]
-    first(OTHER_ENV_ID, 180)
+    first(OTHER_ENV_ID, 80)
     assert slurm_says(slurm, "scontrol", "requeue", f"{array}_1") == ""  # as a preemption or an administrator
-    first(ENV_ID, 400)
+    first(ENV_ID, 240)
     slurm_says(slurm, "scancel", "--signal=USR2", f"{array}_0")  # as before its time limit
     again, _ = finish_launch(start_launch(*words, *own, "--", *flags, env=slurm))
     assert "2 jobs: 2 skipped" in again and "runs or waits already: " in again
     out, _ = finish_launch(process)
-    assert out.count(": done, step 900/900") == 2
+    assert out.count(": done, step 500/500") == 2
     restarts = [json.loads(path.read_text())["starts"] - 1 for path in sorted(runs_dir.glob("launch/*/state.json"))]
     assert restarts == [2, 1]
 

@@ -170,10 +170,8 @@ def rows_of(path):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_run_has_both_phases(online_runs, algorithm):
     evaluations = [row for row in rows_of(online_runs[algorithm] / "eval.csv") if row["seed"] == "1"]
-    assert [(row["step"], row["phase"]) for row in evaluations] == [
-        ("1", "offline"), ("100", "offline"), ("130", "offline"),
-        ("200", "online"), ("300", "online"), ("400", "online"), ("430", "online"),
-    ]  # fmt: skip
+    phases = [("1", "offline"), ("130", "offline"), ("215", "online"), ("430", "online")]
+    assert [(row["step"], row["phase"]) for row in evaluations] == phases
     train = rows_of(online_runs[algorithm] / "train.csv")
     assert [row["step"] for row in train if row["seed"] == "0"] == [str(step) for step in range(20, 431, 20)]
     payload = checkpoint.load(online_runs[algorithm])
@@ -188,12 +186,10 @@ def test_a_run_has_both_phases(online_runs, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_same_command_gives_the_same_files_and_online_follows_an_unchanged_offline_phase(
+def test_the_same_seeds_give_the_same_files_and_online_follows_an_unchanged_offline_phase(
     online_flags, online_runs, algorithm, tmp_path
 ):
-    run(algorithm, *online_flags[algorithm], "--runs-dir", tmp_path / "again")
-    assert_same_csv(only_run(tmp_path / "again"), online_runs[algorithm])
-    # An offline run, then continued online: the same numbers again. Nothing was interrupted within the online phase.
+    """An offline run, then continued online: the same numbers again. Nothing is interrupted within the online phase."""
     run(algorithm, *online_flags[algorithm], "--online-timesteps", 0, "--runs-dir", tmp_path / "offline")
     offline = only_run(tmp_path / "offline")
     assert {row["phase"] for row in rows_of(offline / "eval.csv")} == {"offline"}
