@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from common import envs, fail, generate, pixels, python_environment, warn
-from common.download import DAMAGE, KNOWN, download, sha256_of
+from common.download import KNOWN, download, sha256_of
+from common.files import DAMAGE
 
 
 def load(args, device):

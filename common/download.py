@@ -7,11 +7,11 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 
 from tqdm import tqdm
 
 from common import fail
+from common.files import DAMAGE
 
 # Hosts that serve OGBench's files; CLEANFLOW_DATASET_MIRRORS (comma-separated base URLs) is tried first.
 MIRRORS = (
@@ -27,8 +27,6 @@ KNOWN = {
 ATTEMPTS = 4  # tries of one mirror that drops connections or sends short files
 BACK_OFF = float(os.environ.get("CLEANFLOW_DOWNLOAD_BACKOFF", 1.0))  # seconds before the second try, then doubled
 BAR_DELAY = 5  # seconds before a check of a file shows its progress
-# What reading a damaged npz file raises, by where the damage is.
-DAMAGE = (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 class WrongFile(Exception):

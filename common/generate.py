@@ -12,7 +12,6 @@ file does not depend on the number of workers, and an interrupted collection con
 
 import importlib
 import multiprocessing
-import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from common import fail, num_cores
 from common.envs import import_ogbench
+from common.files import written_whole
 
 EPISODES_PER_PART = 10  # an interrupted collection loses at most this many episodes per worker
 
@@ -188,22 +188,13 @@ def collect_maze(env, dataset, seed):
     return rows
 
 
-def _save_npz(path, arrays, compressed):
-    """Writes `path` whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        (np.savez_compressed if compressed else np.savez)(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def _collect_part(part_path, dataset, seed, split, episodes):
     """Worker: the given episodes of a split, concatenated in one file; returns the number of rows."""
     env = make_collection_env(dataset)
     parts = [collect_episode(env, dataset, [seed, split, episode]) for episode in episodes]
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    _save_npz(part_path, arrays, compressed=False)
+    with written_whole(part_path) as file:
+        np.savez(file, **arrays)
     return len(arrays["terminals"])
 
 
@@ -254,7 +245,8 @@ def generate(
                 pool.shutdown(cancel_futures=True)
                 raise
             arrays = [np.load(part) for part in parts]
-            _save_npz(path, {key: np.concatenate([a[key] for a in arrays]) for key in arrays[0].files}, compressed=True)
+            with written_whole(path) as file:
+                np.savez_compressed(file, **{k: np.concatenate([a[k] for a in arrays]) for k in arrays[0].files})
             shutil.rmtree(directory)
     return train_path
 

@@ -440,4 +440,4 @@ if __name__ == "__main__":
     evaluator.close()
     explorer.close()
     log.close()
-    export.write_run(log.run_dir, Agent.ACTS)
+    export.write_run(log.run_dir, Agent)

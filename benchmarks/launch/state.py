@@ -9,14 +9,13 @@ import glob
 import json
 import os
 import socket
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.launch.jobs import absolute
 from benchmarks.tables import read_rows
 from common import warn
-from common.download import DAMAGE
+from common.files import DAMAGE, check_zip
 
 # --- Runs ---
 
@@ -65,9 +64,9 @@ def read_json(path):
 def has_checkpoint(run_dir):
     """Whether one of the run's checkpoints is whole (torch, which takes seconds to import, is not needed for that)."""
     for path in run_dir.glob("checkpoint*.pt"):
-        with contextlib.suppress(*DAMAGE), zipfile.ZipFile(path) as archive:
-            if archive.testzip() is None:
-                return True
+        with contextlib.suppress(*DAMAGE):
+            check_zip(path)
+            return True
     return False
 
 
