@@ -57,11 +57,9 @@ class Job:
 
 
 def make_jobs(options, extra):
-    """The jobs of a command line, and the number of GPUs. What an algorithm would refuse ends the program with code 2.
+    """The jobs that the launcher's options ask for, each with the words `extra`, and the number of GPUs.
 
-    Args:
-        options: of the launcher.
-        extra: words for every job.
+    What an algorithm would refuse ends the program with code 2.
     """
     if min(options.seeds, options.slots_per_device, options.seeds_per_job or 1) < 1 or options.max_restarts < 0:
         fail("--seeds, --seeds-per-job and --slots-per-device must be above zero, --max-restarts at least zero")
@@ -112,9 +110,8 @@ def expand_env_ids(patterns):
         for piece in pieces:
             matching = fnmatch.filter(known, piece)
             if not matching:
-                near = difflib.get_close_matches(re.sub(r"[*?\[\]]", "", piece), known, n=3, cutoff=0.4)
-                nearest = f"; nearest: {', '.join(near)}" if near else ""
-                fail(f"--env-ids {piece} matches no environment of ogbench{nearest}")
+                near = envs.nearest(re.sub(r"[*?\[\]]", "", piece), known)
+                fail(f"--env-ids {piece} matches no environment of ogbench{near}")
             found += matching
     return list(dict.fromkeys(found))
 
@@ -122,11 +119,8 @@ def expand_env_ids(patterns):
 def resolve(commands):
     """What each algorithm's `parse_args` makes of a job's words; a refusal ends the program.
 
-    Args:
-        commands: [(file, words)].
-
-    Returns:
-        [(args, identity, defaults)] as in `Job`, with values as JSON knows them; and the number of GPUs.
+    `commands` are [(file, words)]. Returns [(args, identity, defaults)], see `Job`, with values as JSON knows them, and
+    the number of GPUs.
     """
     import torch
 
