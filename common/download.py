@@ -29,10 +29,6 @@ BACK_OFF = float(os.environ.get("CLEANFLOW_DOWNLOAD_BACKOFF", 1.0))  # seconds b
 BAR_DELAY = 5  # seconds before a check of a file shows its progress
 
 
-class WrongFile(Exception):
-    """A mirror serves something else under the file's name; to ask it again would not help."""
-
-
 def download(file, directory):
     """Downloads one file from the first mirror that has it; a `.part` file is resumed, and renamed when it is whole.
 
@@ -54,10 +50,10 @@ def download(file, directory):
                 answer = f"HTTP {error.code} {error.reason}"
                 if error.code < 500 and error.code not in (408, 429):  # it does not have the file, and will not later
                     break
-            except (WrongFile, ValueError) as error:  # ValueError: the mirror's address is not one
+            except ValueError as error:  # another file under the name, or no address: to ask again would not help
                 answer = str(error)
                 break
-            except (OSError, EOFError, http.client.HTTPException, zipfile.BadZipFile) as error:
+            except (OSError, EOFError, http.client.HTTPException) as error:
                 answer = str(getattr(error, "reason", error)) or type(error).__name__
         answers.append(f"  {mirror}: {answer}\n")
     name = file.removesuffix(".npz").removesuffix("-val")
@@ -73,10 +69,9 @@ def _fetch(url, path):
     """One try: the rest of `path`'s `.part` file from `url`, then check and rename.
 
     Raises:
-        OSError, EOFError, http.client.HTTPException: the connection broke (what came is kept), or a resumed part turned
-            out not to fit (it is deleted).
-        zipfile.BadZipFile: a file of unknown length did not arrive whole; it is deleted.
-        WrongFile: the mirror has another file; of what it sent, nothing is kept.
+        OSError, EOFError, http.client.HTTPException: the connection broke (what came is kept), or what is there now is
+            not whole, or a resumed part does not fit (it is deleted).
+        ValueError: the mirror has another file; of what it sent, nothing is kept.
     """
     part = path.with_name(path.name + ".part")
     done = part.stat().st_size if part.exists() else 0
@@ -90,12 +85,12 @@ def _fetch(url, path):
         raise EOFError("the partial file did not fit the server's") from None
     with response:
         if response.headers.get_content_type() == "text/html":
-            raise WrongFile("answered with a web page instead of the file")
+            raise ValueError("answered with a web page instead of the file")
         done = done if response.status == 206 else 0  # else the server sends everything again
         size = KNOWN[path.name][0] if path.name in KNOWN else None
         total = size if response.length is None else done + response.length
         if size is not None and total != size:
-            raise WrongFile(f"its file has {total:,} bytes, OGBench's has {size:,}")
+            raise ValueError(f"its file has {total:,} bytes, OGBench's has {size:,}")
         with open(part, "ab" if done else "wb") as file:
             for block in _blocks(response, f"downloading {path.name}", total, initial=done):
                 file.write(block)
@@ -104,7 +99,7 @@ def _fetch(url, path):
         raise EOFError(f"connection closed after {received} of {total} bytes")
     try:
         _check_content(part, path.name)
-    except (WrongFile, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError) as error:
         part.unlink()
         if done:
             raise EOFError(f"its bytes do not continue the partial file ({error})") from None
@@ -113,13 +108,13 @@ def _fetch(url, path):
 
 
 def _check_content(part, file):
-    """Checks a whole download of the official `file`: by its SHA-256 if known (or WrongFile), else by the checksums
-    within the npz file (or zipfile.BadZipFile).
+    """Checks a whole download of the official `file`: by its SHA-256 if known (or ValueError), else by the checksums
+    within the npz file (or EOFError).
     """
     if file in KNOWN:
         found, expected = sha256_of(part), KNOWN[file][1]
         if found != expected:
-            raise WrongFile(f"its file has SHA-256 {found}, OGBench's has {expected}")
+            raise ValueError(f"its file has SHA-256 {found}, OGBench's has {expected}")
         return
     try:
         with zipfile.ZipFile(part) as archive:
@@ -129,7 +124,7 @@ def _check_content(part, file):
                     for _ in _blocks(rows, text, member.file_size, delay=BAR_DELAY):
                         pass  # to the end, where the checksum is compared
     except DAMAGE as error:
-        raise zipfile.BadZipFile(f"what arrived is not a whole npz file ({error})") from None
+        raise EOFError(f"what arrived is not a whole npz file ({error})") from None
 
 
 def sha256_of(path):

@@ -50,12 +50,6 @@ def known_env_ids():
     return ids
 
 
-def nearest(env_id, ids):
-    """What a message adds about an unknown id: "; nearest: " and up to three of the known `ids`; "" if none is near."""
-    near = difflib.get_close_matches(env_id, ids, n=3, cutoff=0.4)
-    return f"; nearest: {', '.join(near)}" if near else ""
-
-
 def check_env_id(env_id):
     """Ends with exit code 2 unless `env_id` is a single-task id; names the nearest ids, or the single-task form."""
     import_ogbench(render=is_pixels(env_id))  # before anything switches OpenGL off
@@ -66,7 +60,8 @@ def check_env_id(env_id):
     if single_task in ids:
         tasks = f"{single_task} (the default task) or {single_task[:-3]}-task1-v0 ... -task5-v0"
         fail(f"--env-id {env_id} is goal-conditioned; these algorithms need one task: {tasks}")
-    fail(f"--env-id {env_id} is unknown to ogbench{nearest(env_id, ids)}")
+    near = difflib.get_close_matches(env_id, ids, n=3, cutoff=0.4)
+    fail(f"--env-id {env_id} is unknown to ogbench" + (f"; nearest: {', '.join(near)}" if near else ""))
 
 
 def dataset_name(env_id):

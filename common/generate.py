@@ -10,10 +10,11 @@ the name keeps them apart from official files. The recipe is OGBench's (arXiv 24
 file does not depend on the number of workers, and an interrupted collection continues where it stopped.
 """
 
+import functools
 import importlib
 import multiprocessing
 import shutil
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +189,7 @@ def collect_maze(env, dataset, seed):
     return rows
 
 
-def _collect_part(part_path, dataset, seed, split, episodes):
+def _collect_part(dataset, seed, split, part_path, episodes):
     """Worker: the given episodes of a split, concatenated in one file; returns the number of rows."""
     env = make_collection_env(dataset)
     parts = [collect_episode(env, dataset, [seed, split, episode]) for episode in episodes]
@@ -235,15 +236,11 @@ def generate(
             starts = range(0, episodes, EPISODES_PER_PART)
             parts = {directory / f"{i:06d}.npz": range(episodes)[i : i + EPISODES_PER_PART] for i in starts}
             todo = {part: numbers for part, numbers in parts.items() if not part.exists()}
-            futures = [pool.submit(_collect_part, part, dataset, seed, split, n) for part, n in todo.items()]
+            collect = functools.partial(_collect_part, dataset, seed, split)
             rows = sum(map(len, todo.values())) * length
-            try:
-                with tqdm(total=rows, unit=" transitions", desc=f"collecting {path.stem}") as bar:
-                    for future in as_completed(futures):
-                        bar.update(future.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            with tqdm(total=rows, unit=" transitions", desc=f"collecting {path.stem}") as bar:
+                for number in pool.map(collect, todo, todo.values()):  # what fails cancels the rest
+                    bar.update(number)
             arrays = [np.load(part) for part in parts]
             with written_whole(path) as file:
                 np.savez_compressed(file, **{k: np.concatenate([a[k] for a in arrays]) for k in arrays[0].files})

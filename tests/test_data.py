@@ -45,7 +45,7 @@ def test_an_interrupted_collection_uses_its_finished_parts(maze_data, tmp_path, 
     whole.unlink()
     parts = path.with_name(path.stem + ".parts")
     parts.mkdir()
-    generate._collect_part(parts / "000010.npz", "pointmaze-medium-navigate-v0", 0, 0, range(10, 20))
+    generate._collect_part("pointmaze-medium-navigate-v0", 0, 0, parts / "000010.npz", range(10, 20))
     stamp = (parts / "000010.npz").stat().st_mtime_ns
     seen = []
     original = generate.written_whole

@@ -110,8 +110,9 @@ def expand_env_ids(patterns):
         for piece in pieces:
             matching = fnmatch.filter(known, piece)
             if not matching:
-                near = envs.nearest(re.sub(r"[*?\[\]]", "", piece), known)
-                fail(f"--env-ids {piece} matches no environment of ogbench{near}")
+                near = difflib.get_close_matches(re.sub(r"[*?\[\]]", "", piece), known, n=3, cutoff=0.4)
+                nearest = f"; nearest: {', '.join(near)}" if near else ""
+                fail(f"--env-ids {piece} matches no environment of ogbench{nearest}")
             found += matching
     return list(dict.fromkeys(found))
 
@@ -124,7 +125,7 @@ def resolve(commands):
     """
     import torch
 
-    from common import arguments, generate
+    from common import arguments, datasets
 
     resolved = []
     for file, words in commands:
@@ -136,10 +137,7 @@ def resolve(commands):
             if error.code:
                 print(f"error: {file.stem} refuses {shlex.join(words)}; nothing was started", file=sys.stderr)
             raise
-        if args.dataset_path is not None and not Path(args.dataset_path).expanduser().is_file():
-            fail(f"--dataset-path {args.dataset_path} is not a file")
-        if args.dataset_path is None and args.dataset_source == "generated":
-            generate.check_collectable(envs.dataset_name(args.env_id))
+        datasets.find_dataset(args, make=False)  # refuses what could not be had
         values, defaults = (json.loads(json.dumps(asdict(a))) for a in (args, type(args)()))
         identity = {name: value for name, value in values.items() if name not in arguments.MAY_CHANGE}
         resolved.append((values, identity | {"dataset_path": absolute(args.dataset_path)}, defaults))

@@ -80,10 +80,8 @@ def start(job, device, threads):
 def run(jobs, devices, cores, max_restarts, grace=math.inf):
     """Trains jobs until each is done or given up, or a signal comes; returns the exit code: 0, 1 or 128 + the signal.
 
-    Args:
-        devices: a name per job that runs at a time; cores: what they share, unless OMP_NUM_THREADS is set.
-        max_restarts: of a job whose process has ended early; ends on a full disk do not count.
-        grace: seconds that jobs get for saving when a signal has come.
+    `devices` has a name per job that runs at a time; these share the `cores`, unless OMP_NUM_THREADS is set. Of a job's
+    early ends, those on a full disk do not count for `max_restarts`. `grace`: seconds to save in, after a signal.
     """
     screen, free, running = Screen(jobs), list(devices), {}  # running: {job: (process, device)}
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // len(devices))))

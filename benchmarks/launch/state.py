@@ -38,8 +38,8 @@ def find_runs(job):
         success = sum(last) / len(last) if last else None
         rate = float(timing[-1]["updates_per_second"]) if timing else None
         ended = {int(row["seed"]) for row in evaluations if int(row["step"]) == job.last_step}
-        lengths = all(args[name] == job.args[name] for name in ("total_timesteps", "online_timesteps"))
-        finished = lengths and ended >= set(job.seeds)
+        as_long = all(args[name] == job.args[name] for name in ("total_timesteps", "online_timesteps"))
+        finished = as_long and ended >= set(job.seeds)
         runs.append(SimpleNamespace(path=path, step=step, success=success, rate=rate, finished=finished))
     return sorted(runs, key=lambda run: (len(run.path.name), run.path.name))  # the name ends with the time
 
