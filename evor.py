@@ -30,11 +30,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import arguments, checkpoint, datasets, envs, export, fail, graphs, policies, rollout
+from common.datasets import reward_to_go
 from common.device import setup_torch
 from common.draws import make_draw
 from common.log import Log
 from common.replay import Replay
-from common.returns import reward_to_go
 from common.signals import StopRequest
 from common.stacked import Stacked
 

@@ -1,8 +1,10 @@
 """Downloads of OGBench's dataset files: resumed where the connection broke, and checked when whole."""
 
+import functools
 import hashlib
 import http.client
 import os
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +29,8 @@ KNOWN = {
 ATTEMPTS = 4  # tries of one mirror that drops connections or sends short files
 BACK_OFF = float(os.environ.get("CLEANFLOW_DOWNLOAD_BACKOFF", 1.0))  # seconds before the second try, then doubled
 BAR_DELAY = 5  # seconds before a check of a file shows its progress
+# A binary file whose reads move a progress bar.
+shown = functools.partial(tqdm.wrapattr, method="read", bytes=False, unit="B", unit_scale=True)
 
 
 def download(file, directory):
@@ -92,8 +96,8 @@ def _fetch(url, path):
         if size is not None and total != size:
             raise ValueError(f"its file has {total:,} bytes, OGBench's has {size:,}")
         with open(part, "ab" if done else "wb") as file:
-            for block in _blocks(response, f"downloading {path.name}", total, initial=done):
-                file.write(block)
+            with shown(response, total=total, initial=done, desc=f"downloading {path.name}") as source:
+                shutil.copyfileobj(source, file, 2**20)
     received = part.stat().st_size
     if total is not None and received < total:
         raise EOFError(f"connection closed after {received} of {total} bytes")
@@ -119,9 +123,9 @@ def _check_content(part, file):
     try:
         with zipfile.ZipFile(part) as archive:
             for member in archive.infolist():
-                with archive.open(member) as rows:
-                    text = f"checking {file}: {member.filename}"
-                    for _ in _blocks(rows, text, member.file_size, delay=BAR_DELAY):
+                look = dict(total=member.file_size, desc=f"checking {file}: {member.filename}", delay=BAR_DELAY)
+                with archive.open(member) as rows, shown(rows, **look) as source:
+                    while source.read(2**20):
                         pass  # to the end, where the checksum is compared
     except DAMAGE as error:
         raise EOFError(f"what arrived is not a whole npz file ({error})") from None
@@ -130,15 +134,8 @@ def _check_content(part, file):
 def sha256_of(path):
     """SHA-256 of a file as 64 hexadecimal digits; shows a progress bar when it takes longer than 5 seconds."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in _blocks(file, f"checking {path.name}", path.stat().st_size, delay=BAR_DELAY):
+    look = dict(total=path.stat().st_size, desc=f"checking {path.name}", delay=BAR_DELAY)
+    with open(path, "rb") as file, shown(file, **look) as source:
+        while block := source.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _blocks(file, text, total, initial=0, delay=0):
-    """The rest of a binary file in blocks, with a progress bar over its bytes."""
-    with tqdm(total=total, initial=initial, unit="B", unit_scale=True, desc=text, delay=delay) as bar:
-        while block := file.read(2**20):
-            yield block
-            bar.update(len(block))

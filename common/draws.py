@@ -24,17 +24,13 @@ def make_draw(agent, args, seeds, num_transitions, device):
 def draw_chunk(agent, args, seeds, num_transitions, chunk, device, online=False):
     """Batch indices and noise of CHUNK updates, functions of (seed, chunk) for each seed.
 
+    Returns {"indices": (CHUNK, S, B), noise name: (CHUNK, S, rows, dim)}. If `online`, indices are integers below
+    2**62, whose remainder by the buffer's size is taken, and "act" is drawn too, the noise of one action per update.
+
     Args:
         agent: gives `draw_noise` and `draw_act_noise`.
-        args, seeds: the run's arguments and the S seeds.
-        num_transitions: of the offline dataset.
-        chunk: number of the chunk.
-        device: torch device.
-        online: whether indices are integers below 2**62, whose remainder by the buffer's size is taken, and "act"
-            is drawn too, the noise of one action per update.
-
-    Returns:
-        {"indices": (CHUNK, S, B), noise name: (CHUNK, S, rows, dim)}.
+        args, seeds, device: the run's arguments, the S seeds, and the torch device.
+        num_transitions, chunk: of the offline dataset, and the number of the chunk.
     """
     draws = []
     for seed in seeds:  # each with its own generator, so that it draws the same alone and beside others

@@ -68,7 +68,9 @@ class Evaluator:
 
         total = len(seeds) * args.eval_episodes
         bar = tqdm(total=total, desc=f"evaluating at {step}", unit=" episodes", leave=False, position=1)
-        with bar, one_thread():
+        with bar, contextlib.ExitStack() as afterwards:
+            afterwards.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)  # the policy's products are small: idle threads would spin on the workers' cores
             first = begin(self.workers.slots)
             ob, episode_noise = first[0, 0], playing[0, 0][1]
             shape = len(seeds), len(self.workers.slots) // len(seeds)  # (S, P)
@@ -161,17 +163,6 @@ class Explorer:
         """Ends the worker processes."""
         if self.workers is not None:
             self.workers.close()
-
-
-@contextlib.contextmanager
-def one_thread():
-    """The policy's small products on one thread: idle ones would spin on the cores that the workers need."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def save_gif(path, frames, frames_per_second=20):

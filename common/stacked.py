@@ -16,8 +16,7 @@ class Stacked:
         make_agent: function without arguments that makes an agent, its weights drawn from torch's global generator. Its
             buffers must not depend on the seed.
         seeds: the S seeds of the initial weights; an agent's do not depend on the other seeds or on the device.
-        device: torch device.
-        learning_rate: Adam's.
+        device, learning_rate: torch device, and Adam's rate.
 
     Attributes:
         agent: the first agent as it began: the settings that all share. Its own weights do not train.

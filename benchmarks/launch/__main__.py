@@ -23,7 +23,7 @@ from common import fail, num_cores
 
 @dataclass
 class LaunchArgs:
-    methods: tuple[str, ...]  # algorithms: names of files here (floq, value_flows, ...), or paths of your own ones
+    methods: tuple[str, ...]  # algorithms: names of files here (floq, value_flows, ...), or paths of your own like them
     env_ids: tuple[str, ...]  # environments; {1..5}, {a,b}, * and ? are expanded (quote them)
     seeds: int = 1  # number of seeds
     seed: int = 0  # first seed

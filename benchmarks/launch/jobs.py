@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import fnmatch
-import functools
 import hashlib
 import importlib.util
 import itertools
@@ -118,7 +117,7 @@ def expand_env_ids(patterns):
 
 
 def resolve(commands):
-    """What each algorithm's `parse_args` makes of a job's words; a refusal ends the program.
+    """What each algorithm's `parse_args(words)` makes of a job's words; a refusal ends the program with code 2.
 
     `commands` are [(file, words)]. Returns [(args, identity, defaults)], see `Job`, with values as JSON knows them, and
     the number of GPUs.
@@ -129,7 +128,11 @@ def resolve(commands):
 
     resolved = []
     for file, words in commands:
-        module = load_method(file)
+        spec = importlib.util.spec_from_file_location(file.stem, file)  # wherever the file lies
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its dataclass looks itself up
+        spec.loader.exec_module(module)
+        if not hasattr(module, "parse_args"):
+            fail(f"--methods {file} has no parse_args(words), which gives an algorithm's checked arguments")
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 args, _ = module.parse_args(words)
@@ -142,17 +145,6 @@ def resolve(commands):
         identity = {name: value for name, value in values.items() if name not in arguments.MAY_CHANGE}
         resolved.append((values, identity | {"dataset_path": absolute(args.dataset_path)}, defaults))
     return resolved, torch.cuda.device_count()
-
-
-@functools.cache
-def load_method(file):
-    """The module of an algorithm's file, wherever that lies; one without `parse_args` ends the program with code 2."""
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its dataclass looks itself up
-    spec.loader.exec_module(module)
-    if not hasattr(module, "parse_args"):
-        fail(f"--methods {file} has no parse_args(words), which gives an algorithm's checked arguments")
-    return module
 
 
 def absolute(path):

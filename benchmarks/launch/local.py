@@ -63,13 +63,12 @@ def start(job, device, threads):
         environment = {"TQDM_MININTERVAL": "30"} | python_environment()  # a log, not a terminal
         environment |= {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device}
         words = command(job, sys.executable, action, run_dir)
-        # SLURM sends SIGUSR2 to all processes of its job, but only the launcher's answers.
-        ignore_signal = lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         with open(job.folder / "stdout.log", "a") as out, open(job.folder / "stderr.log", "a") as err:
             print(f"+ {shlex.join(words)}", file=out, flush=True)
             process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, pass_fds=[lock.fileno()],
-                start_new_session=True, preexec_fn=ignore_signal,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),  # SLURM's; only the launcher answers
             )  # fmt: skip
         who = f"{socket.gethostname()} process {process.pid}"
         state.write_state(job, starts=state.read_state(job).get("starts", 0) + 1, process=who)
@@ -113,12 +112,10 @@ def run(jobs, devices, cores, max_restarts, grace=math.inf):
         for job in jobs:
             if job.state == "waiting" and free and not stop:
                 try:
-                    process = start(job, free[0], threads)
+                    if process := start(job, free[0], threads):
+                        running[job] = process, free.pop(0)
                 except OSError as error:
                     ended_early(job, str(error))
-                    continue
-                if process is not None:
-                    running[job] = process, free.pop(0)
         screen.draw()
         if stop and deadline is None:
             deadline = time.monotonic() + grace

@@ -25,8 +25,7 @@ def find_runs(job):
     and is finished if it has the job's length and an evaluation of every seed at the end.
     """
     runs = []
-    prefix = glob.escape(f"{job.env_id}__{job.args['exp_name']}__{job.seeds[0]}__")
-    for path in job.runs_dir.glob(prefix + "*"):
+    for path in job.runs_dir.glob(glob.escape(f"{job.env_id}__{job.args['exp_name']}__{job.seeds[0]}__") + "*"):
         info = read_json(path / "args.json")
         args = job.defaults | info.get("args", {})
         args["dataset_path"] = absolute(args["dataset_path"])
@@ -52,15 +51,6 @@ def read_json(path):
         return {}
 
 
-def has_checkpoint(run_dir):
-    """Whether one of the run's checkpoints is whole (torch, which takes seconds to import, is not needed for that)."""
-    for path in run_dir.glob("checkpoint*.pt"):
-        with contextlib.suppress(*DAMAGE):
-            check_zip(path)
-            return True
-    return False
-
-
 def choose(job):
     """What to do for a job: ("skip", finished run), ("resume", interrupted run) or ("new", None).
 
@@ -68,9 +58,12 @@ def choose(job):
     """
     if finished := refresh(job):
         return "skip", finished
-    for run in sorted(find_runs(job), key=lambda run: run.step)[::-1]:  # of equal steps, the newest first
-        if run.step <= job.last_step and has_checkpoint(run.path):
-            return "resume", run.path
+    runs = [run for run in find_runs(job) if run.step <= job.last_step]
+    for run in sorted(runs, key=lambda run: run.step)[::-1]:  # of equal steps, the newest first
+        for path in run.path.glob("checkpoint*.pt"):
+            with contextlib.suppress(*DAMAGE):  # it must be whole; torch, which takes seconds to import, is not needed
+                check_zip(path)
+                return "resume", run.path
     return "new", None
 
 
@@ -100,9 +93,8 @@ def write_state(job, **changes):
 
 
 def take_lock(job):
-    """Takes the job's lock, so that one process at a time trains it; None if another process has it.
-
-    It is held for as long as this process, or a child that inherits the returned file, has that open.
+    """Takes the job's lock, so that one process at a time trains it; None if another has it. It is held for as long as
+    this process, or a child that inherits the returned file, has that open.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     file = open(job.folder / "lock", "a")
