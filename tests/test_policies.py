@@ -49,6 +49,7 @@ def test_an_exported_policy_scores_what_its_run_scores(name, exported):
     config = json.loads((folder / "config.json").read_text())
     assert [row["success"] for row in config["evaluation"]] == [float(row["success"]) for row in rows]
     assert config["agent_inputs"]["obs_dim"] == 2 and config["step"] == 430
+    assert config["algorithm"] == config["module"] == name
 
 
 @pytest.mark.parametrize("name", NAMES)
