@@ -22,10 +22,8 @@ DEFAULTS = (
     "that it takes and stores them in its args.json."
 )
 # The numbers that every algorithm has; a file checks its own by `check_numbers`.
-ABOVE_ZERO = (
-    "total_timesteps eval_interval log_interval save_interval num_seeds generated_episodes eval_episodes".split()
-)
-ABOVE_ZERO += ["batch_size", "learning_rate"]
+INTERVALS = ("total_timesteps", "eval_interval", "log_interval", "save_interval")
+ABOVE_ZERO = (*INTERVALS, "num_seeds", "generated_episodes", "eval_episodes", "batch_size", "learning_rate")
 AT_LEAST_ZERO = ("seed", "online_timesteps", "eval_workers")
 
 

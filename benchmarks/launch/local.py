@@ -68,7 +68,7 @@ def start(job, device, threads):
             process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, pass_fds=[lock.fileno()],
                 start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),  # SLURM's; only the launcher answers
+                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),  # SLURM's, which the launcher answers
             )  # fmt: skip
         who = f"{socket.gethostname()} process {process.pid}"
         state.write_state(job, starts=state.read_state(job).get("starts", 0) + 1, process=who)

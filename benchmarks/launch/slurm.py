@@ -20,7 +20,7 @@ def train(job, gpus, cpus, max_restarts, grace):
     """
     import submitit
 
-    code = local.run([job], local.find_devices((), gpus), cpus, max_restarts, grace)
+    code = local.run([job], local.find_devices((), gpus)[:1], cpus, max_restarts, grace)
     if code == 128 + signal.SIGUSR2:
         subprocess.run(["scontrol", "requeue", submitit.JobEnvironment().job_id], check=True)
     if code >= 128:
