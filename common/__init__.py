@@ -4,8 +4,10 @@ Plain functions, no inheritance. An algorithm file imports from here and from no
 here imports an algorithm.
 """
 
+import importlib.metadata
 import importlib.util
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -44,6 +46,12 @@ def python_environment():
     """The environment variables of a child process that has to import this project."""
     root = str(Path(__file__).resolve().parent.parent)
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+
+
+def versions():
+    """{name: version} of Python and of the packages that a run's numbers depend on."""
+    packages = ("torch", "ogbench", "mujoco", "gymnasium", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 check_system()

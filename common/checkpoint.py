@@ -4,18 +4,14 @@
 and containers of them only, and is read with `torch.load(weights_only=True)`, so that a stranger's file runs no code.
 """
 
-import os
-import pickle
-import zipfile
 from pathlib import Path
 
 import torch
 
 from common import fail, warn
+from common.files import DAMAGE, check_zip, written_whole
 
 LATEST, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
-# What reading a damaged checkpoint raises, by where the damage is.
-DAMAGE = (OSError, EOFError, KeyError, TypeError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 def save(run_dir, payload):
@@ -23,22 +19,15 @@ def save(run_dir, payload):
 
     Non-finite weights, a full disk or an unwritable directory end the program with exit code 1; the last one stays.
     """
-    run_dir = Path(run_dir)
-    latest, temporary = run_dir / LATEST, run_dir / (LATEST + ".part")
+    latest = Path(run_dir) / LATEST
     kept = f"the last checkpoint is kept: {latest}" if latest.exists() else "there is no earlier checkpoint"
     for name, value in payload["agent"].items():
         if not torch.isfinite(value).all():
             raise SystemExit(f"error: weights {name} are non-finite at step {payload['step']}; not saved, {kept}")
     try:
-        with open(temporary, "wb") as file:
+        with written_whole(latest, latest.with_name(PREVIOUS)) as file:
             torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if latest.exists():
-            os.replace(latest, run_dir / PREVIOUS)
-        os.replace(temporary, latest)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        temporary.unlink(missing_ok=True)
         raise SystemExit(f"error: could not save a checkpoint in {run_dir} ({error}); {kept}") from None
 
 
@@ -52,21 +41,16 @@ def load(run_dir, flag="--resume"):
         fail(f"{flag} {run_dir} is not a directory")
     problems = []
     for name in (LATEST, PREVIOUS):
-        path = run_dir / name
-        if not path.exists():
-            problems.append(f"{name} is missing")
-            continue
         try:
-            with zipfile.ZipFile(path) as archive:  # every member's checksum; torch.load does not look at them
-                damaged = archive.testzip()
-            if damaged:
-                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-            payload = torch.load(path, map_location="cpu", weights_only=True)
+            check_zip(run_dir / name)  # torch.load does not look at checksums
+            payload = torch.load(run_dir / name, map_location="cpu", weights_only=True)
             payload["args"], payload["step"]
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
         except DAMAGE as error:
-            problems.append(f"{name} is damaged ({str(error).splitlines()[0]})")
-            continue
-        if problems:
-            warn(f"{run_dir}: {'; '.join(problems)}; continuing from {name} at step {payload['step']}")
-        return payload
+            problems.append(f"{name} is damaged ({(str(error) or type(error).__name__).splitlines()[0]})")
+        else:
+            if problems:
+                warn(f"{run_dir}: {'; '.join(problems)}; continuing from {name} at step {payload['step']}")
+            return payload
     fail(f"{flag} {run_dir} has no usable checkpoint: {'; '.join(problems)}")

@@ -27,8 +27,7 @@ def draw(axes, curves, label="mean", color="tab:blue"):
     Args:
         axes: matplotlib axes; several calls draw into one.
         curves: [{step: success in percent}], one per seed. The mean is drawn at the steps that all seeds have.
-        label: of the mean, for the legend.
-        color: of all lines.
+        label, color: of the mean, for the legend, and of all lines.
     """
     for curve in curves:
         axes.plot(*zip(*sorted(curve.items())), color=color, linewidth=0.8, alpha=0.5)

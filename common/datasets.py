@@ -1,4 +1,4 @@
-"""OGBench datasets: find, download or generate the file, check it, put it on the device.
+"""OGBench datasets: find, download or generate the file, check it, put it on the device; returns along trajectories.
 
 Official files lie in OGBench's own layout, `{dataset_dir}/{name}.npz` and `{name}-val.npz`; what is missing is
 downloaded. Generated ones (`common.generate`) carry `-generated-` in their name and never pass for official. OGBench's
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from common import envs, fail, generate, pixels, python_environment, warn
-from common.download import DAMAGE, KNOWN, download, sha256_of
+from common.download import KNOWN, download, sha256_of
+from common.files import DAMAGE
 
 
 def load(args, device):
@@ -23,9 +24,9 @@ def load(args, device):
     return load_dataset(find_dataset(args), args.env_id, device, replaceable=args.dataset_path is None)
 
 
-def find_dataset(args):
-    """Path of the training file of a run's dataset, downloaded or generated if need be; exit code 2 where the file
-    cannot be had. The user's own file, --dataset-path, wins.
+def find_dataset(args, make=True):
+    """Path of the training file of a run's dataset, with `make` downloaded or generated if need be; exit code 2 where
+    the file cannot be had. The user's own file, --dataset-path, wins.
     """
     if args.dataset_path is not None:
         path = Path(args.dataset_path).expanduser()
@@ -36,7 +37,7 @@ def find_dataset(args):
     if args.dataset_source == "official":
         directory = Path(args.dataset_dir).expanduser()
         for path in (directory / f"{name}-val.npz", directory / f"{name}.npz"):
-            if not path.exists():
+            if make and not path.exists():
                 with only_one(path):
                     if not path.exists():  # else another process made it while this one waited
                         download(path.name, directory)
@@ -45,7 +46,7 @@ def find_dataset(args):
     generate.check_collectable(name)
     episodes = args.generated_episodes or generate.OFFICIAL_SIZES[name][0]
     path = generate.generated_path(name, args.dataset_dir, episodes, seed=0)
-    if not (path.exists() and generate.val_path(path).exists()):
+    if make and not (path.exists() and generate.val_path(path).exists()):
         # A process of its own, so that the collecting workers load neither torch nor the algorithm.
         flags = ["--dataset", name, "--dataset-dir", args.dataset_dir, "--num-episodes", str(episodes)]
         command = [sys.executable, "-m", "common.generate", *flags]
@@ -82,8 +83,7 @@ def load_dataset(path, env_id, device, replaceable=False):
 
     Args:
         path: npz file with OGBench's rows (observations, actions, terminals, qpos, qvel, maybe button_states).
-        env_id: single-task id whose task the rewards are computed for.
-        device: torch device.
+        env_id, device: single-task id whose task the rewards are computed for, and torch device.
         replaceable: whether `find_dataset` would download or make the file again; one given with --dataset-path is the
             user's own, and no message advises to delete that.
 
@@ -97,7 +97,9 @@ def load_dataset(path, env_id, device, replaceable=False):
     path, is_pixels = Path(path), envs.is_pixels(env_id)
     ogbench = envs.import_ogbench(render=is_pixels)
     env = envs.make_env(env_id)
-    advice = _advice(path, replaceable)
+    advice = "the file is yours and is left as it is; give another one with --dataset-path"
+    if replaceable:  # only what was downloaded or made here may be deleted
+        advice = f"delete it and run again to {'make' if '-generated-' in path.name else 'download'} it anew"
     check_file(path, env, advice)
     data = ogbench.load_dataset(path, ob_dtype=np.uint8 if is_pixels else np.float32, add_info=True)
     np.random.seed(0)  # the relabelling resets the environment, which draws from the global generator
@@ -115,25 +117,17 @@ def load_dataset(path, env_id, device, replaceable=False):
     dataset["actions"] = dataset["actions"].clamp(-1 + 1e-5, 1 - 1e-5)
     if is_pixels:
         dataset["starts"] = pixels.trajectory_starts(data["terminals"]).to(device)
-    identity = {"source": "custom", "file": path.name, "size": path.stat().st_size, "sha256": sha256_of(path)}
-    if "-generated-" in path.name:
-        identity["source"] = "generated"
-    elif path.name == f"{envs.dataset_name(env_id)}.npz":
-        identity["source"] = "official"
+    found = sha256_of(path)
+    official = KNOWN[path.name][1] if path.name in KNOWN else found
+    source = "official" if path.name == f"{envs.dataset_name(env_id)}.npz" and found == official else "custom"
+    source = "generated" if "-generated-" in path.name else source
     # A warning, not an end: OGBench may publish a set anew, and a user may train on a changed one. The run says custom.
-    if path.name in KNOWN and identity["sha256"] != KNOWN[path.name][1]:
-        identity["source"] = "custom"
-        sums = f"SHA-256 {identity['sha256']}, OGBench's has {KNOWN[path.name][1]}"
+    if found != official:
         remedy = f"; for OGBench's, {advice}" if replaceable else ""
+        sums = f"SHA-256 {found}, OGBench's has {official}"
         warn(f"{path} is not OGBench's file of that name: {sums}. The run records it as custom{remedy}")
+    identity = {"source": source, "file": path.name, "size": path.stat().st_size, "sha256": found}
     return dataset, identity | {"transitions": len(data["rewards"])}
-
-
-def _advice(path, replaceable):
-    """What to do about a file that does not serve; only one that was downloaded or made here may be deleted."""
-    if not replaceable:
-        return "the file is yours and is left as it is; give another one with --dataset-path"
-    return f"delete it and run again to {'make' if '-generated-' in path.name else 'download'} it anew"
 
 
 def check_file(path, env, advice):
@@ -176,3 +170,25 @@ def check_file(path, env, advice):
             refuse(f": a row of {key} has shape {arrays[key].shape[1:]}, {env.spec.id} needs {space.shape}")
     if rows < 2 or not arrays["terminals"][-1] or arrays["terminals"].all():
         refuse(": key terminals must mark each trajectory's last row, the file's last row among them")
+
+
+def trajectory_ends(data):
+    """(N,) bool: True in a trajectory's last transition, which does not lead to the next row's observation."""
+    leads_on = (data["next_observations"][:-1] == data["observations"][1:]).all(dim=-1).cpu().numpy()
+    return np.append(~leads_on, True)
+
+
+def reward_to_go(data, gamma):
+    """Discounted returns along the data's trajectories, G_t = r_t + gamma mask_t G_{t+1}, cut off at each one's end: a
+    float64 array (N,).
+
+    Args:
+        data: transitions {observations, next_observations (N, D), rewards, masks (N,)} in order of time.
+        gamma: discount factor.
+    """
+    rewards, masks = (data[key].double().cpu().numpy() for key in ("rewards", "masks"))
+    ends, returns, value = trajectory_ends(data), np.zeros_like(rewards), 0.0
+    for i in reversed(range(len(rewards))):
+        value = rewards[i] + gamma * masks[i] * (0.0 if ends[i] else value)
+        returns[i] = value
+    return returns

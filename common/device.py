@@ -61,12 +61,11 @@ def explain_out_of_memory(num_seeds, device, kind, error, traceback):
 
 
 def set_matmul_precision(precision, device):
-    """Sets how float32 matrix products are computed; a precision that the device lacks ends the program.
+    """Sets how a torch device computes float32 matrix products; a precision that it lacks ends the program.
 
     Args:
         precision: "highest" (exact), "high" (TF32), "medium" (bfloat16 where torch has that, else as high), or None for
             the device's default: high on a GPU with TF32 units, highest elsewhere.
-        device: torch device.
     """
     if device.type == "cuda":
         has_tf32 = torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,17 +1,19 @@
 """Downloads of OGBench's dataset files: resumed where the connection broke, and checked when whole."""
 
+import functools
 import hashlib
 import http.client
 import os
+import shutil
 import time
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 
 from tqdm import tqdm
 
 from common import fail
+from common.files import DAMAGE
 
 # Hosts that serve OGBench's files; CLEANFLOW_DATASET_MIRRORS (comma-separated base URLs) is tried first.
 MIRRORS = (
@@ -27,12 +29,8 @@ KNOWN = {
 ATTEMPTS = 4  # tries of one mirror that drops connections or sends short files
 BACK_OFF = float(os.environ.get("CLEANFLOW_DOWNLOAD_BACKOFF", 1.0))  # seconds before the second try, then doubled
 BAR_DELAY = 5  # seconds before a check of a file shows its progress
-# What reading a damaged npz file raises, by where the damage is.
-DAMAGE = (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
-
-
-class WrongFile(Exception):
-    """A mirror serves something else under the file's name; to ask it again would not help."""
+# A binary file whose reads move a progress bar.
+shown = functools.partial(tqdm.wrapattr, method="read", bytes=False, unit="B", unit_scale=True)
 
 
 def download(file, directory):
@@ -56,10 +54,10 @@ def download(file, directory):
                 answer = f"HTTP {error.code} {error.reason}"
                 if error.code < 500 and error.code not in (408, 429):  # it does not have the file, and will not later
                     break
-            except (WrongFile, ValueError) as error:  # ValueError: the mirror's address is not one
+            except ValueError as error:  # another file under the name, or no address: to ask again would not help
                 answer = str(error)
                 break
-            except (OSError, EOFError, http.client.HTTPException, zipfile.BadZipFile) as error:
+            except (OSError, EOFError, http.client.HTTPException) as error:
                 answer = str(getattr(error, "reason", error)) or type(error).__name__
         answers.append(f"  {mirror}: {answer}\n")
     name = file.removesuffix(".npz").removesuffix("-val")
@@ -75,10 +73,9 @@ def _fetch(url, path):
     """One try: the rest of `path`'s `.part` file from `url`, then check and rename.
 
     Raises:
-        OSError, EOFError, http.client.HTTPException: the connection broke (what came is kept), or a resumed part turned
-            out not to fit (it is deleted).
-        zipfile.BadZipFile: a file of unknown length did not arrive whole; it is deleted.
-        WrongFile: the mirror has another file; of what it sent, nothing is kept.
+        OSError, EOFError, http.client.HTTPException: the connection broke (what came is kept), or what is there now is
+            not whole, or a resumed part does not fit (it is deleted).
+        ValueError: the mirror has another file; of what it sent, nothing is kept.
     """
     part = path.with_name(path.name + ".part")
     done = part.stat().st_size if part.exists() else 0
@@ -92,21 +89,21 @@ def _fetch(url, path):
         raise EOFError("the partial file did not fit the server's") from None
     with response:
         if response.headers.get_content_type() == "text/html":
-            raise WrongFile("answered with a web page instead of the file")
+            raise ValueError("answered with a web page instead of the file")
         done = done if response.status == 206 else 0  # else the server sends everything again
         size = KNOWN[path.name][0] if path.name in KNOWN else None
         total = size if response.length is None else done + response.length
         if size is not None and total != size:
-            raise WrongFile(f"its file has {total:,} bytes, OGBench's has {size:,}")
+            raise ValueError(f"its file has {total:,} bytes, OGBench's has {size:,}")
         with open(part, "ab" if done else "wb") as file:
-            for block in _blocks(response, f"downloading {path.name}", total, initial=done):
-                file.write(block)
+            with shown(response, total=total, initial=done, desc=f"downloading {path.name}") as source:
+                shutil.copyfileobj(source, file, 2**20)
     received = part.stat().st_size
     if total is not None and received < total:
         raise EOFError(f"connection closed after {received} of {total} bytes")
     try:
         _check_content(part, path.name)
-    except (WrongFile, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError) as error:
         part.unlink()
         if done:
             raise EOFError(f"its bytes do not continue the partial file ({error})") from None
@@ -115,37 +112,30 @@ def _fetch(url, path):
 
 
 def _check_content(part, file):
-    """Checks a whole download of the official `file`: by its SHA-256 if known (or WrongFile), else by the checksums
-    within the npz file (or zipfile.BadZipFile).
+    """Checks a whole download of the official `file`: by its SHA-256 if known (or ValueError), else by the checksums
+    within the npz file (or EOFError).
     """
     if file in KNOWN:
         found, expected = sha256_of(part), KNOWN[file][1]
         if found != expected:
-            raise WrongFile(f"its file has SHA-256 {found}, OGBench's has {expected}")
+            raise ValueError(f"its file has SHA-256 {found}, OGBench's has {expected}")
         return
     try:
         with zipfile.ZipFile(part) as archive:
             for member in archive.infolist():
-                with archive.open(member) as rows:
-                    text = f"checking {file}: {member.filename}"
-                    for _ in _blocks(rows, text, member.file_size, delay=BAR_DELAY):
+                look = dict(total=member.file_size, desc=f"checking {file}: {member.filename}", delay=BAR_DELAY)
+                with archive.open(member) as rows, shown(rows, **look) as source:
+                    while source.read(2**20):
                         pass  # to the end, where the checksum is compared
     except DAMAGE as error:
-        raise zipfile.BadZipFile(f"what arrived is not a whole npz file ({error})") from None
+        raise EOFError(f"what arrived is not a whole npz file ({error})") from None
 
 
 def sha256_of(path):
     """SHA-256 of a file as 64 hexadecimal digits; shows a progress bar when it takes longer than 5 seconds."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in _blocks(file, f"checking {path.name}", path.stat().st_size, delay=BAR_DELAY):
+    look = dict(total=path.stat().st_size, desc=f"checking {path.name}", delay=BAR_DELAY)
+    with open(path, "rb") as file, shown(file, **look) as source:
+        while block := source.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _blocks(file, text, total, initial=0, delay=0):
-    """The rest of a binary file in blocks, with a progress bar over its bytes."""
-    with tqdm(total=total, initial=initial, unit="B", unit_scale=True, desc=text, delay=delay) as bar:
-        while block := file.read(2**20):
-            yield block
-            bar.update(len(block))

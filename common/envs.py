@@ -42,8 +42,7 @@ def known_env_ids():
 
     ids = []
     for name in gymnasium.registry:
-        match = re.fullmatch(r"([\w-]+)-(singletask(?:-task\d)?)-v0", name)
-        if match:
+        if match := re.fullmatch(r"([\w-]+)-(singletask(?:-task\d)?)-v0", name):
             base, task = match.groups()
             family = base.removeprefix("visual-").split("-")[0]
             ids += [f"{base}-{kind}-{task}-v0" for kind in DATASET_TYPES.get(family, ())]

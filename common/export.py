@@ -4,10 +4,8 @@ A folder holds `policy.safetensors` (the weights that acting needs, each with a 
 (what else acting needs, where the weights come from and what they scored) and `README.md` (the same for people).
 """
 
-import importlib.metadata
 import json
-import os
-import platform
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,24 +13,25 @@ import safetensors
 import safetensors.torch
 import torch
 
-from common import checkpoint, curves, envs, fail
+from common import checkpoint, curves, envs, fail, versions
+from common.files import written_whole
 
+ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS, CONFIG, CARD = "policy.safetensors", "config.json", "README.md"
-KEYS = {"algorithm": str, "args": dict, "agent_inputs": dict, "step": int, "dataset": dict, "evaluation": list}
-
+KEYS = {"algorithm": str, "args": dict, "agent_inputs": dict, "step": int, "dataset": dict, "evaluation": tuple}
 # Arguments that say where and how a run was made on its machine; they are left out.
-PRIVATE = {
-    "resume", "evaluate", "export", "export_seed", "runs_dir", "dataset_dir", "dataset_path", "track", "wandb_entity",
-    "wandb_project_name", "eval_workers",
-}  # fmt: skip
+PRIVATE = set(
+    "resume evaluate export export_seed runs_dir dataset_dir dataset_path track wandb_entity wandb_project_name "
+    "eval_workers".split()
+)
 
 
-def write(directory, networks, saved, rows, seed=None):
+def write(directory, Agent, saved, rows, seed=None):
     """Writes a policy's folder; files of the same names are replaced.
 
     Args:
         directory: the folder, made if need be.
-        networks: names of the networks that acting needs.
+        Agent: the algorithm's; its `ACTS` names the networks that acting needs.
         saved: a checkpoint, or what `read` returned.
         rows: of an evaluation, {seed, success, episode_return, episode_length, episodes, ...} for each seed.
         seed: the one seed to write; None for all.
@@ -41,31 +40,33 @@ def write(directory, networks, saved, rows, seed=None):
         SystemExit: (code 2) for a seed that the run does not have, a folder that holds something else, or one that
             cannot be written.
     """
-    directory, args = Path(directory), saved["args"]
+    directory = Path(directory)
     seeds = check(directory, saved, seed)
     chosen = seeds if seed is None else [seed]
     index = [seeds.index(s) for s in chosen]
-    weights = {
-        name: value[index].cpu().contiguous()
-        for name, value in saved["agent"].items()
-        if name.split(".")[0] in networks
-    }
-    args = {name: value for name, value in args.items() if name not in PRIVATE}
-    config = {name: saved[name] for name in ("algorithm", "agent_inputs", "step", "dataset")}
+    acting = {name: value for name, value in saved["agent"].items() if name.split(".")[0] in Agent.ACTS}
+    weights = {name: value[index].cpu().contiguous() for name, value in acting.items()}
+    args = {name: value for name, value in saved["args"].items() if name not in PRIVATE}
+    config = {"algorithm": saved["algorithm"], "module": module_path(Agent)}
+    config |= {name: saved[name] for name in ("agent_inputs", "step", "dataset")}
     config["args"] = args | {"seed": chosen[0], "num_seeds": len(chosen)}
     config["evaluation"] = [row for row in rows if row["seed"] in chosen]
-    packages = ("torch", "ogbench", "mujoco", "numpy")
-    config["versions"] = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
+    config["versions"] = versions()
+    text = json.dumps(config, indent=2)
+    files = {WEIGHTS: safetensors.torch.save(weights), CONFIG: text.encode(), CARD: card(json.loads(text)).encode()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config, indent=2)
-        files = {WEIGHTS: safetensors.torch.save(weights), CONFIG: text.encode(), CARD: card(json.loads(text)).encode()}
         for name, content in files.items():
-            temporary = directory / f"{name}.part"
-            temporary.write_bytes(content)
-            os.replace(temporary, directory / name)
+            with written_whole(directory / name) as file:
+                file.write(content)
     except OSError as error:
         fail(f"could not write the policy to {directory}: {error}")
+
+
+def module_path(Agent):
+    """What Python imports an algorithm's file as: `floq`, `benchmarks.baselines.fql`."""
+    path = Path(sys.modules[Agent.__module__].__file__).resolve().with_suffix("")  # the module's name may be __main__
+    return ".".join(path.relative_to(ROOT).parts) if path.is_relative_to(ROOT) else path.name
 
 
 def check(directory, saved, seed=None):
@@ -79,11 +80,11 @@ def check(directory, saved, seed=None):
     return seeds
 
 
-def write_run(run_dir, networks):
+def write_run(run_dir, Agent):
     """Writes the policy of a run's latest checkpoint to `policy/` in its directory, with that step's evaluation."""
     saved = checkpoint.load(run_dir)
     rows = [row for row in curves.read_evaluations(run_dir / "eval.csv") if row["step"] == saved["step"]]
-    write(run_dir / "policy", networks, saved, rows)
+    write(run_dir / "policy", Agent, saved, rows)
 
 
 def read(directory):
@@ -92,10 +93,10 @@ def read(directory):
     Raises:
         SystemExit: (code 2) for missing or damaged files, an unknown environment, or non-finite weights.
     """
-    directory = Path(directory)
-    path = directory / CONFIG
+    path = Path(directory) / CONFIG
+    with_tuples = lambda entries: {name: tuple(v) if isinstance(v, list) else v for name, v in entries.items()}
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(), object_hook=with_tuples)
     except (OSError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         fail(f"{path} cannot be read ({error}); export the policy again")
     wrong = [n for n, kind in KEYS.items() if not isinstance(config, dict) or not isinstance(config.get(n), kind)]
@@ -106,11 +107,8 @@ def read(directory):
     envs.import_ogbench(render=envs.is_pixels(env_id))
     if env_id not in envs.known_env_ids():
         fail(f"{path}: the environment {env_id} is unknown to ogbench; correct env_id there")
-    config["args"] = {name: tuple(v) if isinstance(v, list) else v for name, v in config["args"].items()}
-    obs_dim = config["agent_inputs"].get("obs_dim")  # of images a shape
-    config["agent_inputs"]["obs_dim"] = tuple(obs_dim) if isinstance(obs_dim, list) else obs_dim
 
-    path = directory / WEIGHTS
+    path = Path(directory) / WEIGHTS
     try:
         weights = safetensors.torch.load_file(path)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
@@ -127,51 +125,28 @@ def read_any(directory, flag):
 
 
 def card(config):
-    """The model card of a folder, as markdown."""
-    args, rows, data = config["args"], config["evaluation"], config["dataset"]
-    name, env_id = config["algorithm"], args["env_id"]
-    importing, program = f"import {name}", f"python {name}.py"
-    if (Path(__file__).resolve().parents[1] / "benchmarks" / "baselines" / f"{name}.py").is_file():
-        importing, program = f"from benchmarks.baselines import {name}", f"python -m benchmarks.baselines.{name}"
-    settings = "\n".join(f"{key} = {value}" for key, value in args.items())
-    versions = ", ".join(f"{key} {value}" for key, value in config["versions"].items())
-    scores = "This policy has not been evaluated.\n"
+    """The model card of a folder, as markdown: policy_card.md with the entries of its config.json."""
+    package, _, name = config.get("module", config["algorithm"]).rpartition(".")
+    rows, scores = config["evaluation"], "This policy has not been evaluated."
     if rows:
         success = [100 * row["success"] for row in rows]
         spread = f" +- {np.std(success, ddof=1):.1f} (standard deviation over seeds)" if len(rows) > 1 else ""
-        names = ("seed", "success", "episode_return", "episode_length")
-        table = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-        table += ["| " + " | ".join(f"{row[key]:.4g}" for key in names) + " |" for row in rows]
-        scores = f"Success: {np.mean(success):.1f}%{spread}, {rows[0]['episodes']} episodes per seed.\n\n"
-        scores += "\n".join(table) + "\n"
-    return f"""---
-library_name: cleanflow
-tags: [reinforcement-learning, offline-rl, ogbench]
----
-
-# {name} on {env_id}
-
-A policy trained with `{name}.py` of CleanFlow for {config["step"]:,} updates.
-
-{scores}
-Data: `{data["file"]}` ({data["source"]}, {data["transitions"]:,} transitions, SHA-256 `{data["sha256"]}`).
-
-Load and act, from CleanFlow's folder, on a CPU, without the data:
-
-```python
-{importing}
-
-policy = {name}.load("THIS_FOLDER")
-action = policy.act(observation)
-```
-
-Evaluate and film: `{program} --evaluate THIS_FOLDER --capture-video`
-
-Settings:
-
-```
-{settings}
-```
-
-Versions: {versions}.
-"""
+        columns = ("seed", "success", "episode_return", "episode_length")
+        lines = [f"Success: {np.mean(success):.1f}%{spread}, {rows[0]['episodes']} episodes per seed.", ""]
+        lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+        lines += ["| " + " | ".join(f"{row[column]:.4g}" for column in columns) + " |" for row in rows]
+        scores = "\n".join(lines)
+    return (
+        Path(__file__)
+        .with_name("policy_card.md")
+        .read_text()
+        .format(
+            **config,
+            name=name,
+            scores=scores,
+            importing=f"from {package} import {name}" if package else f"import {name}",
+            program=f"python -m {package}.{name}" if package else f"python {name}.py",
+            settings="\n".join(f"{key} = {value}" for key, value in config["args"].items()),
+            packages=", ".join(f"{key} {value}" for key, value in config["versions"].items()),
+        )
+    )

@@ -10,11 +10,11 @@ the name keeps them apart from official files. The recipe is OGBench's (arXiv 24
 file does not depend on the number of workers, and an interrupted collection continues where it stopped.
 """
 
+import functools
 import importlib
 import multiprocessing
-import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from common import fail, num_cores
 from common.envs import import_ogbench
+from common.files import written_whole
 
 EPISODES_PER_PART = 10  # an interrupted collection loses at most this many episodes per worker
 
@@ -188,22 +189,13 @@ def collect_maze(env, dataset, seed):
     return rows
 
 
-def _save_npz(path, arrays, compressed):
-    """Writes `path` whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        (np.savez_compressed if compressed else np.savez)(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _collect_part(part_path, dataset, seed, split, episodes):
+def _collect_part(dataset, seed, split, part_path, episodes):
     """Worker: the given episodes of a split, concatenated in one file; returns the number of rows."""
     env = make_collection_env(dataset)
     parts = [collect_episode(env, dataset, [seed, split, episode]) for episode in episodes]
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    _save_npz(part_path, arrays, compressed=False)
+    with written_whole(part_path) as file:
+        np.savez(file, **arrays)
     return len(arrays["terminals"])
 
 
@@ -244,17 +236,14 @@ def generate(
             starts = range(0, episodes, EPISODES_PER_PART)
             parts = {directory / f"{i:06d}.npz": range(episodes)[i : i + EPISODES_PER_PART] for i in starts}
             todo = {part: numbers for part, numbers in parts.items() if not part.exists()}
-            futures = [pool.submit(_collect_part, part, dataset, seed, split, n) for part, n in todo.items()]
+            collect = functools.partial(_collect_part, dataset, seed, split)
             rows = sum(map(len, todo.values())) * length
-            try:
-                with tqdm(total=rows, unit=" transitions", desc=f"collecting {path.stem}") as bar:
-                    for future in as_completed(futures):
-                        bar.update(future.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            with tqdm(total=rows, unit=" transitions", desc=f"collecting {path.stem}") as bar:
+                for number in pool.map(collect, todo, todo.values()):  # what fails cancels the rest
+                    bar.update(number)
             arrays = [np.load(part) for part in parts]
-            _save_npz(path, {key: np.concatenate([a[key] for a in arrays]) for key in arrays[0].files}, compressed=True)
+            with written_whole(path) as file:
+                np.savez_compressed(file, **{k: np.concatenate([a[k] for a in arrays]) for k in arrays[0].files})
             shutil.rmtree(directory)
     return train_path
 

@@ -32,19 +32,14 @@ class FastUpdate:
         """One update; on a GPU the next call overwrites what it returns."""
         key = (*draws, *options)
         self.new = key not in self.known
-        if self.new:
-            self.known[key], metrics = self._first(lambda draws: self.update(draws, *options), draws)
-            return metrics
-        return self.known[key](draws)
-
-    def _first(self, update, draws):
-        """The update to call from now on, and what its first call returns."""
-        state = self.agents.state_tensors()
+        if not self.new:
+            return self.known[key](draws)
+        update, state = lambda draws: self.update(draws, *options), self.agents.state_tensors()
         saved = [tensor.detach().clone() for tensor in state]
         while True:
             try:
-                fast = capture(update, draws, state) if self.captured else update
-                return fast, fast(draws)
+                self.known[key] = capture(update, draws, state) if self.captured else update
+                return self.known[key](draws)
             except Exception as error:  # torch has an exception for each way of failing
                 if not (self.agents.compiled or self.captured) or "ried to allocate" in str(error):
                     raise

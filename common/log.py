@@ -102,8 +102,7 @@ class Log:
         self.last = now
         if rows is None:
             return
-        order = ("step", "seed", "phase", "success", "episode_return", "episode_length", "episodes")
-        rows = [{name: (row | {"phase": phase})[name] for name in order} for row in rows]
+        rows = [{"step": row["step"], "seed": row["seed"], "phase": phase} | row for row in rows]
         runs.append_rows(self.run_dir / "eval.csv", rows)
         log_wandb(self.wandb_runs, rows, "evaluation", rows[0]["step"])
         success = " ".join(f"{row['success']:.2f}" for row in rows)

@@ -10,10 +10,7 @@ from common import envs, export, fail, rollout, runs
 from common.arguments import algorithm
 from common.stacked import Stacked
 
-
-def always_act(args, step):
-    """The name of the method that acts, where an algorithm has one policy only."""
-    return "act"
+always_act = lambda args, step: "act"  # the method that acts, where an algorithm has one policy only
 
 
 def rebuild(Agent, args, saved, device, directory):
@@ -122,5 +119,5 @@ def evaluate(Agent, args, saved, inference, device, acting=always_act):
     if args.capture_video:
         print(f"videos: {directory}/videos")
     if args.export is not None:
-        export.write(args.export, Agent.ACTS, saved | {"args": saved["args"] | settings}, rows, args.export_seed)
+        export.write(args.export, Agent, saved | {"args": saved["args"] | settings}, rows, args.export_seed)
         print(f"policy: {args.export}")

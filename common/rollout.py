@@ -5,7 +5,7 @@ number of workers nor on which of them is faster, and a seed's result not on its
 """
 
 import contextlib
-from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -15,16 +15,6 @@ from common import envs, pixels
 from common.workers import Workers
 
 EXPLORING = 2**32 - 1  # stands for the episode's number in the seeds of the online phase's episodes
-
-
-@dataclass
-class Episode:
-    """What has happened in an episode so far."""
-
-    success: float = 0.0
-    episode_return: float = 0.0
-    length: int = 0
-    frames: list = field(default_factory=list)  # of its video
 
 
 class Evaluator:
@@ -60,7 +50,7 @@ class Evaluator:
             self.workers = Workers(args, len(seeds), args.eval_episodes, frame_stack, render=args.capture_video)
         ask = self.workers.ask
         episodes = [[] for _ in seeds]  # of each seed, in the order of their numbers
-        playing = {}  # slot (s, p) -> its Episode, and the episode's noise (T, ...)
+        playing = {}  # slot (s, p) -> what has happened in its episode so far, and the episode's noise (T, ...)
 
         def begin(slots):
             """Starts the next episode of each slot's seed, where one is left; returns {slot: first observation}."""
@@ -70,14 +60,17 @@ class Evaluator:
                 if len(episodes[s]) < args.eval_episodes:
                     words = np.random.SeedSequence([seeds[s], step, len(episodes[s])]).generate_state(2, np.uint32)
                     generator = torch.Generator().manual_seed(int(words[0]))
-                    playing[s, p] = Episode(), draw_noise(generator, self.workers.max_episode_steps)
-                    episodes[s].append(playing[s, p][0])
+                    episode = SimpleNamespace(success=0.0, episode_return=0.0, length=0, frames=[])
+                    playing[s, p] = episode, draw_noise(generator, self.workers.max_episode_steps)
+                    episodes[s].append(episode)
                     resets[s, p] = int(words[1] >> 1)
             return ask("reset", resets)
 
         total = len(seeds) * args.eval_episodes
         bar = tqdm(total=total, desc=f"evaluating at {step}", unit=" episodes", leave=False, position=1)
-        with bar, one_thread():
+        with bar, contextlib.ExitStack() as afterwards:
+            afterwards.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)  # the policy's products are small: idle threads would spin on the workers' cores
             first = begin(self.workers.slots)
             ob, episode_noise = first[0, 0], playing[0, 0][1]
             shape = len(seeds), len(self.workers.slots) // len(seeds)  # (S, P)
@@ -142,7 +135,20 @@ class Explorer:
             masks = 1 - terminated, so that an episode cut off at its time limit still bootstraps.
         """
         try:
-            return self._step(policy, noise, step)
+            if self.workers is None:
+                self.workers = Workers(self.args, len(self.seeds), num_episodes=1)
+                self.observations = self._begin(range(len(self.seeds)), step)
+            observations = torch.as_tensor(self.observations).to(self.device)  # (S, D)
+            actions = policy(observations.unsqueeze(1), noise.unsqueeze(1)).squeeze(1)  # (S, A)
+            replies = self.workers.ask("step", {(s, 0): action for s, action in enumerate(actions.cpu().numpy())})
+            next_observations, rewards, terminated, truncated, _ = map(np.array, zip(*replies.values()))
+            rows = {"next_observations": next_observations, "rewards": rewards, "masks": 1 - terminated}
+            rows = {key: torch.as_tensor(value.astype(np.float32)).to(self.device) for key, value in rows.items()}
+            self.observations = next_observations.astype(np.float32)
+            over = np.flatnonzero(terminated | truncated).tolist()
+            if over:
+                self.observations[over] = self._begin(over, step)
+            return rows | {"observations": observations, "actions": actions}
         except RuntimeError:
             on_failure()
             raise
@@ -153,37 +159,10 @@ class Explorer:
         first = self.workers.ask("reset", {(s, 0): int(words(s)[0] >> 1) for s in which})
         return np.array([first[s, 0] for s in which], np.float32)
 
-    def _step(self, policy, noise, step):
-        if self.workers is None:
-            self.workers = Workers(self.args, len(self.seeds), num_episodes=1)
-            self.observations = self._begin(range(len(self.seeds)), step)
-        observations = torch.as_tensor(self.observations).to(self.device)  # (S, D)
-        actions = policy(observations.unsqueeze(1), noise.unsqueeze(1)).squeeze(1)  # (S, A)
-        replies = self.workers.ask("step", {(s, 0): action for s, action in enumerate(actions.cpu().numpy())})
-        next_observations, rewards, terminated, truncated, _ = map(np.array, zip(*replies.values()))
-        rows = {"next_observations": next_observations, "rewards": rewards, "masks": 1 - terminated}
-        rows = {key: torch.as_tensor(value.astype(np.float32)).to(self.device) for key, value in rows.items()}
-        self.observations = next_observations.astype(np.float32)
-        over = np.flatnonzero(terminated | truncated).tolist()
-        if over:
-            self.observations[over] = self._begin(over, step)
-        return rows | {"observations": observations, "actions": actions}
-
     def close(self):
         """Ends the worker processes."""
         if self.workers is not None:
             self.workers.close()
-
-
-@contextlib.contextmanager
-def one_thread():
-    """The policy's small products on one thread: idle ones would spin on the cores that the workers need."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def save_gif(path, frames, frames_per_second=20):

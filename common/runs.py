@@ -3,22 +3,19 @@
 import contextlib
 import csv
 import dataclasses
-import importlib.metadata
 import io
 import itertools
 import json
 import os
-import platform
 import subprocess
 import time
 from pathlib import Path
 
 import torch
 
-from common import fail
+from common import fail, versions
 from common.arguments import algorithm
-
-PACKAGES = ("torch", "ogbench", "mujoco", "gymnasium", "numpy")  # whose versions args.json names
+from common.files import written_whole
 
 
 def start_run(args, resumed, device, identity):
@@ -34,7 +31,7 @@ def start_run(args, resumed, device, identity):
     info = {
         "algorithm": algorithm(args),
         "args": dataclasses.asdict(args),
-        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
+        "versions": versions(),
         "git_commit": git.stdout.strip() or None,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
         "dataset": identity,
@@ -85,9 +82,8 @@ def evaluation_after(path, size, step, num_seeds):
 def write_text(path, text):
     """Writes a small file whole or not at all; an OSError ends the program with exit code 1."""
     try:
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        with written_whole(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise SystemExit(f"error: could not write {path} ({error})") from None
 

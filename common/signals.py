@@ -5,18 +5,18 @@ import sys
 
 
 class StopRequest:
-    """True once SIGTERM (schedulers send it) or SIGINT (Ctrl-C) has arrived; the loop then saves and leaves.
+    """True once one of the signals has arrived: SIGTERM (schedulers send it), SIGINT (Ctrl-C). A loop then leaves.
 
     A second SIGINT interrupts at once.
     """
 
-    def __init__(self):
-        self.signal = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+    def __init__(self, numbers=(signal.SIGTERM, signal.SIGINT)):
+        self.signal = None  # the first that has arrived
+        for number in numbers:
             signal.signal(number, self._remember)
 
     def _remember(self, number, frame):
-        self.signal = number
+        self.signal = self.signal or number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __bool__(self):

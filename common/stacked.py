@@ -16,8 +16,7 @@ class Stacked:
         make_agent: function without arguments that makes an agent, its weights drawn from torch's global generator. Its
             buffers must not depend on the seed.
         seeds: the S seeds of the initial weights; an agent's do not depend on the other seeds or on the device.
-        device: torch device.
-        learning_rate: Adam's.
+        device, learning_rate: torch device, and Adam's rate.
 
     Attributes:
         agent: the first agent as it began: the settings that all share. Its own weights do not train.
@@ -84,7 +83,7 @@ class Stacked:
     def _vectorised(self, method, compiled):
         """f(parameters, inputs) -> what the agent's method returns for these inputs; all with a leading axis S."""
         if (method, compiled) not in self.functions:
-            caller = _Caller(self.agent, method)
+            caller = _Caller(self.agent, getattr(type(self.agent), method) if isinstance(method, str) else method)
 
             def one_agent(parameters, *inputs):
                 named = {f"agent.{name}": value for name, value in (parameters | self.buffers).items()}
@@ -154,6 +153,4 @@ class _Caller(nn.Module):
         self.agent, self.method = agent, method
 
     def forward(self, *inputs):
-        # A name, or a plain function of the agent.
-        method = getattr(type(self.agent), self.method) if isinstance(self.method, str) else self.method
-        return method(self.agent, *inputs)
+        return self.method(self.agent, *inputs)

@@ -20,6 +20,7 @@ class Args:
     resume: str | None = None
     dataset_path: str | None = None
     dataset_source: str = "official"
+    dataset_dir: str = ""
     total_timesteps: int = 20
     online_timesteps: int = 0
     die_at: int = 0

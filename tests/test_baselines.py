@@ -392,6 +392,7 @@ def test_a_baseline_is_launched_evaluated_and_exported(maze_data, tmp_path):
     words = ["--evaluate", run_dir, "--eval-episodes", 1, "--export", tmp_path / "policy"]
     run("benchmarks/baselines/fql", *words)
     assert fql.load(tmp_path / "policy").act(np.zeros((3, 2), np.float32)).shape == (3, 2)
+    assert json.loads((tmp_path / "policy" / "config.json").read_text())["module"] == "benchmarks.baselines.fql"
     card = (tmp_path / "policy" / "README.md").read_text()
     assert "from benchmarks.baselines import fql" in card and "python -m benchmarks.baselines.fql --evaluate" in card
 

@@ -45,14 +45,14 @@ def test_an_interrupted_collection_uses_its_finished_parts(maze_data, tmp_path, 
     whole.unlink()
     parts = path.with_name(path.stem + ".parts")
     parts.mkdir()
-    generate._collect_part(parts / "000010.npz", "pointmaze-medium-navigate-v0", 0, 0, range(10, 20))
+    generate._collect_part("pointmaze-medium-navigate-v0", 0, 0, parts / "000010.npz", range(10, 20))
     stamp = (parts / "000010.npz").stat().st_mtime_ns
     seen = []
-    original = generate._save_npz
+    original = generate.written_whole
     monkeypatch.setattr(
         generate,
-        "_save_npz",
-        lambda p, a, compressed: (seen.append((parts / "000010.npz").stat().st_mtime_ns), original(p, a, compressed)),
+        "written_whole",
+        lambda path: seen.append((parts / "000010.npz").stat().st_mtime_ns) or original(path),
     )
     generate.generate("pointmaze-medium-navigate-v0", tmp_path, num_episodes=20)
     assert sha256(whole) == expected and seen == [stamp] and not parts.exists()

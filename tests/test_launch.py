@@ -51,9 +51,9 @@ def stub_sweep(runs_dir, *words, env_ids=TWENTY, seeds=2):
 
 
 def trainers(runs_dir):
-    """Process ids of the training processes at work, which are named in the locks."""
-    words = [lock.read_text().split() for lock in Path(runs_dir).glob("launch/*/lock")]
-    return [int(pid) for *_, pid in filter(None, words) if is_alive(pid)]
+    """Process ids of the training processes at work, which are named in the jobs' states."""
+    names = [state.read_json(path).get("process", "") for path in Path(runs_dir).glob("launch/*/state.json")]
+    return [int(name.split()[-1]) for name in names if name and is_alive(name.split()[-1])]
 
 
 def is_alive(pid):
@@ -375,7 +375,7 @@ def test_states_of_slurm_jobs(stub_job, monkeypatch):
         assert look(queued) == expected
     assert (look({"7_0": "RUNNING"}), stub_job.note) == ("failed", "SLURM job 7_1 has left the queue")
     lock = state.take_lock(stub_job)
-    state.sign_lock(lock, os.getpid())
+    state.write_state(stub_job, process=f"here process {os.getpid()}")
     assert look({}) == "running" and stub_job.note.endswith(f"process {os.getpid()}")
     assert state.take_lock(stub_job) is None
     lock.close()

@@ -49,6 +49,7 @@ def test_an_exported_policy_scores_what_its_run_scores(name, exported):
     config = json.loads((folder / "config.json").read_text())
     assert [row["success"] for row in config["evaluation"]] == [float(row["success"]) for row in rows]
     assert config["agent_inputs"]["obs_dim"] == 2 and config["step"] == 430
+    assert config["algorithm"] == config["module"] == name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,7 +159,7 @@ def test_each_of_eight_seeds_acts_as_itself(name, tmp_path):
     saved = agents.state_dict() | {"algorithm": name, "args": vars(args), "step": args.total_timesteps}
     saved["agent_inputs"] = {"obs_dim": 2, "action_dim": 2, "min_reward": -1.0, "max_reward": 0.0}
     saved["dataset"] = {"file": "x.npz", "source": "generated", "transitions": 1, "sha256": "0"}
-    export.write(tmp_path, ALGORITHMS[name].Agent.ACTS, saved, [])
+    export.write(tmp_path, ALGORITHMS[name].Agent, saved, [])
     obs = observations()
     noise = agents.agent.draw_act_noise(torch.Generator().manual_seed(0), len(obs))
     seen = []
@@ -176,7 +177,7 @@ def test_a_policy_of_a_gpu_run_is_written_for_any_device(online_runs, tmp_path, 
     saved = checkpoint.load(online_runs["floq"])
     asked = []
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: asked.append(self.shape) or self)
-    export.write(tmp_path, ("actor_onestep_flow",), saved, [])
+    export.write(tmp_path, ALGORITHMS["floq"].Agent, saved, [])
     assert len(asked) == sum(name.startswith("actor_onestep_flow") for name in saved["agent"])
     assert "has not been evaluated" in (tmp_path / "README.md").read_text()
 
@@ -199,7 +200,7 @@ def test_sizes(tmp_path):
             saved = {"agent": {key: p.detach()[None] for key, p in agent.named_parameters()}}
             saved |= {"algorithm": name, "args": vars(args), "agent_inputs": {}, "step": 1}
             saved["dataset"] = {"file": "x.npz", "source": "generated", "transitions": 1, "sha256": "0"}
-            export.write(tmp_path, module.Agent.ACTS, saved, [])
+            export.write(tmp_path, module.Agent, saved, [])
             megabytes = sum(path.stat().st_size for path in tmp_path.iterdir()) / 1e6
             assert megabytes < (3 if size == "quick" else 25), (name, size, megabytes)
 

@@ -1,1 +1,0 @@
-"""Trains many algorithms, environments and seeds: `python -m benchmarks.launch`, explained in docs/launch.md."""

@@ -9,7 +9,6 @@ One job is one method on one environment, its seeds side by side in one process.
 The same command again continues: what is done is skipped, what was interrupted continues, the rest starts.
 """
 
-import os
 import shlex
 import shutil
 import sys
@@ -24,21 +23,18 @@ from common import fail, num_cores
 
 @dataclass
 class LaunchArgs:
-    methods: tuple[str, ...]
-    """algorithms: names of files here (floq, value_flows, ...), or paths of your own with the same interface"""
+    methods: tuple[str, ...]  # algorithms: names of files here (floq, value_flows, ...), or paths of your own like them
     env_ids: tuple[str, ...]  # environments; {1..5}, {a,b}, * and ? are expanded (quote them)
     seeds: int = 1  # number of seeds
     seed: int = 0  # first seed
     seeds_per_job: int | None = None  # seeds trained side by side in one job (default: all)
     runs_dir: str = "runs"  # directory of the run directories; logs and locks go to its folder `launch`
-    executor: Literal["local", "slurm", "print"] = "local"
-    """local: on this machine's devices; slurm: a job array; print: the commands, one per line"""
+    executor: Literal["local", "slurm", "print"] = "local"  # this machine, a job array, or the commands one per line
     status: bool = False  # show the table of these jobs and start nothing
     watch: bool = False  # with --status or --executor slurm: keep the table until every job has ended
 
     # On this machine
-    devices: tuple[str, ...] = ()
-    """GPUs by their CUDA_VISIBLE_DEVICES names, or cpu (default: the visible GPUs, cpu where there are none)"""
+    devices: tuple[str, ...] = ()  # GPUs by their CUDA_VISIBLE_DEVICES names, or cpu (default: visible GPUs, else cpu)
     slots_per_device: int = 1  # jobs at a time on each device
     max_restarts: int = 3  # restarts of a job whose process died, before it is given up
 
@@ -66,7 +62,7 @@ def main():
         fail("sbatch not found: install SLURM or use --executor local / print")
     jobs, num_gpus = make_jobs(options, extra)
     if options.status:
-        return slurm.watch(jobs) if options.watch else slurm.show(jobs)
+        return slurm.show(jobs, options.watch)
     if options.executor == "print":
         return print_commands(jobs)
     try:
@@ -77,8 +73,7 @@ def main():
     if on_slurm:
         return slurm.run(jobs, options)
     devices = local.find_devices(options.devices, num_gpus) * options.slots_per_device
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, num_cores() // len(devices))))
-    code = local.run(jobs, devices, threads, options.max_restarts)
+    code = local.run(jobs, devices, num_cores(), options.max_restarts)
     if code >= 128:
         print(f"stopped; continue with the same command: python -m benchmarks.launch {shlex.join(words)}")
     return code
@@ -100,7 +95,7 @@ def prepare(jobs, on_slurm):
     queued = (slurm.queue(jobs) if on_slurm else None) or {}
     for job in jobs:
         finished = state.refresh(job)
-        busy = state.locked_by(job) or queued.get(state.read_json(job.folder / "state.json").get("slurm"))
+        busy = state.locked_by(job) or queued.get(state.read_state(job).get("slurm"))
         if finished:
             job.state, job.note = "skipped", f"done: {finished}"
         elif busy and on_slurm:

@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import fnmatch
-import functools
 import hashlib
 import importlib.util
 import itertools
@@ -57,11 +56,9 @@ class Job:
 
 
 def make_jobs(options, extra):
-    """The jobs of a command line, and the number of GPUs. What an algorithm would refuse ends the program with code 2.
+    """The jobs that the launcher's options ask for, each with the words `extra`, and the number of GPUs.
 
-    Args:
-        options: of the launcher.
-        extra: words for every job.
+    What an algorithm would refuse ends the program with code 2.
     """
     if min(options.seeds, options.slots_per_device, options.seeds_per_job or 1) < 1 or options.max_restarts < 0:
         fail("--seeds, --seeds-per-job and --slots-per-device must be above zero, --max-restarts at least zero")
@@ -120,21 +117,22 @@ def expand_env_ids(patterns):
 
 
 def resolve(commands):
-    """What each algorithm's `parse_args` makes of a job's words; a refusal ends the program.
+    """What each algorithm's `parse_args(words)` makes of a job's words; a refusal ends the program with code 2.
 
-    Args:
-        commands: [(file, words)].
-
-    Returns:
-        [(args, identity, defaults)] as in `Job`, with values as JSON knows them; and the number of GPUs.
+    `commands` are [(file, words)]. Returns [(args, identity, defaults)], see `Job`, with values as JSON knows them, and
+    the number of GPUs.
     """
     import torch
 
-    from common import arguments, generate
+    from common import arguments, datasets
 
     resolved = []
     for file, words in commands:
-        module = load_method(file)
+        spec = importlib.util.spec_from_file_location(file.stem, file)  # wherever the file lies
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its dataclass looks itself up
+        spec.loader.exec_module(module)
+        if not hasattr(module, "parse_args"):
+            fail(f"--methods {file} has no parse_args(words), which gives an algorithm's checked arguments")
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 args, _ = module.parse_args(words)
@@ -142,25 +140,11 @@ def resolve(commands):
             if error.code:
                 print(f"error: {file.stem} refuses {shlex.join(words)}; nothing was started", file=sys.stderr)
             raise
-        if args.dataset_path is not None and not Path(args.dataset_path).expanduser().is_file():
-            fail(f"--dataset-path {args.dataset_path} is not a file")
-        if args.dataset_path is None and args.dataset_source == "generated":
-            generate.check_collectable(envs.dataset_name(args.env_id))
+        datasets.find_dataset(args, make=False)  # refuses what could not be had
         values, defaults = (json.loads(json.dumps(asdict(a))) for a in (args, type(args)()))
         identity = {name: value for name, value in values.items() if name not in arguments.MAY_CHANGE}
         resolved.append((values, identity | {"dataset_path": absolute(args.dataset_path)}, defaults))
     return resolved, torch.cuda.device_count()
-
-
-@functools.cache
-def load_method(file):
-    """The module of an algorithm's file, wherever that lies; one without `parse_args` ends the program with code 2."""
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its dataclass looks itself up
-    spec.loader.exec_module(module)
-    if not hasattr(module, "parse_args"):
-        fail(f"--methods {file} has no parse_args(words), which gives an algorithm's checked arguments")
-    return module
 
 
 def absolute(path):

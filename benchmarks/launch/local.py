@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import time
 from benchmarks.launch import state
 from benchmarks.launch.table import Screen, report_failures
 from common import fail, python_environment
+from common.signals import StopRequest
 
 POLL_SECONDS = 0.5
 SPARE_BYTES = 100e6  # jobs wait while the disk has less than this and a checkpoint
@@ -54,46 +56,36 @@ def start(job, device, threads):
         return None
     with lock:
         action, run_dir = state.choose(job)
-        if action == "skip":
-            job.state, job.note = "done", ""
-            return None
-        if full := missing_space(job):
-            job.note = full
+        full = missing_space(job)
+        if action == "skip" or full:
+            job.state, job.note = ("done", "") if action == "skip" else (job.state, full)
             return None
         environment = {"TQDM_MININTERVAL": "30"} | python_environment()  # a log, not a terminal
         environment |= {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device}
         words = command(job, sys.executable, action, run_dir)
-        # SLURM sends SIGUSR2 to all processes of its job, but only the launcher's answers.
-        ignore_signal = lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         with open(job.folder / "stdout.log", "a") as out, open(job.folder / "stderr.log", "a") as err:
             print(f"+ {shlex.join(words)}", file=out, flush=True)
             process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, pass_fds=[lock.fileno()],
-                start_new_session=True, preexec_fn=ignore_signal,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),  # SLURM's, which the launcher answers
             )  # fmt: skip
-        state.sign_lock(lock, process.pid)
-    state.write_state(job, starts=state.read_json(job.folder / "state.json").get("starts", 0) + 1)
+        who = f"{socket.gethostname()} process {process.pid}"
+        state.write_state(job, starts=state.read_state(job).get("starts", 0) + 1, process=who)
     job.state, job.note = "running", f"on {device if device == 'cpu' else 'GPU ' + device}"
     return process
 
 
-def run(jobs, devices, threads, max_restarts, grace=math.inf):
-    """Trains jobs until each is done or given up, or a signal comes.
+def run(jobs, devices, cores, max_restarts, grace=math.inf):
+    """Trains jobs until each is done or given up, or a signal comes; returns the exit code: 0, 1 or 128 + the signal.
 
-    Args:
-        devices: a name per job that runs at a time; threads: OMP_NUM_THREADS of each.
-        max_restarts: of a job whose process has ended early; ends on a full disk do not count.
-        grace: seconds that jobs get for saving when a signal has come.
-
-    Returns:
-        The exit code: 0, 1 if a job was given up, 128 + the signal.
+    `devices` has a name per job that runs at a time; these share the `cores`, unless OMP_NUM_THREADS is set. Of a job's
+    early ends, those on a full disk do not count for `max_restarts`. `grace`: seconds to save in, after a signal.
     """
     screen, free, running = Screen(jobs), list(devices), {}  # running: {job: (process, device)}
-    deaths, signals, deadline = collections.Counter(), [], None
-
-    def note_signal(number, frame):
-        signals.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // len(devices))))
+    stop = StopRequest((signal.SIGINT, signal.SIGTERM, signal.SIGUSR2))
+    deaths, deadline = collections.Counter(), None
 
     def ended_early(job, how, mistake=False):
         full = missing_space(job)
@@ -104,8 +96,6 @@ def run(jobs, devices, threads, max_restarts, grace=math.inf):
             job.state, job.note = "waiting", f"{how}, to be restarted"
             deaths[job] += 0 if full else 1
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, note_signal)
     while True:
         for job, (process, device) in list(running.items()):
             code, finished = process.poll(), state.refresh(job)
@@ -113,31 +103,29 @@ def run(jobs, devices, threads, max_restarts, grace=math.inf):
                 continue
             del running[job]
             free.append(device)
-            if finished or signals:
+            if finished or stop:
                 job.state, job.note = "done" if finished else "waiting", ""
             else:
                 how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
                 ended_early(job, how, mistake=code == 2)
         screen.draw()
         for job in jobs:
-            if job.state == "waiting" and free and not signals:
+            if job.state == "waiting" and free and not stop:
                 try:
-                    process = start(job, free[0], threads)
+                    if process := start(job, free[0], threads):
+                        running[job] = process, free.pop(0)
                 except OSError as error:
                     ended_early(job, str(error))
-                    continue
-                if process is not None:
-                    running[job] = process, free.pop(0)
         screen.draw()
-        if signals and deadline is None:
+        if stop and deadline is None:
             deadline = time.monotonic() + grace
             screen.say("\nstopping: every job saves a checkpoint (Ctrl-C again: do not wait for them)")
             for process, _ in running.values():
                 with contextlib.suppress(ProcessLookupError):
                     process.terminate()
                     os.killpg(process.pid, signal.SIGCONT)  # one that was stopped could not save
-        if signals and (not running or time.monotonic() > deadline):
-            return 128 + signals[0]
+        if stop and (not running or time.monotonic() > deadline):
+            return 128 + stop.signal
         if all(job.state not in ("waiting", "running") for job in jobs):
             return report_failures(jobs)
         time.sleep(POLL_SECONDS)

@@ -20,8 +20,7 @@ def train(job, gpus, cpus, max_restarts, grace):
     """
     import submitit
 
-    threads = os.environ.get("OMP_NUM_THREADS", str(cpus))
-    code = local.run([job], local.find_devices((), gpus), threads, max_restarts, grace)
+    code = local.run([job], local.find_devices((), gpus)[:1], cpus, max_restarts, grace)
     if code == 128 + signal.SIGUSR2:
         subprocess.run(["scontrol", "requeue", submitit.JobEnvironment().job_id], check=True)
     if code >= 128:
@@ -36,13 +35,12 @@ def run(jobs, options):
 
     os.environ.update(python_environment())  # SLURM's processes import `train`
     executor = submitit.SlurmExecutor(jobs[0].runs_dir / "launch" / "submitit")
-    names = ("partition", "account", "qos", "gpus_per_node")
     executor.update_parameters(
         job_name="cleanflow", time=options.timeout_min, mem=f"{options.mem_gb}GB", cpus_per_task=options.cpus_per_task,
+        partition=options.partition, account=options.account, qos=options.qos,  # None leaves it to the cluster
+        gpus_per_node=options.gpus_per_node or None, signal_delay_s=options.signal_delay_s,
         srun_args=[f"--cpus-per-task={options.cpus_per_task}"],  # srun does not take it over from sbatch
-        signal_delay_s=options.signal_delay_s, array_parallelism=options.array_parallelism,
-        additional_parameters={"requeue": True},
-        **{name: getattr(options, name) for name in names if getattr(options, name)},
+        array_parallelism=options.array_parallelism, additional_parameters={"requeue": True},
     )  # fmt: skip
     grace = max(5, options.signal_delay_s - 15)  # the rest is for queueing again
     words = options.gpus_per_node, options.cpus_per_task, options.max_restarts, grace
@@ -58,56 +56,51 @@ def run(jobs, options):
     print("\n".join(table(jobs)))
     if waiting and not options.watch:
         print(f"{len(waiting)} jobs submitted; the same command with --status shows how far they are")
-    return watch(jobs) if options.watch else 0
+    return show(jobs, watch=True) if options.watch else 0
 
 
 def queue(jobs):
     """{SLURM job id: state} of the user's queue; {} if none of `jobs` was submitted, None if it is not known."""
-    if not any(state.read_json(job.folder / "state.json").get("slurm") for job in jobs):
+    if not any(state.read_state(job).get("slurm") for job in jobs):
         return {}
     words = ["squeue", "--me", "--noheader", "--array", "--format=%i %T"]
     try:
-        lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        return dict(line.split() for line in done.stdout.splitlines())
     except (OSError, subprocess.CalledProcessError) as error:
         text = getattr(error, "stderr", None) or str(error)
         warn(f"SLURM's queue is not known: {text.strip().splitlines()[-1]}")
         return None
-    return dict(line.split() for line in lines)
 
 
 def look(jobs):
     """Sets the jobs' states, here or on SLURM, to what the disk, their locks and SLURM's queue tell."""
     queued = queue(jobs)
     for job in jobs:
-        finished, holder = state.refresh(job), state.locked_by(job)
-        stored = state.read_json(job.folder / "state.json")
+        finished, holder, stored = state.refresh(job), state.locked_by(job), state.read_state(job)
         number = stored.get("slurm")
         place = (queued or {}).get(number)
+        left = f"SLURM job {number} has left the queue" if number and queued is not None else None
+        failure = None if place else stored.get("failed") or left
         job.note = holder or (f"SLURM {number} {place}" if place else "")
         if finished:
             job.state, job.note = "done", ""
         elif holder or place in ("RUNNING", "COMPLETING"):
             job.state = "running"
-        elif stored.get("failed") and not place:
-            job.state, job.note = "failed", stored["failed"]
-        elif number and not place and queued is not None:
-            job.state, job.note = "failed", f"SLURM job {number} has left the queue"
+        elif failure:
+            job.state, job.note = "failed", failure
         else:
             job.state = "waiting"
 
 
-def show(jobs):
-    """Shows the table once; returns the exit code."""
-    look(jobs)
-    print("\n".join(table(jobs)))
-    return 0
-
-
-def watch(jobs):
-    """Shows the table until every job has ended; returns the exit code."""
+def show(jobs, watch):
+    """Shows the table once, or with `watch` until every job has ended; returns the exit code."""
     screen = Screen(jobs)
     while True:
         look(jobs)
+        if not watch:
+            print("\n".join(table(jobs)))
+            return 0
         screen.draw()
         if all(job.state in ("done", "failed") for job in jobs):
             return report_failures(jobs)

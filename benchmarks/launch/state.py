@@ -9,36 +9,23 @@ import glob
 import json
 import os
 import socket
-import zipfile
-from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 
 from benchmarks.launch.jobs import absolute
 from benchmarks.tables import read_rows
 from common import warn
-from common.download import DAMAGE
-
-# --- Runs ---
-
-
-@dataclass
-class Run:
-    """A run directory that is one of a job's."""
-
-    path: Path
-    step: int  # the last one in its csv files
-    success: float | None  # mean of its last evaluation
-    rate: float | None  # updates per second
-    finished: bool  # whether it has the job's length, and an evaluation of every seed at the end
+from common.files import DAMAGE, check_zip
 
 
 def find_runs(job):
     """The job's runs, oldest first: same algorithm, environment, seeds and arguments, but those that a continuation may
     change; started by this launcher or by hand.
+
+    Each has path, step (the last one in its csv files), success (of its last evaluation) and rate (updates per second),
+    and is finished if it has the job's length and an evaluation of every seed at the end.
     """
     runs = []
-    prefix = glob.escape(f"{job.env_id}__{job.args['exp_name']}__{job.seeds[0]}__")
-    for path in job.runs_dir.glob(prefix + "*"):
+    for path in job.runs_dir.glob(glob.escape(f"{job.env_id}__{job.args['exp_name']}__{job.seeds[0]}__") + "*"):
         info = read_json(path / "args.json")
         args = job.defaults | info.get("args", {})
         args["dataset_path"] = absolute(args["dataset_path"])
@@ -47,10 +34,12 @@ def find_runs(job):
         evaluations, timing = read_rows(path / "eval.csv"), read_rows(path / "timing.csv")
         step = max([int(rows[-1]["step"]) for rows in (evaluations, timing) if rows], default=0)
         last = [float(row["success"]) for row in evaluations if row["step"] == evaluations[-1]["step"]]
+        success = sum(last) / len(last) if last else None
         rate = float(timing[-1]["updates_per_second"]) if timing else None
         ended = {int(row["seed"]) for row in evaluations if int(row["step"]) == job.last_step}
-        lengths = all(args[name] == job.args[name] for name in ("total_timesteps", "online_timesteps"))
-        runs.append(Run(path, step, sum(last) / len(last) if last else None, rate, lengths and ended >= set(job.seeds)))
+        as_long = all(args[name] == job.args[name] for name in ("total_timesteps", "online_timesteps"))
+        finished = as_long and ended >= set(job.seeds)
+        runs.append(SimpleNamespace(path=path, step=step, success=success, rate=rate, finished=finished))
     return sorted(runs, key=lambda run: (len(run.path.name), run.path.name))  # the name ends with the time
 
 
@@ -62,15 +51,6 @@ def read_json(path):
         return {}
 
 
-def has_checkpoint(run_dir):
-    """Whether one of the run's checkpoints is whole (torch, which takes seconds to import, is not needed for that)."""
-    for path in run_dir.glob("checkpoint*.pt"):
-        with contextlib.suppress(*DAMAGE), zipfile.ZipFile(path) as archive:
-            if archive.testzip() is None:
-                return True
-    return False
-
-
 def choose(job):
     """What to do for a job: ("skip", finished run), ("resume", interrupted run) or ("new", None).
 
@@ -78,10 +58,12 @@ def choose(job):
     """
     if finished := refresh(job):
         return "skip", finished
-    newest_first = find_runs(job)[::-1]
-    for run in sorted(newest_first, key=lambda run: run.step, reverse=True):
-        if run.step <= job.last_step and has_checkpoint(run.path):
-            return "resume", run.path
+    runs = [run for run in find_runs(job) if run.step <= job.last_step]
+    for run in sorted(runs, key=lambda run: run.step)[::-1]:  # of equal steps, the newest first
+        for path in run.path.glob("checkpoint*.pt"):
+            with contextlib.suppress(*DAMAGE):  # it must be whole; torch, which takes seconds to import, is not needed
+                check_zip(path)
+                return "resume", run.path
     return "new", None
 
 
@@ -92,11 +74,13 @@ def refresh(job):
     if runs:
         latest = (finished or runs)[-1]
         job.step, job.success, job.rate = latest.step, latest.success, latest.rate
-    job.restarts = max(0, read_json(job.folder / "state.json").get("starts", 0) - 1)
+    job.restarts = max(0, read_state(job).get("starts", 0) - 1)
     return finished[-1].path if finished else None
 
 
-# --- state.json: how often a job was started ("starts"), why it was given up ("failed"), its id on SLURM ("slurm") ---
+def read_state(job):
+    """The job's state.json: its starts, the last one's process, its id on slurm, and why it was given up (failed)."""
+    return read_json(job.folder / "state.json")
 
 
 def write_state(job, **changes):
@@ -104,19 +88,16 @@ def write_state(job, **changes):
     temporary = job.folder / f"state.json.{socket.gethostname()}.{os.getpid()}"
     with contextlib.suppress(OSError):
         job.folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(read_json(job.folder / "state.json") | changes))
+        temporary.write_text(json.dumps(read_state(job) | changes))
         os.replace(temporary, job.folder / "state.json")
 
 
-# --- Locks: one process at a time trains a job ---
-
-
 def take_lock(job):
-    """Takes the job's lock, for as long as this process or a child that inherits the returned file has it open; None if
-    another process has the lock.
+    """Takes the job's lock, so that one process at a time trains it; None if another has it. It is held for as long as
+    this process, or a child that inherits the returned file, has that open.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
-    file = open(job.folder / "lock", "ab", buffering=0)
+    file = open(job.folder / "lock", "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -127,20 +108,11 @@ def take_lock(job):
     return file
 
 
-def sign_lock(file, pid):
-    """Writes into a lock file who has it; on a full disk it stays unsigned."""
-    with contextlib.suppress(OSError):
-        file.truncate(0)
-        file.write(f"{socket.gethostname()} process {pid}\n".encode())
-
-
 def locked_by(job):
     """Who trains the job now ("host process 123"), or None. It is found out by taking the lock for a moment."""
-    try:
-        with open(job.folder / "lock") as file:
+    with contextlib.suppress(OSError), open(job.folder / "lock") as file:
+        try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return (job.folder / "lock").read_text().strip() or "another process"
-    except OSError:
-        return None
+        except BlockingIOError:
+            return read_state(job).get("process") or "another process"
     return None

@@ -44,23 +44,20 @@ class Screen:
 
     def __init__(self, jobs):
         self.jobs, self.lines, self.known = jobs, [], {}
-        self.terminal = sys.stdout.isatty()
 
     def draw(self):
         """Shows what has changed."""
-        if self.terminal:
+        known, self.known = self.known, {job: (job.state, job.success, job.restarts, job.note) for job in self.jobs}
+        if sys.stdout.isatty():
             columns, height = shutil.get_terminal_size()
             lines = [text[: columns - 1] for text in table(self.jobs, height)]
             if lines != self.lines:
-                up = f"\033[{len(self.lines)}F\033[J" if self.lines else ""
-                self.say(up + "\n".join(lines))
+                self.say((f"\033[{len(self.lines)}F\033[J" if self.lines else "") + "\n".join(lines))
                 self.lines = lines
-            return
-        for job in self.jobs:
-            now = job.state, job.success, job.restarts, job.note
-            if self.known.get(job) != now:
-                self.known[job] = now
-                self.say(line(job))
+        else:
+            for job in self.jobs:
+                if self.known[job] != known.get(job):
+                    self.say(line(job))
 
     def say(self, text):
         """Prints above the next table. Where that fails (a full disk, a closed terminal), the jobs matter more."""
