@@ -1,4 +1,4 @@
-"""OGBench datasets: find, download or generate the file, check it, put it on the device; returns along trajectories.
+"""OGBench datasets: find, download or generate the file, check it, put it on the device.
 
 Official files lie in OGBench's own layout, `{dataset_dir}/{name}.npz` and `{name}-val.npz`; what is missing is
 downloaded. Generated ones (`common.generate`) carry `-generated-` in their name and never pass for official. OGBench's
@@ -170,25 +170,3 @@ def check_file(path, env, advice):
             refuse(f": a row of {key} has shape {arrays[key].shape[1:]}, {env.spec.id} needs {space.shape}")
     if rows < 2 or not arrays["terminals"][-1] or arrays["terminals"].all():
         refuse(": key terminals must mark each trajectory's last row, the file's last row among them")
-
-
-def trajectory_ends(data):
-    """(N,) bool: True in a trajectory's last transition, which does not lead to the next row's observation."""
-    leads_on = (data["next_observations"][:-1] == data["observations"][1:]).all(dim=-1).cpu().numpy()
-    return np.append(~leads_on, True)
-
-
-def reward_to_go(data, gamma):
-    """Discounted returns along the data's trajectories, G_t = r_t + gamma mask_t G_{t+1}, cut off at each one's end: a
-    float64 array (N,).
-
-    Args:
-        data: transitions {observations, next_observations (N, D), rewards, masks (N,)} in order of time.
-        gamma: discount factor.
-    """
-    rewards, masks = (data[key].double().cpu().numpy() for key in ("rewards", "masks"))
-    ends, returns, value = trajectory_ends(data), np.zeros_like(rewards), 0.0
-    for i in reversed(range(len(rewards))):
-        value = rewards[i] + gamma * masks[i] * (0.0 if ends[i] else value)
-        returns[i] = value
-    return returns

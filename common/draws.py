@@ -1,36 +1,43 @@
 """Random draws: every index and noise of the updates, by one generator per seed, in chunks of many updates."""
 
-import functools
-
 import numpy as np
 import torch
 
 CHUNK = 50  # updates whose indices and noise are drawn at once
 
 
-def make_draw(agent, args, seeds, num_transitions, device):
-    """The random numbers of each update, as a function of (step, online=False) -> {name: (S, ...)}; see draw_chunk.
+class Draws:
+    """The random numbers of each update: a function of the step alone, so a resumed run needs none of them saved.
 
-    They depend on the number of updates before, `step`, alone: a resumed run needs none of them saved.
+    Args: see draw_chunk.
     """
-    chunk = functools.lru_cache(maxsize=1)(functools.partial(draw_chunk, agent, args, seeds, num_transitions))
 
-    def draw(step, online=False):
-        return {name: value[step % CHUNK] for name, value in chunk(step // CHUNK, device, online).items()}
+    def __init__(self, agent, args, seeds, num_transitions, device):
+        self.source, self.device = (agent, args, seeds, num_transitions), device
+        self.chunk, self.key = None, None
 
-    return draw
+    def __call__(self, step, online=False):
+        """{name: (S, ...)} of the update after `step` updates; see draw_chunk."""
+        if (step // CHUNK, online) != self.key:
+            self.key = step // CHUNK, online
+            self.chunk = draw_chunk(*self.source, step // CHUNK, self.device, online)
+        return {name: value[step % CHUNK] for name, value in self.chunk.items()}
 
 
 def draw_chunk(agent, args, seeds, num_transitions, chunk, device, online=False):
     """Batch indices and noise of CHUNK updates, functions of (seed, chunk) for each seed.
 
-    Returns {"indices": (CHUNK, S, B), noise name: (CHUNK, S, rows, dim)}. If `online`, indices are integers below
-    2**62, whose remainder by the buffer's size is taken, and "act" is drawn too, the noise of one action per update.
-
     Args:
         agent: gives `draw_noise` and `draw_act_noise`.
-        args, seeds, device: the run's arguments, the S seeds, and the torch device.
-        num_transitions, chunk: of the offline dataset, and the number of the chunk.
+        args, seeds: the run's arguments and the S seeds.
+        num_transitions: of the offline dataset.
+        chunk: number of the chunk.
+        device: torch device.
+        online: whether indices are integers below 2**62, whose remainder by the buffer's size is taken, and "act"
+            is drawn too, the noise of one action per update.
+
+    Returns:
+        {"indices": (CHUNK, S, B), noise name: (CHUNK, S, rows, dim)}.
     """
     draws = []
     for seed in seeds:  # each with its own generator, so that it draws the same alone and beside others

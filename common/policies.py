@@ -10,7 +10,10 @@ from common import envs, export, fail, rollout, runs
 from common.arguments import algorithm
 from common.stacked import Stacked
 
-always_act = lambda args, step: "act"  # the method that acts, where an algorithm has one policy only
+
+def always_act(args, step):
+    """The name of the method that acts, where an algorithm has one policy only."""
+    return "act"
 
 
 def rebuild(Agent, args, saved, device, directory):

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 from benchmarks.studies import return_figures
-from common.datasets import reward_to_go
+from common.returns import reward_to_go
 
 
 def chain(rewards, masks, starts):

@@ -31,7 +31,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # where common/ li
 
 from common import arguments, checkpoint, datasets, envs, export, fail, graphs, policies, rollout
 from common.device import setup_torch
-from common.draws import make_draw
+from common.draws import Draws
 from common.log import Log
 from common.replay import Replay
 from common.signals import StopRequest
@@ -373,7 +373,7 @@ if __name__ == "__main__":
     # --- Training: offline, then online ---
     one_update = lambda draws: update(agents, *replay.inputs(draws))  # the batch, and noise
     fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)  # torch.compile, CUDA graphs
-    draw = make_draw(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
+    draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
     explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed

@@ -24,6 +24,7 @@ import tyro
 import evor
 import value_flows
 from common import checkpoint, datasets, envs, fail, generate, policies
+from common import returns as returns_of
 from common.device import setup_torch
 
 NEIGHBOURS = 200  # data pairs whose Monte-Carlo returns stand beside a learned distribution
@@ -109,7 +110,7 @@ def agreement(learned, returns):
 
 def cut_off_discounts(data, gamma):
     """Discount of what follows a trajectory's end, at each of its transitions (0 where a success follows): (N,)."""
-    masks, ends = data["masks"].double().cpu().numpy(), datasets.trajectory_ends(data)
+    masks, ends = data["masks"].double().cpu().numpy(), returns_of.trajectory_ends(data)
     discounts, discount = np.zeros_like(masks), 1.0
     for i in reversed(range(len(masks))):
         discount = gamma * masks[i] * (1.0 if ends[i] else discount)
@@ -119,7 +120,7 @@ def cut_off_discounts(data, gamma):
 
 def longest_way_to_success(data):
     """Row numbers of the validation trajectory's part that ends with the first success after the longest way."""
-    ends = datasets.trajectory_ends(data)
+    ends = returns_of.trajectory_ends(data)
     start, best = 0, range(0)
     for i, mask in enumerate(data["masks"].tolist()):
         if mask == 0:
@@ -134,7 +135,7 @@ def draw(agents, s, data, num_samples, title, output):
     from matplotlib.figure import Figure
 
     gamma = agents.agent.args.gamma
-    returns, known = datasets.reward_to_go(data, gamma), cut_off_discounts(data, gamma) < TAIL
+    returns, known = returns_of.reward_to_go(data, gamma), cut_off_discounts(data, gamma) < TAIL
     candidates = np.flatnonzero(known)
     if len(candidates) < NEIGHBOURS:
         fail(f"only {len(candidates)} validation transitions have a known return; {NEIGHBOURS} are needed")

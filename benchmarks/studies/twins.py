@@ -37,7 +37,7 @@ from scipy import stats
 from benchmarks import tables
 from common import datasets, fail, graphs, rollout, runs
 from common.device import setup_torch
-from common.draws import make_draw
+from common.draws import Draws
 from common.replay import Replay
 from common.stacked import Stacked
 
@@ -284,7 +284,7 @@ class Ours:
         )
         one_update = lambda draws: self.module.update(self.agents, *split_inputs(replay, draws))
         self.update = graphs.FastUpdate(self.agents, one_update, args.compile, False)
-        self.draw = make_draw(self.agents.agent, args, seeds, len(dataset["rewards"]), device)
+        self.draw = Draws(self.agents.agent, args, seeds, len(dataset["rewards"]), device)
         self.values = self.agents.function(VALUES_OF[self.method])
         fixed = {name: torch.as_tensor(value) for name, value in probes(dataset).items()}
         rows = fixed.pop("probe_rows")
