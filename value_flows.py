@@ -13,8 +13,8 @@ the main program at the end. An agent is written for one seed; common/stacked.py
     python value_flows.py --env-id cube-double-play-singletask-task1-v0   # the published hyperparameters
     python value_flows.py --env-id scene-play-singletask-v0 --num-seeds 8 --online-timesteps 1000000  # then online
 
-Notation in the shapes: E return fields, B batch, C candidate actions, N rows, D observation dimension, A action
-dimension, K Euler steps.
+Notation in the shapes: E return fields, B batch, C candidate actions, R return samples, N rows, D observation
+dimension, A action dimension, K Euler steps.
 """
 
 import copy
@@ -32,6 +32,7 @@ from common.device import setup_torch
 from common.draws import Draws
 from common.log import Log
 from common.replay import Replay
+from common.returns import cvar
 from common.signals import StopRequest
 from common.stacked import Stacked
 
@@ -80,11 +81,11 @@ class Args:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # EMA rate of the target return fields
     alpha: float = 10.0  # weight of the one-step policy's distillation towards the behaviour-cloning flow
-    bcfm_lambda: float = 1.0
-    """weight of bootstrapped conditional flow matching (0: the paper finds that training diverges)"""
+    bcfm_lambda: float = 1.0  # weight of bootstrapped conditional flow matching (0: training diverges, says the paper)
     dcfm_lambda: float = 1.0  # weight of distributional conditional flow matching
     confidence_weight_temp: float = 0.3  # temperature of the confidence weights sigmoid(-temp / deviation) + 0.5
     num_samples: int = 16  # candidate actions C of rejection sampling (1: pure behaviour cloning)
+    cvar_level: float = 1.0  # act by the mean of this lowest share of returns (1: by Q, as released); not in training
     eval_policy: Literal["act", "act_online"] | None = None  # what evaluations play (default: act_online once online)
     num_flow_steps: int = 10  # Euler steps K of every flow: returns and actions
     ret_agg: Literal["mean", "min"] = "mean"  # aggregation of target returns over the two fields
@@ -129,14 +130,13 @@ TUNED_ONLINE = {
 }
 
 # What --evaluate may change.
-INFERENCE = ("eval_policy", "num_samples", "num_flow_steps")
+INFERENCE = ("eval_policy", "num_samples", "num_flow_steps", "cvar_level")
 
 # What --quick changes: data that are made here, and sizes that learn within minutes on two cores.
 QUICK = dict(exp_name=f"{Path(__file__).stem}-quick", cuda=False, env_id="cube-single-noisy-singletask-v0")
 QUICK |= dict(dataset_source="generated", generated_episodes=120)
 QUICK |= dict(total_timesteps=8_000, eval_interval=2_000, log_interval=500, save_interval=2_000)
-QUICK |= dict(tau=0.01, num_samples=8, num_flow_steps=5)
-QUICK |= dict(value_hidden_dims=(256, 256, 256), actor_hidden_dims=(256, 256, 256))
+QUICK |= dict(tau=0.01, num_samples=8, num_flow_steps=5, value_hidden_dims=(256,) * 3, actor_hidden_dims=(256,) * 3)
 
 
 # --- Networks ---
@@ -197,10 +197,9 @@ class Network(nn.Module):
 
     def __init__(self, obs_dim, dims, layer_norm, ensemble=()):
         super().__init__()
-        is_state = isinstance(obs_dim, int)
-        self.encoder = nn.Identity() if is_state else pixels.Encoder(obs_dim)
-        obs_dim = obs_dim if is_state else pixels.Encoder.features
-        self.mlp = MLP((obs_dim + dims[0], *dims[1:]), layer_norm, ensemble)
+        self.encoder = nn.Identity() if isinstance(obs_dim, int) else pixels.Encoder(obs_dim)
+        features = obs_dim if isinstance(obs_dim, int) else pixels.Encoder.features
+        self.mlp = MLP((features + dims[0], *dims[1:]), layer_norm, ensemble)
 
     def forward(self, condition, x, t):
         """Velocity of a flow at its state x (N, .) or (E, N, .) and time t (N, 1) or a float; see MLP.
@@ -235,6 +234,7 @@ class Agent(nn.Module):
 
     ACTS = ("actor_flow", "critic_flow", "actor_onestep_flow")  # the networks that acting needs
     NUM_FIELDS = 2  # return fields E
+    NUM_RETURNS = 64  # return samples R of a risk-averse choice
 
     def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
         super().__init__()
@@ -252,8 +252,7 @@ class Agent(nn.Module):
 
     def onestep_action(self, observations, noise):
         """mu(s, n), as released clipped: (N, D), (N, A) -> (N, A)."""
-        states = self.actor_onestep_flow.encoder(observations)
-        return self.actor_onestep_flow.mlp(states, noise).clamp(-1, 1)
+        return self.actor_onestep_flow.mlp(self.actor_onestep_flow.encoder(observations), noise).clamp(-1, 1)
 
     def flow_actions(self, observations, noise):
         """End points of the cloning flow: (N, D), (N, C, A) -> (N, C, A) in [-1, 1]."""
@@ -282,39 +281,38 @@ class Agent(nn.Module):
     def return_derivatives(self, flow, condition, z):
         """dPhi(z; 1)/dz by the flow derivative ODE dJ/dt = (dv/dz) J, J_0 = 1; clipping is not differentiated.
 
-        Arguments as for returns, (E, N, 1) out. A row's velocity depends on its own z only, so that the gradient of the
-        velocities' sum has each row's dv/dz.
+        Arguments as for returns, (E, N, 1) out. A row's v depends on its own z only: ones pull back each row's dv/dz.
         """
         K = self.args.num_flow_steps
         z, J = z.expand(self.NUM_FIELDS, -1, -1), 1.0  # (E, N, 1)
         for k in range(K):
-
-            def summed(z):
-                v = flow(condition, z, k / K)  # (E, N, 1)
-                return v.sum(), v
-
-            dv, v = torch.func.grad(summed, has_aux=True)(z)  # (E, N, 1)
+            v, pull_back = torch.func.vjp(lambda z: flow(condition, z, k / K), z)  # (E, N, 1)
+            (dv,) = pull_back(torch.ones_like(v))  # (E, N, 1)
             z, J = self.clip_return(z + v / K), J + dv * J / K
         return J
 
-    def q_values(self, observations, actions, noise):
+    def q_values(self, observations, actions, noise, cvar_level=1.0):
         """Q(s, a) = agg_e C(z + v_e(z, 0 | s, a)): (N, D), (N, C, A), (N, C, 1) -> (N, C).
 
-        One Euler step is enough: at t = 0 BCFM's solution is v(z, 0) = E[return] - z.
+        One Euler step is enough: at t = 0 BCFM's solution is v(z, 0) = E[return] - z. Below a level of 1 the return's
+        CVaR, from R start points in equal steps of probability: the same for all candidates, so that none has luck.
         """
-        C = noise.shape[1]
+        C, R = noise.shape[1], self.NUM_RETURNS
         states = self.critic_flow.encoder(observations).repeat_interleave(C, dim=0)  # (N*C, D)
         condition = torch.cat([states, actions.flatten(0, 1)], dim=-1)  # (N*C, D + A)
+        if cvar_level < 1:
+            z = torch.special.ndtri((torch.arange(R, device=noise.device) + 0.5) / R).view(R, 1, 1, 1)
+            returns = self.returns(self.critic_flow, condition, z, 1.0)  # (R, E, N*C, 1)
+            return aggregate(cvar(returns, cvar_level), self.args.q_agg).view(-1, C)
         z = noise.flatten(0, 1)  # (N*C, 1)
         v = self.critic_flow(condition, z, 0.0)  # (E, N*C, 1)
         return aggregate(self.clip_return(z + v), self.args.q_agg).view(-1, C)
 
-    def rejection_sampling(self, observations, action_noise, q_noise):
+    def rejection_sampling(self, observations, action_noise, q_noise, cvar_level=1.0):
         """The best of C flow actions: (N, D), (N, C, A), (N, C, 1) -> (N, A)."""
         actions = self.flow_actions(observations, action_noise)  # (N, C, A)
-        best = self.q_values(observations, actions, q_noise).argmax(dim=1)  # (N,)
-        index = best[:, None, None].expand(-1, -1, actions.shape[2])  # (N, 1, A)
-        return actions.gather(1, index).squeeze(1)
+        best = self.q_values(observations, actions, q_noise, cvar_level).argmax(dim=1)  # (N,)
+        return actions.take_along_dim(best[:, None, None], dim=1).squeeze(1)
 
     def critic_loss(self, batch, noise):
         """L_critic, and its parts for the log; trains the return fields.
@@ -396,7 +394,7 @@ class Agent(nn.Module):
 
     def act(self, observations, noise):
         """Rejection sampling, the offline phase's policy: (N, D), (N, C, A + 1) -> (N, A)."""
-        return self.rejection_sampling(observations, noise[..., :-1], noise[..., -1:])
+        return self.rejection_sampling(observations, noise[..., :-1], noise[..., -1:], self.args.cvar_level)
 
     def act_online(self, observations, noise):
         """The one-step policy, which explores and is evaluated in the online phase; arguments as for act."""
@@ -455,6 +453,8 @@ def parse_args(words=None):
     args, resumed = arguments.parse(Args, TUNED, TUNED_ONLINE, QUICK, INFERENCE, words=words)
     above_zero = "confidence_weight_temp num_samples num_flow_steps value_hidden_dims actor_hidden_dims"
     arguments.check_numbers(args, above_zero.split(), at_least_zero=("alpha", "bcfm_lambda", "dcfm_lambda"))
+    if not 0 < args.cvar_level <= 1:
+        fail(f"--cvar-level {args.cvar_level} must lie above 0 and be at most 1")
     if envs.is_pixels(args.env_id) and args.online_timesteps:
         fail(f"--online-timesteps with --env-id {args.env_id}: the online phase works on state observations")
     return args, resumed

@@ -103,10 +103,16 @@ def evaluate(Agent, args, saved, inference, device, acting=always_act):
         Agent, saved, device, acting: see `rebuild` and `load`.
         args: of this program: `evaluate` is the directory, `seed` the episodes' first.
         inference: names of the settings that --evaluate may change.
+
+    Raises:
+        SystemExit: (code 2) before the evaluation, where inference.csv has other settings or the export is refused.
     """
     directory, step = Path(args.evaluate), saved["step"]
     if args.export is not None:
         export.check(args.export, saved, args.export_seed)  # before the evaluation, which takes long
+    path, columns = directory / "inference.csv", ",".join([*inference, "episodes_seed"])
+    if path.exists() and not path.read_text().startswith(columns + ","):
+        fail(f"{path} does not begin with {columns}: it is of another version of {saved['algorithm']}.py; move it away")
     agents = rebuild(Agent, args, saved, device, directory)
     settings = {name: getattr(args, name) for name in inference}
     episode_seeds = list(range(args.seed, args.seed + args.num_seeds))  # one for each agent
@@ -115,7 +121,7 @@ def evaluate(Agent, args, saved, inference, device, acting=always_act):
     evaluator.close()
     first = saved["args"]["seed"]
     rows = [settings | {"episodes_seed": row["seed"]} | row | {"seed": first + i} for i, row in enumerate(rows)]
-    runs.append_rows(directory / "inference.csv", rows)
+    runs.append_rows(path, rows)
     for row in rows:
         chosen = f", {settings}" if settings else ""
         print(f"seed {row['seed']}: success {row['success']:.2f} at step {step}{chosen}")

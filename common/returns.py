@@ -1,6 +1,7 @@
-"""Discounted returns along a dataset's trajectories."""
+"""Discounted returns along a dataset's trajectories, and the risk of a return."""
 
 import numpy as np
+import torch
 
 
 def trajectory_ends(data):
@@ -23,3 +24,13 @@ def reward_to_go(data, gamma):
         value = rewards[i] + gamma * masks[i] * (0.0 if ends[i] else value)
         returns[i] = value
     return returns
+
+
+def cvar(returns, level):
+    """Conditional value at risk, the mean of the lowest share `level` of R equally likely returns: (R, ...) -> (...).
+
+    Exact for these R values: where level * R is no whole number, the last one counts in part.
+    """
+    count = level * len(returns)
+    weights = (count - torch.arange(len(returns), device=returns.device)).clamp(0, 1) / count  # (R,)
+    return (returns.movedim(0, -1).sort(dim=-1).values * weights).sum(dim=-1)

@@ -226,6 +226,11 @@ def test_what_is_no_policy_is_refused(exported, tmp_path):
     assert_refused("floq", words, "the folder holds something else")
     assert (tmp_path / "other/README.md").read_text() == "mine"
     assert (run_dir / "inference.csv").read_bytes() == before  # refused before it was evaluated
+    with open(tmp_path / "other/inference.csv", "w") as file:
+        file.write("num_actions,episodes_seed,step\n")  # of a version without this setting
+    shutil.copytree(exported["q_flow"][1], tmp_path / "old", ignore=shutil.ignore_patterns("inference.csv"))
+    shutil.copy(tmp_path / "other/inference.csv", tmp_path / "old")
+    assert_refused("q_flow", ["--evaluate", tmp_path / "old"], "does not begin with flow_steps,episodes_seed")
     import q_flow
 
     with pytest.raises(SystemExit) as error:

@@ -81,6 +81,47 @@ def test_the_script_writes_a_table_and_a_picture(tmp_path):
         3 + 4
     )
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "a.partial").exists() and "| variant | coin, 0.9 | chain, 0.9 |" in done.stdout
+
+
+def test_a_study_continues_with_what_it_has_finished(tmp_path, monkeypatch):
+    """The second of two trainings fails; the same command then makes that one alone."""
+    words = "--mdps chain --gammas 0.9 --seeds 2 --updates 1 --no-compile --variants evor evor:num_ensembles=1 --output"
+    monkeypatch.setattr(sys, "argv", ["return_accuracy", *words.split(), str(tmp_path / "a")])
+    trained, train = [], return_accuracy.train
+
+    def train_or_fail(module, args, *others):
+        trained.append(args.num_ensembles)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train(module, args, *others)
+
+    monkeypatch.setattr(return_accuracy, "train", train_or_fail)
+    with pytest.raises(KeyboardInterrupt):
+        return_accuracy.main()
+    first = (tmp_path / "a.csv").read_text()
+    assert len(first.splitlines()) == 1 + 2 * 4
+    return_accuracy.main()
+    assert trained == [2, 1, 1]
+    whole = (tmp_path / "a.csv").read_text()
+    assert whole.startswith(first) and len(whole.splitlines()) == 1 + 2 * 2 * 4
+    return_accuracy.main()  # it was whole, so it begins anew
+    assert trained == [2, 1, 1, 2, 1] and (tmp_path / "a.csv").read_text() == whole
+
+
+def test_the_summary_has_intervals_over_seeds():
+    measures = {"mean_error_share": 0.02, "low_mode": 0.5, "high_mode": 0.25}
+    rows = [
+        {"mdp": mdp, "gamma": 0.9, "variant": "x", "state": state, "seed_index": s, "wasserstein": str(s + state)}
+        for mdp in ("chain", "coin")
+        for state in (0, 1)
+        for s in (0, 1, 2)
+    ]
+    header, _, line = return_accuracy.summary([row | measures for row in rows]).splitlines()
+    assert header == "| variant | chain, 0.9 | coin, 0.9 |"
+    # Seeds' means over the states: 0.5, 1.5, 2.5; t(0.975, 2) = 4.303; 4.303 / sqrt(3) = 2.484.
+    cell = "1.500 +- 2.484; 2.0% +- 0.0"
+    assert line == f"| `x` | {cell} | {cell}; 0.50 +- 0.00, 0.25 +- 0.00 |"
 
 
 def test_learned_returns_of_histograms_and_quantiles_are_their_inverse_distribution_functions():

@@ -22,6 +22,7 @@ from conftest import small_args as small_args_of
 
 import value_flows
 from common import datasets
+from common.returns import cvar
 from value_flows import aggregate
 
 small_args = functools.partial(small_args_of, "value_flows")
@@ -158,6 +159,77 @@ def test_one_candidate_is_the_cloning_flow_and_online_acts_the_onestep_policy():
     assert online.abs().max() <= 1
 
 
+# --- A risk-averse choice ---
+
+
+@pytest.mark.parametrize(
+    "level, expected",
+    [(0.1, -3.0), (0.25, -3.0), (0.375, -2.0), (0.5, -1.5), (0.75, -1 / 3), (0.875, 3 / 7), (1.0, 1.0)],
+)
+def test_cvar_is_the_mean_of_the_lowest_share_the_last_value_in_part(level, expected):
+    returns = torch.tensor([5.0, -3.0, 2.0, 0.0])
+    torch.testing.assert_close(cvar(returns, level), torch.tensor(expected))
+    of_many = cvar(torch.stack([returns, 10 * returns.flip(0)], dim=1).view(4, 2, 1), level)
+    torch.testing.assert_close(of_many, torch.tensor([[expected], [10 * expected]]))
+
+
+class TwoBets(torch.nn.Module):
+    """Return fields by hand: actions above 0 return 1 + 2 z, the others 0.5 + 0.1 z, for z from N(0, 1), K = 2.
+
+    The first Euler step goes half of the way to the mean, the second to the end point. Field 1 is higher by 0.2.
+    """
+
+    encoder = torch.nn.Identity()
+
+    def forward(self, condition, x, t):
+        mean = torch.where(condition[..., -1:] > 0, 1.0, 0.5) + torch.tensor([0.0, 0.2]).view(2, 1, 1)  # (E, N, 1)
+        deviation = torch.where(condition[..., -1:] > 0, 2.0, 0.1)
+        z = 2 * x - mean  # that the second step's x began from
+        return mean - x if t == 0 else 2 * (mean + deviation * z - x)
+
+
+def with_two_bets(**changes):
+    agent = make_agent(small_args(num_flow_steps=2, clip_flow_returns=False, **changes), action_dim=1)
+    agent.critic_flow = TwoBets()
+    return agent
+
+
+@pytest.mark.parametrize("q_agg, above", [("mean", 0.1), ("min", 0.0)])
+def test_candidates_below_level_one_are_valued_by_the_lower_tail_of_their_returns(q_agg, above):
+    agent = with_two_bets(q_agg=q_agg)
+    observations, actions, noise = (
+        torch.randn(3, 5),
+        torch.tensor([[-0.3], [0.7]]).repeat(3, 1, 1),
+        torch.randn(3, 2, 1),
+    )
+    z = torch.distributions.Normal(0, 1).icdf((torch.arange(64) + 0.5) / 64)
+    for level in (0.05, 0.25, 0.5, 0.99):
+        q = agent.q_values(observations, actions, noise, level)
+        tail = cvar(z, level)
+        expected = above + torch.stack([0.5 + 0.1 * tail, 1 + 2 * tail]).expand(3, 2)
+        torch.testing.assert_close(q, expected, rtol=1e-5, atol=1e-5)
+        density = torch.distributions.Normal(0, 1).log_prob(torch.distributions.Normal(0, 1).icdf(torch.tensor(level)))
+        torch.testing.assert_close(tail, -density.exp() / level, rtol=0.03, atol=0.01)  # the normal's closed form
+    expected = (above + torch.tensor([0.5, 1.0])).expand(3, 2)
+    torch.testing.assert_close(agent.q_values(observations, actions, noise), expected)  # level 1: the mean, in a step
+
+
+def test_a_risk_averse_choice_is_another_than_the_means_and_training_does_not_see_it():
+    observations = torch.randn(20, 5)
+    chosen = {}
+    for level in (1.0, 0.9, 0.1):
+        agent = with_two_bets(cvar_level=level, num_samples=8)
+        noise = agent.draw_act_noise(torch.Generator().manual_seed(0), 20)
+        candidates = agent.flow_actions(observations, noise[..., :1])
+        both = (candidates > 0).any(dim=1) & (candidates <= 0).any(dim=1)  # (N, 1)
+        assert both.float().mean() > 0.5
+        chosen[level] = agent.act(observations, noise)[both]
+        of_targets = agent.rejection_sampling(observations, noise[..., :1], noise[..., 1:])
+        assert (of_targets[both] > 0).all()
+    assert (chosen[1.0] > 0).all() and (chosen[0.9] > 0).all()  # the CVaR of 1 + 2 z at 0.9 is 0.61
+    assert (chosen[0.1] <= 0).all()
+
+
 # --- Losses ---
 
 
@@ -278,6 +350,9 @@ def test_scale_of_the_normalized_q_loss_is_a_constant():
     [
         ("--num-samples 0", "--num-samples 0: must be above zero"),
         ("--num-flow-steps -1", "--num-flow-steps -1: must be above zero"),
+        ("--cvar-level 0", "--cvar-level 0.0 must lie above 0 and be at most 1"),
+        ("--cvar-level 1.5", "--cvar-level 1.5 must lie above 0 and be at most 1"),
+        ("--cvar-level nan", "--cvar-level nan must lie above 0 and be at most 1"),
         ("--bcfm-lambda -0.5", "--bcfm-lambda -0.5: must be at least zero"),
         ("--confidence-weight-temp 0", "--confidence-weight-temp 0.0: must be above zero"),
         ("--ret-agg max", "--ret-agg"),

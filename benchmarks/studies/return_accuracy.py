@@ -19,6 +19,7 @@ thousand).
 
 import ast
 import importlib
+import itertools
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,8 +29,10 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from benchmarks import tables
+from benchmarks.scores import interval
 from benchmarks.studies.return_figures import return_samples
-from common import draws, fail, runs
+from common import draws, fail
 from common.stacked import Stacked
 
 VARIANTS = (
@@ -57,7 +60,7 @@ class AccuracyArgs:
     compile: bool = True
     """compile the losses with torch.compile"""
     output: str | None = None
-    """csv and PNG get this path's stem (default: no files)"""
+    """csv and PNG get this path's stem (default: no files); the same command continues a study that was cut off"""
 
 
 # --- MDPs ---
@@ -240,44 +243,87 @@ def draw(output, pictures):
     figure.savefig(output, dpi=90)
 
 
-if __name__ == "__main__":
+def spread(rows, name, digits, scale=1, unit=""):
+    """A measure's mean over states and seeds with its 95% interval over seeds, as text."""
+    seeds = sorted({row["seed_index"] for row in rows})
+    mean, half = interval([np.mean([float(row[name]) for row in rows if row["seed_index"] == s]) for s in seeds])
+    return f"{scale * mean:.{digits}f}{unit} +- {scale * half:.{digits}f}"
+
+
+def summary(rows):
+    """A markdown table of variants against MDPs: W1; the error of the mean as a share of the range; of the coin also
+    the shares near both modes.
+    """
+    places, lines = dict.fromkeys((row["mdp"], row["gamma"]) for row in rows), []
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        lines.append([f"`{variant}`"])
+        for place in places:
+            found = [row for row in rows if (row["mdp"], row["gamma"]) == place and row["variant"] == variant]
+            cell = f"{spread(found, 'wasserstein', 3)}; {spread(found, 'mean_error_share', 1, 100, '%')}"
+            modes = f"; {spread(found, 'low_mode', 2)}, {spread(found, 'high_mode', 2)}" if place[0] == "coin" else ""
+            lines[-1].append(cell + modes)
+    return tables.markdown(["variant", *(f"{mdp}, {gamma:g}" for mdp, gamma in places)], lines)
+
+
+def read_partial(path, settings):
+    """{(mdp, gamma, variant): (csv rows, picture)} that a study with these settings finished before it was cut off."""
+    if path is None or not path.exists():
+        return {}
+    saved = torch.load(path, weights_only=False)
+    return saved["finished"] if saved["settings"] == settings else {}
+
+
+def write_partial(path, settings, finished):
+    """Writes what `read_partial` reads, whole or not at all."""
+    torch.save({"settings": settings, "finished": finished}, path.with_suffix(".writing"))
+    path.with_suffix(".writing").replace(path)
+
+
+def main():
+    """The study that the command line asks for."""
     options = tyro.cli(AccuracyArgs, description=__doc__)
     if options.seeds < 1 or options.updates < 1 or not all(0 < gamma < 1 for gamma in options.gammas):
         fail("--seeds and --updates must be above zero, --gammas between 0 and 1")
     mdps = {name: make_mdp(name) for name in options.mdps}
     variants = {variant: parse_variant(variant) for variant in options.variants}
-    pictures = {}
-    if options.output:
-        Path(options.output).with_suffix(".csv").unlink(missing_ok=True)
-    bar = tqdm(total=len(mdps) * len(options.gammas) * len(variants), unit=" trainings")
-    for name, mdp in mdps.items():
-        for gamma in options.gammas:
-            truth = true_returns(mdp, 0, gamma)
-            for variant, (module, changes) in variants.items():
-                start, args = time.perf_counter(), small_args(module, gamma, **changes)
-                agents, diverged = train(
-                    module, args, mdp, options.updates, list(range(options.seeds)), options.compile
-                )
-                rows = accuracy(agents, mdp, gamma)
-                if options.output:  # as it goes: what was trained is not lost
-                    digits = lambda row: {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-                    keys = {"mdp": name, "gamma": gamma, "variant": variant}
-                    runs.append_rows(Path(options.output).with_suffix(".csv"), [keys | digits(row) for row in rows])
-                pictures.setdefault((name, gamma), {})[variant] = learned_returns(agents, mdp, 0), truth
-                column = lambda key: np.array([row[key] for row in rows])
-                modes = (
-                    f"  modes {column('low_mode').min():.2f} + {column('high_mode').min():.2f}"
-                    if name == "coin"
-                    else ""
-                )
-                ended = "" if diverged is None else f"  non-finite at step {diverged}"
-                distance, share = column("wasserstein"), 100 * column("mean_error_share")
-                bar.write(
-                    f"{name} {gamma:g} {variant}: W1 {distance.mean():.3f} (worst {distance.max():.3f})  "
-                    f"mean off by {share.mean():.1f}% (worst {share.max():.1f}%) of the range{modes}"
-                    f"  {time.perf_counter() - start:.0f} s{ended}"
-                )
-                bar.update()
-    bar.close()
-    if options.output:
-        draw(Path(options.output).with_suffix(".png"), pictures)
+    trainings = list(itertools.product(mdps, options.gammas, variants))
+    stem, settings = options.output and Path(options.output), (options.seeds, options.updates)
+    partial = stem and stem.with_suffix(".partial")
+    finished = read_partial(partial, settings)
+    bar = tqdm(trainings, unit=" trainings")
+    for key in bar:
+        if key in finished:
+            continue
+        (name, gamma, variant), start = key, time.perf_counter()
+        module, changes = variants[variant]
+        args, seeds = small_args(module, gamma, **changes), list(range(options.seeds))
+        agents, diverged = train(module, args, mdps[name], options.updates, seeds, options.compile)
+        rows = accuracy(agents, mdps[name], gamma)
+        digits = lambda row: {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+        keys = {"mdp": name, "gamma": gamma, "variant": variant}
+        picture = learned_returns(agents, mdps[name], 0), true_returns(mdps[name], 0, gamma)
+        finished[key] = [keys | digits(row) for row in rows], picture
+        if stem:  # as it goes: what was trained is not lost
+            write_partial(partial, settings, finished)
+            rows_so_far = [row for one in trainings if one in finished for row in finished[one][0]]
+            tables.write(stem.with_suffix(".csv"), rows_so_far)
+        column = lambda name: np.array([row[name] for row in rows])
+        distance, share = column("wasserstein"), 100 * column("mean_error_share")
+        modes = f"  modes {column('low_mode').min():.2f} + {column('high_mode').min():.2f}" if name == "coin" else ""
+        ended = "" if diverged is None else f"  non-finite at step {diverged}"
+        bar.write(
+            f"{name} {gamma:g} {variant}: W1 {distance.mean():.3f} (worst {distance.max():.3f})  "
+            f"mean off by {share.mean():.1f}% (worst {share.max():.1f}%) of the range{modes}"
+            f"  {time.perf_counter() - start:.0f} s{ended}"
+        )
+    print(summary([row for key in trainings for row in finished[key][0]]))
+    if stem:
+        pictures = {}
+        for name, gamma, variant in trainings:
+            pictures.setdefault((name, gamma), {})[variant] = finished[name, gamma, variant][1]
+        draw(stem.with_suffix(".png"), pictures)
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
