@@ -1,11 +1,13 @@
-"""EVOR's improvement at inference: success against candidates, temperatures and return samples, from one checkpoint.
+"""EVOR's improvement at inference, from one checkpoint: candidates, temperatures, return samples, noisy transitions.
 
     python -m benchmarks.studies.evor_inference --run runs/RUN_DIR
     python -m benchmarks.studies.evor_inference --run runs/RUN_DIR --episodes 20 --output docs/evor_inference
 
 Nothing is trained: each setting changes one of --num-actions, --tau-q, --tau-r and --num-returns of the run (evor.py
---evaluate does one). Writes OUTPUT.csv, one row a setting and seed, as it goes, and OUTPUT.png:
-means over the seeds with 95% intervals.
+--evaluate does one). --action-noise makes transitions stochastic, which EVOR's theory excludes: the environment gets
+each action with Gaussian noise of that deviation, clipped; once with the run's candidates, once with one (cloning).
+Writes OUTPUT.csv, one row per setting and seed, as it goes, and OUTPUT.png: means over the seeds with 95% intervals.
+A setting whose rows are there already is not evaluated again.
 """
 
 import time
@@ -18,6 +20,7 @@ import tyro
 from tqdm import tqdm
 
 import evor
+from benchmarks import tables
 from benchmarks.scores import interval
 from common import checkpoint, fail, policies, rollout, runs
 from common.device import setup_torch
@@ -27,12 +30,14 @@ SWEEPS = {
     "tau_q": (0.01, 0.1, 1.0, 10.0, 100.0),
     "tau_r": (0.1, 1.0, 10.0, 100.0, 1000.0),
     "num_returns": (1, 4, 16, 64),
+    "action_noise": (0.0, 0.1, 0.3, 1.0),
 }
 LABELS = {
     "num_actions": "candidates $N_\\pi$",
     "tau_q": "$\\tau_Q$ (return)",
     "tau_r": "$\\tau_R$ (return)",
     "num_returns": "return samples $N$",
+    "action_noise": "deviation of the action noise",
 }
 
 
@@ -48,6 +53,8 @@ class ScalingArgs:
     """values of the third"""
     num_returns: tuple[int, ...] = SWEEPS["num_returns"]
     """values of the fourth"""
+    action_noise: tuple[float, ...] = SWEEPS["action_noise"]
+    """values of the fifth: deviations of the noise that the environment adds to actions, which lie in [-1, 1]"""
     episodes: int | None = None
     """episodes of each setting and seed (default: the run's)"""
     cuda: bool = True
@@ -56,68 +63,133 @@ class ScalingArgs:
     """csv and PNG get this path's stem (default: inference_scaling in the run directory)"""
 
 
+def settings_of(options, base):
+    """[(sweep, setting)] of a command line: the run's own settings `base` with one value changed; action noise also
+    with one candidate.
+    """
+    settings = [(name, base | {name: value}) for name in SWEEPS for value in getattr(options, name)]
+    cloning = [("action_noise", base | {"num_actions": 1, "action_noise": value}) for value in options.action_noise]
+    return settings + cloning * (base["num_actions"] > 1)
+
+
+def disturbed(agents, deviation):
+    """The policy and its random numbers where the environment adds noise of this deviation to actions, and clips them.
+
+    Returns:
+        policy, draw_noise: see rollout.Evaluator. Without noise both give the run's own evaluation.
+    """
+    agent, A = agents.agent, agents.agent.action_dim
+
+    def act(agent, observations, noise):
+        actions = agent.act(observations, noise[:, :-A])  # (N, A)
+        return (actions + deviation * noise[:, -A:]).clamp(-1, 1)
+
+    def draw_noise(generator, num_steps):
+        own = agent.draw_act_noise(generator, num_steps)  # first, so that the policy's numbers stay the same
+        return torch.cat([own, torch.randn(num_steps, A, generator=generator)], dim=-1)
+
+    return agents.function(act), draw_noise
+
+
 def success_text(rows):
     """The mean success of one setting's rows with its interval, which one seed does not have."""
     mean, half = interval([100 * row["success"] for row in rows])
     return f"{mean:.1f}%" + (f" +- {half:.1f}" if len(rows) > 1 else "")
 
 
+def stored_rows(path, names, expected):
+    """{setting: rows} of an earlier call's csv file, the settings whose rows are whole.
+
+    Args:
+        path: the csv file; a missing one has no rows.
+        names: of the columns that make a setting.
+        expected: {column: value} that each row must have, and "seeds", the run's. Other rows end the program with exit
+            code 2, since they would be mixed with new ones.
+    """
+    found = {}
+    for row in tables.read_rows(path):
+        values = {name: value if name == "sweep" else float(value) for name, value in row.items()}
+        fits = set(names) < values.keys() and all(values[name] == expected[name] for name in ("step", "episodes"))
+        if not fits:
+            fail(f"--output: {path} has rows of another checkpoint or number of episodes; name another file")
+        found.setdefault((values["sweep"], *(values[name] for name in names)), []).append(values)
+    return {key: rows for key, rows in found.items() if [row["seed"] for row in rows] == expected["seeds"]}
+
+
 def draw(path, rows, base):
     """Saves the picture of the rows; `base` are the run's own settings, which the sweeps share."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    panels = figure.subplots(1, 4, sharey=True)
-    for axes, name in zip(panels, SWEEPS):
-        values = sorted({row[name] for row in rows if row["sweep"] == name})
-        groups = [[100 * row["success"] for row in rows if row["sweep"] == name and row[name] == v] for v in values]
-        means, halves = np.nan_to_num([interval(group) for group in groups]).T  # no bar for one seed
-        axes.errorbar(values, means, yerr=halves, marker="o", capsize=3)
-        for value, group in zip(values, groups):
-            axes.scatter([value] * len(group), group, color="grey", s=8, alpha=0.6)
+    figure = Figure(figsize=(14, 3.2), layout="constrained")
+    panels = dict(zip(SWEEPS, figure.subplots(1, len(SWEEPS), sharey=True)))
+    for name, axes in panels.items():
+        chosen = [row for row in rows if row["sweep"] == name]
+        for candidates in sorted({row["num_actions"] for row in chosen}) if name == "action_noise" else [None]:
+            line = [row for row in chosen if candidates in (None, row["num_actions"])]
+            values = sorted({row[name] for row in line})
+            groups = [[100 * row["success"] for row in line if row[name] == value] for value in values]
+            means, halves = np.nan_to_num([interval(group) for group in groups]).T  # no bar for one seed
+            label = None if candidates is None else f"$N_\\pi$ = {candidates:g}"
+            axes.errorbar(values, means, yerr=halves, marker="o", capsize=3, label=label)
+            for value, group in zip(values, groups):
+                axes.scatter([value] * len(group), group, color="grey", s=8, alpha=0.6)
         axes.axvline(base[name], color="grey", linestyle=":", linewidth=1)
-        axes.set(xscale="log", xlabel=LABELS[name], ylim=(-3, 103))
+        axes.set(xlabel=LABELS[name], ylim=(-3, 103))
         axes.grid(alpha=0.3)
-    panels[0].set_xscale("log", base=2)
-    panels[3].set_xscale("log", base=2)
-    panels[0].set_ylabel("success (%)")
-    others = ", ".join(f"{name} {value:g}" for name, value in base.items())
+    for name in ("num_actions", "num_returns"):
+        panels[name].set_xscale("log", base=2)
+    for name in ("tau_q", "tau_r"):
+        panels[name].set_xscale("log")
+    panels["num_actions"].set_ylabel("success (%)")
+    if any(row["sweep"] == "action_noise" for row in rows):
+        panels["action_noise"].legend(fontsize="small")
+    others = ", ".join(f"{name} {value:g}" for name, value in base.items() if name != "action_noise")
     figure.suptitle(f"one checkpoint; dotted: the run's settings ({others})", fontsize="medium")
     figure.savefig(path, dpi=100)
 
 
-if __name__ == "__main__":
-    options = tyro.cli(ScalingArgs, description=__doc__)
+def main(options):
+    """Evaluates what has no rows yet, and draws the picture."""
     payload = checkpoint.load(options.run, "--run")
     if payload["algorithm"] != "evor":
         fail(f"--run {options.run} is a run of {payload['algorithm']}.py, not of evor.py")
     for name in SWEEPS:
-        if min(getattr(options, name), default=1) <= 0:
-            fail(f"--{name.replace('_', '-')} {getattr(options, name)}: must be above zero")
+        lowest = min(getattr(options, name), default=1)
+        if lowest < 0 or (lowest == 0 and name != "action_noise"):
+            bound = "at least" if name == "action_noise" else "above"
+            fail(f"--{name.replace('_', '-')} {getattr(options, name)}: must be {bound} zero")
     if options.episodes is not None and options.episodes < 1:
         fail(f"--episodes {options.episodes}: must be above zero")
     args = evor.Args(**payload["args"])
     args = replace(args, eval_episodes=options.episodes or args.eval_episodes, capture_video=False)
-    device = setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available(), matmul_precision=None))
     seeds = list(range(args.seed, args.seed + args.num_seeds))
-    agents = policies.rebuild(evor.Agent, args, payload, device, options.run)
-    agent, act = agents.agent, agents.function("act")
-    base = {name: getattr(args, name) for name in SWEEPS}
-    settings = [(name, base | {name: value}) for name in SWEEPS for value in getattr(options, name)]
+    base = {name: getattr(args, name, 0.0) for name in SWEEPS}  # no run has action noise
     output = Path(options.output) if options.output else Path(options.run) / "inference_scaling"
-    output.with_suffix(".csv").unlink(missing_ok=True)
+    csv_path = output.with_suffix(".csv")
+    expected = {"step": payload["step"], "episodes": args.eval_episodes, "seeds": seeds}
+    stored = stored_rows(csv_path, SWEEPS, expected)
 
+    device = setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available(), matmul_precision=None))
+    agents = policies.rebuild(evor.Agent, args, payload, device, options.run)
     evaluator = rollout.Evaluator(args, seeds, device, Path(options.run))
-    rows, known = [], {}
-    for name, setting in tqdm(settings, unit=" settings"):
+    rows, known = [], {key[1:]: value for key, value in stored.items()}
+    for name, setting in tqdm(settings_of(options, base), unit=" settings"):
         key, start = tuple(setting.values()), time.perf_counter()
+        if (name, *key) in stored:
+            rows += stored[(name, *key)]
+            continue
         if key not in known:  # the run's own settings are a point of every sweep
-            agent.args = replace(args, **setting)
-            known[key] = evaluator(act, agent.draw_act_noise, payload["step"])
-        new = [{"sweep": name} | setting | row for row in known[key]]
+            agents.agent.args = replace(args, **{field: v for field, v in setting.items() if field != "action_noise"})
+            known[key] = evaluator(*disturbed(agents, setting["action_noise"]), payload["step"])
+        results = ("step", "seed", "success", "episode_return", "episode_length", "episodes")
+        new = [{"sweep": name} | setting | {column: row[column] for column in results} for row in known[key]]
         rows += new
-        runs.append_rows(output.with_suffix(".csv"), new)
+        runs.append_rows(csv_path, new)
         tqdm.write(f"{name} {setting[name]:g}: success {success_text(new)} ({time.perf_counter() - start:.0f} s)")
     evaluator.close()
     draw(output.with_suffix(".png"), rows, base)
-    print(f"saved {output.with_suffix('.csv')} and {output.with_suffix('.png')}")
+    print(f"saved {csv_path} and {output.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(ScalingArgs, description=__doc__))
