@@ -180,7 +180,7 @@ def test_comparisons_are_positive_where_the_claims_hold():
         if column == "curvature":
             return np.full(4, v.coverage)
         better = v.steps + v.coverage if v.critic == "floq" else 0
-        worse = (v.noise + 2 * (v.change == "last")) * (0.1 if v.critic == "floq" else 1) + 1000 * (3e-4 - v.rate)
+        worse = (v.noise + 2 * (v.change == "last")) * (0.1 if v.critic == "floq" else 1) + 100 * (v.rate != 3e-3)
         return 10 - better + worse + np.zeros(4)
 
     rows = list(study.comparisons(of))
