@@ -183,12 +183,23 @@ def test_comparisons_are_positive_where_the_claims_hold():
         worse = (v.noise + 2 * (v.change == "last")) * (0.1 if v.critic == "floq" else 1) + 100 * (v.rate != 3e-3)
         return 10 - better + worse + np.zeros(4)
 
-    rows = list(study.comparisons(of))
+    assert len(study.VARIANTS) == len(known) == 3 * 4 + 4 * 5 + 4
+    rows = [(claim, name, values()) for claim, name, values in study.comparisons(of)]
     assert {claim for claim, _, _ in rows} == {
         "more steps", "wide interval", "curved paths", "single passes", "noise", "frozen features",
     }  # fmt: skip
     assert all((values > 0).all() for _, _, values in rows)
-    assert len(study.judge(rows)) == 3 * 4 + 2 * 2 + 3 * 4
+    judged = study.judge(study.comparisons(of))
+    assert len(judged) == 3 * 4 + 2 * 2 + 3 * 4 and {row["verdict"] for row in judged} == {"seen"}
+
+
+def test_comparisons_without_their_variants_are_not_run():
+    errors = {study.Variant("floq", 8, study.WIDE): np.array([0.5, 0.6])}
+    errors[study.Variant("floq", 1, study.WIDE)] = np.array([0.8, 0.9])
+    judged = study.judge(study.comparisons(lambda v, column: errors[v]))
+    run = [row for row in judged if row["verdict"] != "not run"]
+    (row,) = run
+    assert row["comparison"] == "wide interval: error with K = 1 - with K = 8" and row["mean"] == "0.3000"
 
 
 # --- The program ---
@@ -203,7 +214,8 @@ import numpy as np
 from benchmarks.studies import floq_compute as study
 sys.argv = ["floq_compute", *{list(map(str, words))}]
 study.VARIANTS = {few}
-study.comparisons = lambda of: [("noise", "one", of(study.VARIANTS[0], "error") - of(study.VARIANTS[1], "error"))]
+error = lambda of, i: of(study.VARIANTS[i], "error")
+study.comparisons = lambda of: [("noise", "one", lambda: error(of, 0) - error(of, 1))]
 study.draw = lambda path, parts: open(path, "wb").close()
 study.main()
 """

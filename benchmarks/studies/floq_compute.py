@@ -35,6 +35,7 @@ interval over seeds (benchmarks.scores.interval):
     seen          mean - half > 0
     not seen      mean + half < 0, the opposite; or both ends lie within MARGIN of zero, so an effect would have shown
     not resolved  anything else; also a number that is not finite
+    not run       a variant of the comparison is not trained
 
 A claim with several comparisons is seen if each is seen, and in part if some are. No correction is made for their
 number. Whether the distilled critic, which the policy sees, is as exact as the flow is in the csv, without a verdict.
@@ -101,10 +102,15 @@ class Variant:
 
 BEST = Variant("floq", 8, WIDE)
 CRITICS = (BEST, *(Variant(critic) for critic in MONOLITHIC))
-VARIANTS = [Variant("floq", steps, coverage) for coverage in (NARROW, WIDE, WHOLE) for steps in STEPS]
-VARIANTS += [Variant(critic) for critic in MONOLITHIC]
-VARIANTS += [replace(v, **change) for change in (dict(rate=1e-3), dict(noise=REWARD_NOISE)) for v in CRITICS]
-VARIANTS += [replace(v, change=change) for change in ("all", "last") for v in CRITICS]
+# In the order in which they are trained: what most claims need comes first.
+VARIANTS = [Variant("equal"), *(Variant("floq", K, kappa) for K in (8, 1) for kappa in (WIDE, NARROW))]
+VARIANTS += [Variant(critic) for critic in MONOLITHIC[1:]]
+VARIANTS += [replace(v, change=change) for v in CRITICS[:2] for change in ("all", "last")]
+VARIANTS += [replace(v, noise=REWARD_NOISE) for v in CRITICS]
+VARIANTS += [replace(v, rate=1e-3) for v in CRITICS]
+VARIANTS += [Variant("floq", K, kappa) for kappa in (WIDE, NARROW) for K in STEPS[1:-1]]
+VARIANTS += [replace(v, change=change) for v in CRITICS[2:] for change in ("all", "last")]
+VARIANTS += [Variant("floq", K, WHOLE) for K in STEPS]
 
 
 # --- The known task ---
@@ -322,34 +328,43 @@ def verdict(values):
 
 
 def comparisons(of):
-    """(claim, comparison, one number per seed, above zero by the claim), from of(variant, column) -> (S,)."""
+    """(claim, comparison, function: one number per seed, above zero by the claim), from of(variant, column) -> (S,)."""
     error = lambda variant: of(variant, "error")
-    for name, coverage in (("narrow", NARROW), ("wide", WIDE), ("whole", WHOLE)):
-        for fewer, more in [*zip(STEPS, STEPS[1:]), (STEPS[0], STEPS[-1])]:
-            gain = error(Variant("floq", fewer, coverage)) - error(Variant("floq", more, coverage))
-            yield "more steps", f"{name} interval: error with K = {fewer} - with K = {more}", gain
-    narrow = Variant("floq", 8, NARROW)
+    narrow, many = Variant("floq", 8, NARROW), max(STEPS)
+    for name, kappa in (("wide", WIDE), ("narrow", NARROW), ("whole", WHOLE)):
+        flow = lambda K, kappa=kappa: Variant("floq", K, kappa)
+        for few, more in [(1, many), *zip(STEPS, STEPS[1:])]:
+            gain = lambda few=few, more=more, flow=flow: error(flow(few)) - error(flow(more))
+            yield "more steps", f"{name} interval: error with K = {few} - with K = {more}", gain
     for name, other in (("wide", BEST), ("whole", Variant("floq", 8, WHOLE))):
-        yield "wide interval", f"K = 8: error of narrow - of {name}", error(narrow) - error(other)
-        bent = of(other, "curvature") - of(narrow, "curvature")
+        yield "wide interval", f"K = 8: error of narrow - of {name}", lambda v=other: error(narrow) - error(v)
+        bent = lambda v=other: of(v, "curvature") - of(narrow, "curvature")
         yield "curved paths", f"K = 8: curvature of {name} - of narrow", bent
     finite = lambda errors: np.nan_to_num(errors.mean(), nan=np.inf)
     better = lambda v: min(error(v), error(replace(v, rate=1e-3)), key=finite)  # of two learning rates
     rise = lambda v: error(replace(v, noise=REWARD_NOISE)) - error(v)
     cost = lambda v: error(replace(v, change="last")) - error(replace(v, change="all"))
-    for critic in MONOLITHIC:
-        plain = Variant(critic)
-        yield "single passes", f"error of {critic} - of floq, each at its better rate", better(plain) - better(BEST)
-        yield "noise", f"rise of the error by noisy rewards: of {critic} - of floq", rise(plain) - rise(BEST)
-        yield "frozen features", f"rise of the error by freezing: of {critic} - of floq", cost(plain) - cost(BEST)
+    measures = {
+        "single passes": ("error of {} - of floq, each at its better rate", better),
+        "noise": ("rise of the error by noisy rewards: of {} - of floq", rise),
+        "frozen features": ("rise of the error by freezing: of {} - of floq", cost),
+    }
+    for claim, (text, measure) in measures.items():
+        for critic in MONOLITHIC:
+            excess = lambda v=Variant(critic), measure=measure: measure(v) - measure(BEST)
+            yield claim, text.format(critic), excess
 
 
 def judge(compared):
-    """Rows of comparisons with their verdicts, in the order of the claims."""
+    """Rows of comparisons with their verdicts, by claim; "not run" where a variant is missing (KeyError)."""
     rows = []
     for claim, name, values in sorted(compared, key=lambda one: one[0]):
-        mean, half, seen = verdict(values)
-        rows.append({"claim": claim, "comparison": name, "mean": f"{mean:.4f}", "half": f"{half:.4f}", "verdict": seen})
+        try:
+            mean, half, found = verdict(values())
+            numbers = {"mean": f"{mean:.4f}", "half": f"{half:.4f}", "verdict": found}
+        except KeyError:
+            numbers = {"mean": "", "half": "", "verdict": "not run"}
+        rows.append({"claim": claim, "comparison": name} | numbers)
     return rows
 
 
@@ -401,7 +416,7 @@ def draw(path, parts):
 
 
 def known_task(options):
-    """Trains what has no part yet; writes csv, verdicts and picture."""
+    """Trains what has no part yet; writes csv and verdicts after each variant, and the picture at the end."""
     folder = Path(f"{options.output}_parts")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -409,6 +424,7 @@ def known_task(options):
         fail(f"--output {options.output}: {folder} cannot be made: {error}")
     settings = {key: value for key, value in asdict(options).items() if key not in ("task", "output", "runs_dir")}
     data, parts = make_data(options.transitions, seed=0), {}
+    of = lambda v, column: np.array([float(row[column]) for row in parts[v]["rows"]])
     bar = tqdm(total=len(VARIANTS) * options.updates, unit=" updates")
     for variant in VARIANTS:
         path = folder / ("-".join(str(value) for value in asdict(variant).values()) + ".json")
@@ -422,10 +438,10 @@ def known_task(options):
             part = {"settings": settings, **measure(agents, variant)}
             runs.write_text(path, json.dumps(part))
         parts[variant] = part
+        save(options, [row for part in parts.values() for row in part["rows"]], judge(comparisons(of)))
     bar.close()
-    of = lambda v, column: np.array([float(row[column]) for row in parts[v]["rows"]])
-    save(options, [row for variant in VARIANTS for row in parts[variant]["rows"]], judge(comparisons(of)))
     draw(f"{options.output}.png", parts)
+    print_verdicts(options)
 
 
 def quick_task(options):
@@ -446,18 +462,25 @@ def quick_task(options):
         rows += [{"coverage": coverage, "steps": steps} | row for row in last]
         success[coverage, steps] = np.array([float(row["success"]) for row in last])
     few, many = STEPS[0], STEPS[-1]
-    compared = [("wide interval", "K = 8: success of wide - of narrow", success[WIDE, many] - success[NARROW, many])]
-    for name, coverage in (("narrow", NARROW), ("wide", WIDE)):
-        gain = success[coverage, many] - success[coverage, few]
+    wider = lambda: success[WIDE, many] - success[NARROW, many]
+    compared = [("wide interval", "K = 8: success of wide - of narrow", wider)]
+    for name, kappa in (("narrow", NARROW), ("wide", WIDE)):
+        gain = lambda kappa=kappa: success[kappa, many] - success[kappa, few]
         compared.append(("more steps", f"{name} interval: success with K = {many} - with K = {few}", gain))
     save(options, rows, judge(compared))
+    print_verdicts(options)
 
 
 def save(options, rows, verdicts):
-    """Writes OUTPUT.csv and OUTPUT_verdicts.csv, and prints the verdicts."""
+    """Writes OUTPUT.csv and OUTPUT_verdicts.csv."""
     runs.write_text(Path(f"{options.output}.csv"), tables.csv_text(rows))
     runs.write_text(Path(f"{options.output}_verdicts.csv"), tables.csv_text(verdicts))
-    print("\n".join(tables.aligned([[*verdicts[0]], *([*row.values()] for row in verdicts)], right=(2, 3))))
+
+
+def print_verdicts(options):
+    """Prints OUTPUT_verdicts.csv in columns."""
+    rows = tables.read_rows(f"{options.output}_verdicts.csv")
+    print("\n".join(tables.aligned([[*rows[0]], *([*row.values()] for row in rows)], right=(2, 3))))
 
 
 def main():
