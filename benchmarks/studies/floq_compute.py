@@ -397,13 +397,16 @@ def draw(path, parts):
             places = np.arange(len(names)) + (i - (len(bars) - 1) / 2) * 0.8 / len(bars)
             axes.bar(places, means, 0.8 / len(bars), yerr=halves, capsize=2, label=label)
         axes.set(xticks=range(len(names)), xticklabels=names, ylabel="error")
+        axes.tick_params(axis="x", labelsize="small")
         axes.legend(title=title, fontsize="small")
     for axes, (name, coverage) in zip(panels[1], intervals.items()):
         followed = np.array(parts[Variant("floq", 8, coverage)]["paths"]).T  # (T + 1, starts)
         axes.plot(np.linspace(0, 1, FINE + 1), followed, color="tab:blue", linewidth=0.8)
         axes.axhline(true_value(np.array([SHOWN]))[0], color="black", linestyle=":")
         axes.set(xlabel="$t$", ylabel="$z$", title=f"paths, {name}, $K$ = 8", ylim=(-5, 0.3))
-    x = (np.arange(256) + 1e-9 * np.pi) / 256  # not a whole number of 2^-8, from which doublings reach 0
+    x = np.sort(
+        np.random.default_rng(0).random(512)
+    )  # not multiples of 2^-8, which are no typical places: they reach 0
     panels[1, 3].plot(x, true_value(x), color="black", linewidth=0.8, label="true")
     for v in (BEST, Variant("equal"), Variant("residual")):
         panels[1, 3].plot(np.arange(256) / 256, parts[v]["values"], linewidth=0.8, label=v.critic)
