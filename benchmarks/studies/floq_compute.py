@@ -404,9 +404,7 @@ def draw(path, parts):
         axes.plot(np.linspace(0, 1, FINE + 1), followed, color="tab:blue", linewidth=0.8)
         axes.axhline(true_value(np.array([SHOWN]))[0], color="black", linestyle=":")
         axes.set(xlabel="$t$", ylabel="$z$", title=f"paths, {name}, $K$ = 8", ylim=(-5, 0.3))
-    x = np.sort(
-        np.random.default_rng(0).random(512)
-    )  # not multiples of 2^-8, which are no typical places: they reach 0
+    x = np.sort(np.random.default_rng(0).random(512))  # typical places: multiples of 2^-8 reach 0
     panels[1, 3].plot(x, true_value(x), color="black", linewidth=0.8, label="true")
     for v in (BEST, Variant("equal"), Variant("residual")):
         panels[1, 3].plot(np.arange(256) / 256, parts[v]["values"], linewidth=0.8, label=v.critic)
