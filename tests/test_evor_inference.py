@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -49,23 +50,27 @@ def test_inference_scaling_of_a_run(online_runs, tmp_path):
     done = scale(*words, *sweeps, "--action-noise")
     assert done.returncode == 0, done.stderr[-2000:]
     before = (tmp_path / "scaling.csv").read_bytes()
-    done = scale(*words, *sweeps, "--action-noise", 0.5)  # what is there is kept
+    done = scale(*words, *sweeps, "--action-noise", 0, 0.5)  # what is there is kept
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count(": success ") == 2
+    assert done.stdout.count(": success ") == 4
     assert (tmp_path / "scaling.csv").read_bytes().startswith(before)
     rows = list(csv.DictReader(open(tmp_path / "scaling.csv")))
     columns = ("sweep", "num_actions", "tau_q", "tau_r", "num_returns", "action_noise")
     settings = [tuple(row[column] for column in columns) for row in rows]
-    assert settings[::2] == settings[1::2] and [row["seed"] for row in rows] == 7 * ["0", "1"]
+    assert settings[::2] == settings[1::2] and [row["seed"] for row in rows] == 9 * ["0", "1"]
     assert settings[::2] == [
         ("num_actions", "1", "1.0", "10.0", "4", "0.0"),
         ("num_actions", "3", "1.0", "10.0", "4", "0.0"),
         ("tau_q", "3", "0.1", "10.0", "4", "0.0"),
         ("tau_r", "3", "1.0", "10.0", "4", "0.0"),
         ("num_returns", "3", "1.0", "10.0", "2", "0.0"),
+        ("action_noise", "3", "1.0", "10.0", "4", "0.0"),
         ("action_noise", "3", "1.0", "10.0", "4", "0.5"),
+        ("action_noise", "1", "1.0", "10.0", "4", "0.0"),
         ("action_noise", "1", "1.0", "10.0", "4", "0.5"),
     ]
+    unnamed = [[value for name, value in row.items() if name != "sweep"] for row in rows]
+    assert unnamed[10:12] == unnamed[2:4] and unnamed[14:16] == unnamed[:2]  # without noise: rows of the first call
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
     failed = scale("--run", online_runs["floq"])
@@ -74,6 +79,9 @@ def test_inference_scaling_of_a_run(online_runs, tmp_path):
     assert failed.returncode == 2 and "--tau-q (0.0,): must be above zero" in failed.stderr
     failed = scale(*words, "--action-noise", -1)
     assert failed.returncode == 2 and "--action-noise (-1.0,): must be at least zero" in failed.stderr
+    other_run = shutil.copytree(online_runs["evor"], tmp_path / "other")  # another run with as many updates
+    failed = scale("--run", other_run, *words[2:])
+    assert failed.returncode == 2 and "scaling.csv has rows of another checkpoint" in failed.stderr
     failed = scale(*words[:3], 2, *words[4:])
     assert failed.returncode == 2 and "scaling.csv has rows of another checkpoint" in failed.stderr
     failed = scale("--run", tmp_path)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import evor
 from benchmarks import tables
 from benchmarks.scores import interval
-from common import checkpoint, fail, policies, rollout, runs
+from common import arguments, checkpoint, fail, policies, rollout, runs
 from common.device import setup_torch
 
 SWEEPS = {
@@ -98,22 +98,22 @@ def success_text(rows):
 
 
 def stored_rows(path, names, expected):
-    """{setting: rows} of an earlier call's csv file, the settings whose rows are whole.
+    """{setting: rows} of an earlier call's csv file; all seeds' rows of a setting are written at once.
 
     Args:
         path: the csv file; a missing one has no rows.
         names: of the columns that make a setting.
-        expected: {column: value} that each row must have, and "seeds", the run's. Other rows end the program with exit
-            code 2, since they would be mixed with new ones.
+        expected: {column: value} that each row must have. Other rows end the program with exit code 2, since they would
+            be mixed with new ones.
     """
+    number = lambda text: int(text) if text.isdigit() else float(text)  # as they were, if they are written again
     found = {}
     for row in tables.read_rows(path):
-        values = {name: value if name == "sweep" else float(value) for name, value in row.items()}
-        fits = set(names) < values.keys() and all(values[name] == expected[name] for name in ("step", "episodes"))
-        if not fits:
+        values = {name: value if name in ("sweep", "run") else number(value) for name, value in row.items()}
+        if not (set(names) < values.keys() and expected.items() <= values.items()):
             fail(f"--output: {path} has rows of another checkpoint or number of episodes; name another file")
         found.setdefault((values["sweep"], *(values[name] for name in names)), []).append(values)
-    return {key: rows for key, rows in found.items() if [row["seed"] for row in rows] == expected["seeds"]}
+    return found
 
 
 def draw(path, rows, base):
@@ -153,24 +153,19 @@ def main(options):
     payload = checkpoint.load(options.run, "--run")
     if payload["algorithm"] != "evor":
         fail(f"--run {options.run} is a run of {payload['algorithm']}.py, not of evor.py")
-    for name in SWEEPS:
-        lowest = min(getattr(options, name), default=1)
-        if lowest < 0 or (lowest == 0 and name != "action_noise"):
-            bound = "at least" if name == "action_noise" else "above"
-            fail(f"--{name.replace('_', '-')} {getattr(options, name)}: must be {bound} zero")
-    if options.episodes is not None and options.episodes < 1:
-        fail(f"--episodes {options.episodes}: must be above zero")
+    above_zero = [name for name in (*SWEEPS, "episodes") if name != "action_noise"]
+    arguments.check_numbers(options, above_zero, at_least_zero=["action_noise"])
     args = evor.Args(**payload["args"])
     args = replace(args, eval_episodes=options.episodes or args.eval_episodes, capture_video=False)
-    seeds = list(range(args.seed, args.seed + args.num_seeds))
     base = {name: getattr(args, name, 0.0) for name in SWEEPS}  # no run has action noise
     output = Path(options.output) if options.output else Path(options.run) / "inference_scaling"
     csv_path = output.with_suffix(".csv")
-    expected = {"step": payload["step"], "episodes": args.eval_episodes, "seeds": seeds}
-    stored = stored_rows(csv_path, SWEEPS, expected)
+    identity = {"run": Path(options.run).resolve().name}  # whose rows, in each of them
+    stored = stored_rows(csv_path, SWEEPS, identity | {"step": payload["step"], "episodes": args.eval_episodes})
 
     device = setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available(), matmul_precision=None))
     agents = policies.rebuild(evor.Agent, args, payload, device, options.run)
+    seeds = list(range(args.seed, args.seed + args.num_seeds))
     evaluator = rollout.Evaluator(args, seeds, device, Path(options.run))
     rows, known = [], {key[1:]: value for key, value in stored.items()}
     for name, setting in tqdm(settings_of(options, base), unit=" settings"):
@@ -180,9 +175,9 @@ def main(options):
             continue
         if key not in known:  # the run's own settings are a point of every sweep
             agents.agent.args = replace(args, **{field: v for field, v in setting.items() if field != "action_noise"})
-            known[key] = evaluator(*disturbed(agents, setting["action_noise"]), payload["step"])
-        results = ("step", "seed", "success", "episode_return", "episode_length", "episodes")
-        new = [{"sweep": name} | setting | {column: row[column] for column in results} for row in known[key]]
+            played = evaluator(*disturbed(agents, setting["action_noise"]), payload["step"])
+            known[key] = [{"sweep": name} | setting | row | identity for row in played]
+        new = [row | {"sweep": name} for row in known[key]]
         rows += new
         runs.append_rows(csv_path, new)
         tqdm.write(f"{name} {setting[name]:g}: success {success_text(new)} ({time.perf_counter() - start:.0f} s)")

@@ -18,7 +18,6 @@ thousand).
 """
 
 import ast
-import importlib
 import itertools
 import time
 from dataclasses import dataclass, fields, replace
@@ -31,8 +30,10 @@ from tqdm import tqdm
 
 from benchmarks import tables
 from benchmarks.scores import interval
+from benchmarks.speed import module_of
 from benchmarks.studies.return_figures import return_samples
 from common import draws, fail
+from common.files import written_whole
 from common.stacked import Stacked
 
 VARIANTS = (
@@ -41,8 +42,7 @@ VARIANTS = (
     "evor:td_target=published,latents=target",
     "value_flows",
 )
-MODULES = {"evor": "evor", "value_flows": "value_flows"}
-MODULES |= {name: f"benchmarks.baselines.{name}" for name in ("c51", "iqn")}
+ALGORITHMS = ("evor", "value_flows", "c51", "iqn")  # those that learn return distributions
 
 
 @dataclass
@@ -121,9 +121,9 @@ def rewards_to_go(mdp, gamma):
 def parse_variant(variant):
     """The module and the changes {field: value} that a variant's words mean; unknown ones end with exit code 2."""
     name, _, words = variant.partition(":")
-    if name not in MODULES:
-        fail(f"--variants {variant}: {name} learns no return distribution; known: {', '.join(MODULES)}")
-    module, changes = importlib.import_module(MODULES[name]), {}
+    if name not in ALGORITHMS:
+        fail(f"--variants {variant}: {name} learns no return distribution; known: {', '.join(ALGORITHMS)}")
+    module, changes = module_of(name), {}
     for word in filter(None, words.split(",")):
         field, _, value = word.partition("=")
         if field not in {known.name for known in fields(module.Args)}:
@@ -275,8 +275,8 @@ def read_partial(path, settings):
 
 def write_partial(path, settings, finished):
     """Writes what `read_partial` reads, whole or not at all."""
-    torch.save({"settings": settings, "finished": finished}, path.with_suffix(".writing"))
-    path.with_suffix(".writing").replace(path)
+    with written_whole(path) as file:
+        torch.save({"settings": settings, "finished": finished}, file)
 
 
 def main():
