@@ -5,15 +5,15 @@ base policy earns from (s,a): policy evaluation, nothing is maximised in trainin
 acting: draw candidate actions from the base policy, rate each by a soft maximum of its return samples, draw one of
 them by a softmax of the ratings. How many candidates and how greedily is chosen at inference, without training again.
 
-    python evor.py --quick                                                  # minutes on two CPU cores, data included
-    python evor.py --env-id cube-single-play-singletask-v0 --num-seeds 8    # full size, eight seeds stacked
-    python evor.py --evaluate runs/RUN_DIR --num-actions 64 --tau-q 0.1     # a trained run, improved more
-
 Neither the authors' code nor the paper's full text could be read: docs/evor.md says what is known and what was chosen.
 The default label of flow TD is exact and differs from the paper's (`--td-target published`).
 
 Read first: Agent.flow_td (the targets), Agent.critic_loss, Agent.actor_loss (what is learned), Agent.act, update (one
-step), then the main program. An agent is written for one seed; common/stacked.py runs several side by side.
+step), then the main program at the end. An agent is for one seed; common/stacked.py runs several side by side.
+
+    python evor.py --quick                                                  # minutes on two CPU cores, data included
+    python evor.py --env-id cube-single-play-singletask-v0 --num-seeds 8    # full size, eight seeds stacked
+    python evor.py --evaluate runs/RUN_DIR --num-actions 64 --tau-q 0.1     # a trained run, improved more
 
 Notation in the shapes: E return fields, B batch, C candidate actions, R return samples, N rows, D observation
 dimension, A action dimension, K Euler steps.
@@ -83,13 +83,13 @@ class Args:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # EMA rate of the target return fields
     flow_steps: int = 10  # Euler steps K of every flow: returns and actions
-    num_actions: int = 32  # N_pi, candidate actions of the base policy (1: pure behaviour cloning)
-    num_returns: int = 50  # N, return samples that rate a candidate
+    num_actions: int = 32  # candidate actions C, the paper's N_pi, of the base policy (1: cloning)
+    num_returns: int = 50  # return samples R, the paper's N, that rate a candidate
     tau_q: float = 1.0  # temperature of the choice among candidates, in units of return (small: the best, large: any)
     tau_r: float = 10.0  # temperature of the soft maximum over return samples (small: their maximum, large: their mean)
     td_target: Literal["exact", "published"] = "exact"
     """label of flow TD: the straight way's velocity r + gamma z' - z_0, or the paper's r + gamma vbar(z_t, t|s', a')"""
-    latents: Literal["data", "target"] = "data"  # z_1 of the published label: the data's reward-to-go, or a sample
+    latents: Literal["data", "target"] = "data"  # z_1 of the published label: the reward-to-go, or the target's sample
     bc_timesteps: int = 0  # first updates, of the policy alone, which is then frozen (0: policy and returns together)
     num_ensembles: int = 2  # return fields E
     clip_flow_returns: bool = True  # keep end points of returns in [min(r_min, 0), max(r_max, 0)] / (1 - gamma)
@@ -105,7 +105,7 @@ class Args:
     """float32 products: highest (exact), high (TF32), medium (bfloat16); default: high where a GPU has TF32"""
 
 
-# The paper's settings for each environment, and for going online: the same everywhere, and not known.
+# No settings of single environments: the paper has the same everywhere. What is known of them: docs/evor.md.
 TUNED, TUNED_ONLINE = {}, {}
 
 # What --evaluate may change.
@@ -147,7 +147,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step.
+        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as the condition in Euler steps.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -160,10 +160,10 @@ class MLP(nn.Module):
 
 
 def gelu(x):
-    """GELU in its tanh form, x (1 + tanh u) / 2; compiled as x sigmoid(2u), the same: CPUs compute tanh slowly."""
+    """GELU in its tanh form, x (1 + tanh u) / 2 = x sigmoid(2u); compiled as the latter: CPUs compute tanh slowly."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+    return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))  # sigmoid(2u)
 
 
 def euler(velocity, x, num_steps):
@@ -182,18 +182,18 @@ class Agent(nn.Module):
     Args:
         args: see Args.
         obs_dim, action_dim: dimensions of observations and actions.
-        min_reward, max_reward: the dataset's extreme rewards; with 0, for an end, they fix the range of returns.
+        min_reward, max_reward: the dataset's extreme rewards; with 0, what an end earns, they fix the range of returns.
     """
 
     ACTS = ("actor_flow", "target_critic_flow")  # the networks that acting needs
-    METRICS = ("critic/critic_loss", "critic/target_mean", "actor/bc_flow_loss")  # with bc_timesteps a phase has some
+    METRICS = ("critic/critic_loss", "critic/target_mean", "actor/bc_flow_loss")  # with bc_timesteps one phase's
 
     def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
         super().__init__()
         self.args, self.action_dim = args, action_dim
         horizon = 1 / (1 - args.gamma)
         self.z_min, self.z_max = min(min_reward, 0) * horizon, max(max_reward, 0) * horizon
-        self.samples_latents = args.td_target == "published" and args.latents == "target"  # z_1, from noise of its own
+        self.samples_latents = args.td_target == "published" and args.latents == "target"  # z_1 has noise of its own
 
         critic_dims = (obs_dim + action_dim + 2, *args.value_hidden_dims, 1)  # inputs [s, a, z, t]
         policy_dims = (obs_dim + action_dim + 1, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
@@ -232,7 +232,7 @@ class Agent(nn.Module):
         """Flow TD: points z_t of the return field of (s,a), and their labels, (B, 1) each.
 
         Args:
-            batch: observations, next_observations (B, D), actions (B, A), rewards, masks, for data latents returns.
+            batch: observations, next_observations (B, D), actions (B, A), rewards, masks and with data latents returns.
             noise: an update's entries of draw_noise, (B, dim).
         """
         args = self.args
@@ -253,8 +253,7 @@ class Agent(nn.Module):
             z_1 = self.return_samples(condition, noise["latent"])  # (B, 1)
         z_t = (1 - t) * z_0 + t * z_1  # (B, 1)
 
-        # 3. The label. Exact: the velocity of the straight way from z_0 to z_1. Published: the Bellman equation of
-        #    fields, the next field at the same z_t and t.
+        # 3. The label. Exact: the straight way's velocity. Published: Bellman's equation of fields, at the same z_t, t.
         if args.td_target == "exact":
             return z_t, z_1 - z_0
         next_velocity = self.z_velocity(self.target_critic_flow, next_condition, z_t, t).mean(dim=0)  # (B, 1)
@@ -296,9 +295,8 @@ class Agent(nn.Module):
         action_noise, choice_noise, return_noise = noise.split([C * A, C, R], dim=-1)
         actions = self.flow_actions(observations, action_noise.unflatten(-1, (C, A)))  # (N, C, A)
         q = self.ratings(observations, actions, return_noise)  # (N, C)
-        best = softmax_choice(q, args.tau_q, choice_noise)  # (N,)
-        index = best[:, None, None].expand(-1, -1, A)  # (N, 1, A)
-        return actions.gather(1, index).squeeze(1)
+        chosen = softmax_choice(q, args.tau_q, choice_noise)  # (N,)
+        return actions.take_along_dim(chosen[:, None, None], dim=1).squeeze(1)
 
     def draw_noise(self, generator, num_updates):
         """Every random number of `num_updates` updates, by what becomes of it: {name: (num_updates, B, dim)}."""
@@ -322,7 +320,7 @@ class Agent(nn.Module):
 
 def soft_maximum(returns, tau_r):
     """Q = tau_R ln mean_j exp(r_j / tau_R), from the maximum (tau_R small) to the mean: (..., R) -> (...), finite."""
-    top = returns.amax(dim=-1, keepdim=True)  # exact near it, and near the mean by log1p and expm1
+    top = returns.amax(dim=-1, keepdim=True)  # so that exp cannot overflow; log1p and expm1 are exact near the mean
     return top.squeeze(-1) + tau_r * torch.expm1((returns - top) / tau_r).mean(dim=-1).log1p()
 
 
@@ -349,7 +347,7 @@ def update(agents, batch, noise, trains=("returns", "policy")):
     if "policy" in trains:
         metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow",))
 
-    # The EMA comes before Adam's step, as in all released code here: the targets lag by one update.
+    # The EMA comes before Adam's step, as in the other three files: the targets lag by one update.
     agents.ema("target_critic_flow", "critic_flow", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
@@ -439,8 +437,10 @@ if __name__ == "__main__":
         if online:
             transitions = explorer(act, draws.pop("act"), step, on_failure=save)
             draws["count"] = replay.append(transitions)
-        phase = ("policy",) if step < args.bc_timesteps else ("returns",)  # the base policy first, then its returns
-        metrics = fast_update(draws, phase if args.bc_timesteps else ("returns", "policy"))
+        trains = ("returns", "policy")
+        if args.bc_timesteps:  # the base policy first, then its returns
+            trains = ("policy",) if step < args.bc_timesteps else ("returns",)
+        metrics = fast_update(draws, trains)
         step += 1
         log.training(step, metrics, warm_up=fast_update.new)
 

@@ -2,9 +2,9 @@
 
 The idea: Q(s,a) is the end point of a scalar flow. A velocity network v(z,t|s,a) carries a noise z_0 ~ U[l,u] to the
 value z_1 in K Euler steps, so that a small network is applied K times in a row: more computation with the same weights.
-It is trained by flow matching towards the TD target y = r + gamma E[Q(s',a')], whose own flow runs with an EMA copy.
-A plain critic is distilled from the flow; it gives the policy its gradient. The policy is FQL's: a behaviour-cloning
-flow, distilled into a one-step policy that maximises the critic.
+It is trained by flow matching towards the TD target y = r + gamma E[Q(s',a')], with Q(s',a') by the flow's EMA copy.
+A distilled critic without a flow learns the end points and gives the policy its gradient. The policy is FQL's: a
+behaviour-cloning flow, distilled into a one-step policy that maximises the critic.
 
 Read first: ValueFlow (the flow's velocity), Agent.critic_loss, Agent.actor_loss (what is learned), update (one step),
 then the main program at the end. An agent is written for one seed; common/stacked.py runs several side by side.
@@ -167,7 +167,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step.
+        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as the condition in Euler steps.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -180,10 +180,10 @@ class MLP(nn.Module):
 
 
 def gelu(x):
-    """GELU in its tanh form, x (1 + tanh u) / 2; compiled as x sigmoid(2u), the same: CPUs compute tanh slowly."""
+    """GELU in its tanh form, x (1 + tanh u) / 2 = x sigmoid(2u); compiled as the latter: CPUs compute tanh slowly."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+    return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))  # sigmoid(2u)
 
 
 def aggregate(x, how):
@@ -248,7 +248,7 @@ class Agent(nn.Module):
     Args:
         args: see Args.
         obs_dim, action_dim: dimensions of observations and actions.
-        min_reward, max_reward: the dataset's; as released, r_min = min(min_reward, 0) and r_max = max(max_reward, 0).
+        min_reward, max_reward: the dataset's extreme rewards; r_min = min(min_reward, 0), r_max = max(max_reward, 0).
     """
 
     ACTS = ("actor_onestep_flow",)  # the networks that acting needs
@@ -320,10 +320,10 @@ class Agent(nn.Module):
         velocity = self.critic_flow(observations, actions, z_t, t)  # (E, B*m, 1)
         floq_loss = m * (velocity - (z_1 - z_0)).square().mean()
 
-        # 3. Distillation of the flow's end point into a plain critic. No gradient to the flow: it is the teacher.
+        # 3. Distillation of the flow's end point into the distilled critic. No gradient to the flow: it is the teacher.
         with torch.no_grad():
-            flow_q = self.flow_q(self.critic_flow, observations, actions, z_0)  # (E, B*m)
-            flow_q = flow_q.mean(dim=0).view(-1, m).mean(dim=1)  # (B,)
+            end_points = self.flow_q(self.critic_flow, observations, actions, z_0)  # (E, B*m)
+            flow_q = end_points.mean(dim=0).view(-1, m).mean(dim=1)  # (B,)
         q = self.q_values(batch["observations"], batch["actions"])  # (E, B)
         distilled_critic_loss = (q - flow_q).square().mean()
 

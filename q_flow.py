@@ -164,7 +164,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step.
+        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as the condition in Euler steps.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -177,10 +177,10 @@ class MLP(nn.Module):
 
 
 def gelu(x):
-    """GELU in its tanh form, x (1 + tanh u) / 2; compiled as x sigmoid(2u), the same: CPUs compute tanh slowly."""
+    """GELU in its tanh form, x (1 + tanh u) / 2 = x sigmoid(2u); compiled as the latter: CPUs compute tanh slowly."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+    return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))  # sigmoid(2u)
 
 
 def aggregate(x, how):
@@ -303,7 +303,7 @@ class Agent(nn.Module):
         x_t = (1 - t) * x_0 + t * actions  # (B, A)
 
         # 1. Guidance g = grad_x mean_e V_e(s, x_t, t). No gradient flows into it: it is a part of the label.
-        value = lambda x: self.inner_values(observations, x, t).mean(dim=0).sum()  # a row's value depends on its x only
+        value = lambda x: self.inner_values(observations, x, t).mean(dim=0).sum()  # each depends on its own x only
         guidance = torch.func.grad(value)(x_t)  # (B, A)
 
         # 2. Flow matching towards the data's velocity plus guidance: u(s, x_t, t) -> a - x_0 + g / lambda.

@@ -1,10 +1,10 @@
 """Value Flows: return distributions by flow matching (Dong et al. 2025, arXiv 2510.07650), on OGBench.
 
 The idea: the return of (s,a) is a random variable, and its distribution is the end point of a scalar flow from N(0,1).
-Two return fields v(z,t|s,a) are trained by flow matching towards two Bellman targets: r + gamma times a return of
-(s',a') (BCFM), and the target field of (s',a') at z, asked for at r + gamma z (DCFM). The flow's derivative dz_1/dz_0
-tells how much returns spread; transitions with uncertain returns weigh more. One Euler step reads off Q. The policy
-draws 16 actions from a cloning flow and takes the best (rejection sampling); online, a one-step policy explores.
+Two return fields v(z,t|s,a) are trained by flow matching, each towards two Bellman targets: r + gamma times a return
+of (s',a') (BCFM), and at r + gamma z the velocity that the target field of (s',a') has at z (DCFM). The flow's
+derivative dz_1/dz_0 tells how much returns spread; transitions with uncertain returns weigh more. One Euler step reads
+off Q. The policy draws 16 actions from a cloning flow and takes the best; online, a one-step policy explores.
 
 Read first: Agent.returns (the flow), Agent.critic_loss, Agent.actor_loss (what is learned), update (one step), then
 the main program at the end. An agent is written for one seed; common/stacked.py runs several side by side.
@@ -167,7 +167,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as (s, a) in each Euler step.
+        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as the condition in Euler steps.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -180,10 +180,10 @@ class MLP(nn.Module):
 
 
 def gelu(x):
-    """GELU in its tanh form, x (1 + tanh u) / 2; compiled as x sigmoid(2u), the same: CPUs compute tanh slowly."""
+    """GELU in its tanh form, x (1 + tanh u) / 2 = x sigmoid(2u); compiled as the latter: CPUs compute tanh slowly."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+    return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))  # sigmoid(2u)
 
 
 class Network(nn.Module):
@@ -271,7 +271,7 @@ class Agent(nn.Module):
     def returns(self, flow, condition, z, end_time):
         """Carries noise to returns, Phi(z; T): K Euler steps of T / K with self.critic_flow or its target as `flow`.
 
-        Encoded observations and actions (N, D + A), start noise (N, 1), T in [0, 1] (N, 1) or a float -> (E, N, 1).
+        Encoded observations and actions (N, D + A), start noise (N, 1), T in [0, 1], (N, 1) or a float -> (E, N, 1).
         """
         step = end_time / self.args.num_flow_steps
         for k in range(self.args.num_flow_steps):
@@ -281,7 +281,7 @@ class Agent(nn.Module):
     def return_derivatives(self, flow, condition, z):
         """dPhi(z; 1)/dz by the flow derivative ODE dJ/dt = (dv/dz) J, J_0 = 1; clipping is not differentiated.
 
-        Arguments as for returns, (E, N, 1) out. A row's v depends on its own z only: ones pull back each row's dv/dz.
+        Arguments as for returns, (E, N, 1) out. A row's v depends on its own z only: pulling back ones gives its dv/dz.
         """
         K = self.args.num_flow_steps
         z, J = z.expand(self.NUM_FIELDS, -1, -1), 1.0  # (E, N, 1)
@@ -292,16 +292,16 @@ class Agent(nn.Module):
         return J
 
     def q_values(self, observations, actions, noise, cvar_level=1.0):
-        """Q(s, a) = agg_e C(z + v_e(z, 0 | s, a)): (N, D), (N, C, A), (N, C, 1) -> (N, C).
+        """Q(s, a) = agg_e clip(z + v_e(z, 0 | s, a)): (N, D), (N, C, A), (N, C, 1) -> (N, C).
 
-        One Euler step is enough: at t = 0 BCFM's solution is v(z, 0) = E[return] - z. Below a level of 1 the return's
-        CVaR, from R start points in equal steps of probability: the same for all candidates, so that none has luck.
+        One Euler step is enough: in the mean over z, BCFM's solution at t = 0 has v(z, 0) + z = E[return]. With a level
+        below 1, the CVaR of R end points instead, from starts in equal steps of probability, alike for all candidates.
         """
         C, R = noise.shape[1], self.NUM_RETURNS
         states = self.critic_flow.encoder(observations).repeat_interleave(C, dim=0)  # (N*C, D)
         condition = torch.cat([states, actions.flatten(0, 1)], dim=-1)  # (N*C, D + A)
         if cvar_level < 1:
-            z = torch.special.ndtri((torch.arange(R, device=noise.device) + 0.5) / R).view(R, 1, 1, 1)
+            z = torch.special.ndtri((torch.arange(R, device=noise.device) + 0.5) / R).view(R, 1, 1, 1)  # (R, E, N*C, 1)
             returns = self.returns(self.critic_flow, condition, z, 1.0)  # (R, E, N*C, 1)
             return aggregate(cvar(returns, cvar_level), self.args.q_agg).view(-1, C)
         z = noise.flatten(0, 1)  # (N*C, 1)

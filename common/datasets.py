@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from common import envs, fail, generate, pixels, python_environment, warn
-from common.download import KNOWN, download, sha256_of
-from common.files import DAMAGE
+from common.download import KNOWN, download
+from common.files import DAMAGE, sha256_of
 
 
 def load(args, device):

@@ -1,19 +1,14 @@
 """Downloads of OGBench's dataset files: resumed where the connection broke, and checked when whole."""
 
-import functools
-import hashlib
 import http.client
 import os
 import shutil
 import time
 import urllib.error
 import urllib.request
-import zipfile
-
-from tqdm import tqdm
 
 from common import fail
-from common.files import DAMAGE
+from common.files import DAMAGE, check_zip, sha256_of, shown
 
 # Hosts that serve OGBench's files; CLEANFLOW_DATASET_MIRRORS (comma-separated base URLs) is tried first.
 MIRRORS = (
@@ -28,9 +23,6 @@ KNOWN = {
 }
 ATTEMPTS = 4  # tries of one mirror that drops connections or sends short files
 BACK_OFF = float(os.environ.get("CLEANFLOW_DOWNLOAD_BACKOFF", 1.0))  # seconds before the second try, then doubled
-BAR_DELAY = 5  # seconds before a check of a file shows its progress
-# A binary file whose reads move a progress bar.
-shown = functools.partial(tqdm.wrapattr, method="read", bytes=False, unit="B", unit_scale=True)
 
 
 def download(file, directory):
@@ -121,21 +113,6 @@ def _check_content(part, file):
             raise ValueError(f"its file has SHA-256 {found}, OGBench's has {expected}")
         return
     try:
-        with zipfile.ZipFile(part) as archive:
-            for member in archive.infolist():
-                look = dict(total=member.file_size, desc=f"checking {file}: {member.filename}", delay=BAR_DELAY)
-                with archive.open(member) as rows, shown(rows, **look) as source:
-                    while source.read(2**20):
-                        pass  # to the end, where the checksum is compared
+        check_zip(part)
     except DAMAGE as error:
         raise EOFError(f"what arrived is not a whole npz file ({error})") from None
-
-
-def sha256_of(path):
-    """SHA-256 of a file as 64 hexadecimal digits; shows a progress bar when it takes longer than 5 seconds."""
-    digest = hashlib.sha256()
-    look = dict(total=path.stat().st_size, desc=f"checking {path.name}", delay=BAR_DELAY)
-    with open(path, "rb") as file, shown(file, **look) as source:
-        while block := source.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

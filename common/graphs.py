@@ -34,7 +34,8 @@ class FastUpdate:
         self.new = key not in self.known
         if not self.new:
             return self.known[key](draws)
-        update, state = lambda draws: self.update(draws, *options), self.agents.state_tensors()
+        update = lambda draws: self.update(draws, *options)
+        state = self.agents.state_tensors()
         saved = [tensor.detach().clone() for tensor in state]
         while True:
             try:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import parse
 
-from common import datasets, download
+from common import datasets, download, files
 
 FILE = "toy-v0.npz"
 
@@ -311,11 +311,11 @@ def test_an_address_without_its_scheme_is_one_more_answer(tmp_path, monkeypatch,
 def test_a_check_shows_its_progress_only_when_it_takes_long(tmp_path, monkeypatch, capsys):
     path = tmp_path / FILE
     path.write_bytes(CONTENT)
-    assert download.sha256_of(path) == hashlib.sha256(CONTENT).hexdigest()
-    download._check_content(path, FILE)
+    assert files.sha256_of(path) == hashlib.sha256(CONTENT).hexdigest()
+    files.check_zip(path)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(download, "BAR_DELAY", 0)
-    download.sha256_of(path)
+    monkeypatch.setattr(files, "BAR_DELAY", 0)
+    files.sha256_of(path)
     assert f"checking {FILE}" in capsys.readouterr().err
-    download._check_content(path, FILE)
+    files.check_zip(path)
     assert f"checking {FILE}" in capsys.readouterr().err

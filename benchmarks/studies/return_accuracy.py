@@ -244,10 +244,10 @@ def draw(output, pictures):
 
 
 def spread(rows, name, digits, scale=1, unit=""):
-    """A measure's mean over states and seeds with its 95% interval over seeds, as text."""
+    """A measure's mean over states and seeds, as text; of several seeds with its 95% interval over them."""
     seeds = sorted({row["seed_index"] for row in rows})
     mean, half = interval([np.mean([float(row[name]) for row in rows if row["seed_index"] == s]) for s in seeds])
-    return f"{scale * mean:.{digits}f}{unit} +- {scale * half:.{digits}f}"
+    return f"{scale * mean:.{digits}f}{unit}" + (f" +- {scale * half:.{digits}f}" if len(seeds) > 1 else "")
 
 
 def summary(rows):
@@ -269,12 +269,15 @@ def read_partial(path, settings):
     """{(mdp, gamma, variant): (csv rows, picture)} that a study with these settings finished before it was cut off."""
     if path is None or not path.exists():
         return {}
-    saved = torch.load(path, weights_only=False)
-    return saved["finished"] if saved["settings"] == settings else {}
+    saved = torch.load(path, weights_only=True)
+    if saved["settings"] != settings:
+        return {}
+    return {key: (rows, [returns.numpy() for returns in picture]) for key, (rows, picture) in saved["finished"].items()}
 
 
 def write_partial(path, settings, finished):
     """Writes what `read_partial` reads, whole or not at all."""
+    finished = {key: (rows, [torch.as_tensor(one) for one in picture]) for key, (rows, picture) in finished.items()}
     with written_whole(path) as file:
         torch.save({"settings": settings, "finished": finished}, file)
 
