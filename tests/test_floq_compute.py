@@ -1,4 +1,4 @@
-"""The study of floq's compute: known values, curvature, sizes, freezing, the rule, restarts, and its quick task."""
+"""The study of floq's compute: known values, curvature, sizes, freezing, the rule, restarts."""
 
 import csv
 import math
@@ -262,53 +262,6 @@ def test_the_picture_is_drawn_from_parts(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-STUB = """
-import json, sys
-from pathlib import Path
-first = 1 if "--resume" in sys.argv else 2  # after --quick, which has no value
-words = dict(zip(sys.argv[first::2], sys.argv[first + 1 :: 2]))
-with open(Path(__file__).with_suffix(".log"), "a") as log:
-    log.write(" ".join(sys.argv[1:]) + "\\n")
-if "--resume" in words:
-    run_dir = Path(words["--resume"])
-else:
-    run_dir = Path(words["--runs-dir"]) / "run"
-    run_dir.mkdir(parents=True)
-    (run_dir / "checkpoint.pt").touch()
-    if Path(__file__).with_suffix(".dies").exists():
-        Path(__file__).with_suffix(".dies").unlink()
-        sys.exit(1)
-success = int(run_dir.parent.name.split("steps")[1]) / 10
-rows = ["step,seed,phase,success,episode_return,episode_length,episodes"]
-rows += [f"{step},{seed},offline,{success * (step > 1)},0,0,50" for step in (1, 16000) for seed in (0, 1)]
-(run_dir / "eval.csv").write_text("\\n".join(rows) + "\\n")
-"""
-
-
-def test_the_quick_task_runs_the_grid_through_the_main_program_and_continues(tmp_path, monkeypatch, capsys):
-    stub = tmp_path / "stub.py"
-    stub.write_text(STUB)
-    stub.with_suffix(".dies").touch()
-    monkeypatch.setattr(study, "FLOQ", stub)
-    options = replace(SMALL, task="quick", output=str(tmp_path / "q"), runs_dir=str(tmp_path / "runs"))
-    with pytest.raises(SystemExit) as stop:
-        study.quick_task(options)
-    assert stop.value.code == 2 and "continues" in capsys.readouterr().err
-    study.quick_task(options)
-    first, again, *others = stub.with_suffix(".log").read_text().splitlines()
-    assert first.startswith("--quick --num-seeds 2 --runs-dir") and first.endswith(
-        "--noise-coverage 0.01 --critic-flow-steps 1"
-    )
-    assert again.startswith("--resume") and len(others) == 7 and all("--quick" in words for words in others)
-    with open(tmp_path / "q.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 4 * 2 and {row["step"] for row in rows} == {"16000"}
-    assert (
-        "more steps,narrow interval: success with K = 8 - with K = 1,0.7000"
-        in (tmp_path / "q_verdicts.csv").read_text()
-    )
-
-
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -316,7 +269,6 @@ def test_the_quick_task_runs_the_grid_through_the_main_program_and_continues(tmp
         ("--updates 1", "--updates 1: must be at least 2"),
         ("--width 0", "--width 0: must be at least 1"),
         ("--batch-size -3", "--batch-size -3: must be at least 1"),
-        ("--task cube", "invalid choice"),
         ("--output {}/file/a", "a_parts cannot be made"),
     ],
 )

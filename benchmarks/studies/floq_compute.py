@@ -1,8 +1,7 @@
 """floq's claims about compute, where the true values are known: steps, noise interval, single passes, noise, freezing.
 
-    python -m benchmarks.studies.floq_compute                               # the known task: 8 minutes of one core
+    python -m benchmarks.studies.floq_compute                               # 16 minutes of a shared core
     python -m benchmarks.studies.floq_compute --output DIR/floq_compute     # csv, verdicts, picture and parts there
-    python -m benchmarks.studies.floq_compute --task quick                  # the quick task of floq.py: hours
 
 A stopped study continues with the same command: each trained variant is a file in OUTPUT_parts.
 
@@ -44,8 +43,6 @@ number. Whether the distilled critic, which the policy sees, is as exact as the 
 import copy
 import json
 import math
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -72,20 +69,16 @@ FINE = 32  # Euler steps of paths whose curvature is measured
 SHOWN = 1 / math.pi  # the place whose paths are drawn
 MARGIN = 0.02  # a smaller difference of errors, curvatures or success is no effect
 MONOLITHIC = ("equal", "wide", "ensemble", "residual")
-FLOQ = Path(floq.__file__)  # the program of the quick task
 
 
 @dataclass
 class ComputeArgs:
-    task: Literal["known", "quick"] = "known"
-    """known: values in closed form; quick: K and interval on the quick task of floq.py, through its main program"""
     seeds: int = 4  # seeds, trained side by side
     updates: int = 1_000  # updates of each variant of the known task
     width: int = 32  # hidden width of its velocity network, 2 hidden layers
     batch_size: int = 64  # its transitions per batch and seed
     transitions: int = 20_000  # transitions of its data
     output: str = "floq_compute"  # stem of .csv, _verdicts.csv, .png and of the folder _parts
-    runs_dir: str = "runs/floq_compute"  # --task quick: directory of its run directories
 
 
 @dataclass(frozen=True)
@@ -413,7 +406,7 @@ def draw(path, parts):
     figure.savefig(path, dpi=80)
 
 
-# --- The two tasks ---
+# --- The study ---
 
 
 def known_task(options):
@@ -423,7 +416,7 @@ def known_task(options):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--output {options.output}: {folder} cannot be made: {error}")
-    settings = {key: value for key, value in asdict(options).items() if key not in ("task", "output", "runs_dir")}
+    settings = {key: value for key, value in asdict(options).items() if key != "output"}
     data, parts = make_data(options.transitions, seed=0), {}
     of = lambda v, column: np.array([float(row[column]) for row in parts[v]["rows"]])
     bar = tqdm(total=len(VARIANTS) * options.updates, unit=" updates")
@@ -445,33 +438,6 @@ def known_task(options):
     print_verdicts(options)
 
 
-def quick_task(options):
-    """Runs floq.py on its quick task for each K and interval, or continues; writes csv and verdicts of the success."""
-    rows, success, grid = [], {}, [(coverage, steps) for coverage in (NARROW, WIDE) for steps in STEPS]
-    for coverage, steps in tqdm(grid, unit=" runs"):
-        folder = Path(options.runs_dir) / f"coverage{coverage:g}_steps{steps}"
-        words = ["--quick", "--num-seeds", options.seeds, "--runs-dir", folder]
-        words += ["--noise-coverage", coverage, "--critic-flow-steps", steps]
-        stopped = sorted(folder.glob("*/checkpoint.pt"))
-        if stopped:
-            words = ["--resume", stopped[-1].parent]
-        command = [sys.executable, str(FLOQ), *map(str, words)]
-        if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode != 0:
-            fail(f"{' '.join(command)} failed; after it is mended, the same command of this study continues")
-        evaluated = tables.read_rows(sorted(folder.glob("*/checkpoint.pt"))[-1].with_name("eval.csv"))
-        last = [row for row in evaluated if row["step"] == evaluated[-1]["step"]]
-        rows += [{"coverage": coverage, "steps": steps} | row for row in last]
-        success[coverage, steps] = np.array([float(row["success"]) for row in last])
-    few, many = STEPS[0], STEPS[-1]
-    wider = lambda: success[WIDE, many] - success[NARROW, many]
-    compared = [("wide interval", "K = 8: success of wide - of narrow", wider)]
-    for name, kappa in (("narrow", NARROW), ("wide", WIDE)):
-        gain = lambda kappa=kappa: success[kappa, many] - success[kappa, few]
-        compared.append(("more steps", f"{name} interval: success with K = {many} - with K = {few}", gain))
-    save(options, rows, judge(compared))
-    print_verdicts(options)
-
-
 def save(options, rows, verdicts):
     """Writes OUTPUT.csv and OUTPUT_verdicts.csv."""
     runs.write_text(Path(f"{options.output}.csv"), tables.csv_text(rows))
@@ -490,7 +456,7 @@ def main():
     for name, least in dict(seeds=2, updates=2, width=1, batch_size=1, transitions=1).items():
         if getattr(options, name) < least:
             fail(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
-    known_task(options) if options.task == "known" else quick_task(options)
+    known_task(options)
 
 
 if __name__ == "__main__":

@@ -118,11 +118,12 @@ def rewards_to_go(mdp, gamma):
 # --- Training and measures ---
 
 
-def parse_variant(variant):
+def parse_variant(variant, algorithms=ALGORITHMS):
     """The module and the changes {field: value} that a variant's words mean; unknown ones end with exit code 2."""
     name, _, words = variant.partition(":")
-    if name not in ALGORITHMS:
-        fail(f"--variants {variant}: {name} learns no return distribution; known: {', '.join(ALGORITHMS)}")
+    if name not in algorithms:
+        reason = "learns no return distribution" if algorithms is ALGORITHMS else "is unknown"
+        fail(f"--variants {variant}: {name} {reason}; known: {', '.join(algorithms)}")
     module, changes = module_of(name), {}
     for word in filter(None, words.split(",")):
         field, _, value = word.partition("=")
