@@ -43,8 +43,8 @@ def test_operations_are_those_counted_by_hand(same_precision):
     assert row["quartile_low"] <= row["updates_per_second"] <= row["quartile_high"]
 
 
-@pytest.mark.parametrize("algorithm", ["floq", "value_flows", "q_flow", "fql", "c51", "iqn"])
-def test_the_others_and_the_baselines_are_measured_by_the_same_program(same_precision, algorithm):
+@pytest.mark.parametrize("algorithm", ["value_flows", "fql", "iqn"])
+def test_value_flows_and_the_baselines_are_measured_too(same_precision, algorithm):
     row = speed.measure(algorithm, 1, "highest", "eager", repeats=1, quick=True)
     assert (row["algorithm"], row["size"], row["num_seeds"]) == (algorithm, "quick", 1)
     assert row["gflop_per_update"] > 0.1 and 0 < row["efficiency"] < 1.5
