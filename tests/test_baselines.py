@@ -344,7 +344,15 @@ def test_iqn_learns_the_return_distribution_of_the_coin_chain():
 LENGTHS = "--total-timesteps 60 --online-timesteps 30 --eval-interval 90 --log-interval 10 --save-interval 20".split()
 
 
-@pytest.mark.parametrize("algorithm", BASELINES)
+def test_c51_has_the_main_program_of_iqn():
+    """So the runs below, of the other two, speak for it."""
+    main = lambda name: (
+        (ROOT / f"benchmarks/baselines/{name}.py").read_text().partition('if __name__ == "__main__":')[2]
+    )
+    assert main("c51") == main("iqn") != ""
+
+
+@pytest.mark.parametrize("algorithm", ["fql", "iqn"])
 def test_killed_and_resumed_equals_uninterrupted(algorithm, maze_data, tmp_path):
     """Offline, then online, with two seeds; FQL's uninterrupted run is started as a module, the others as files."""
     file = f"benchmarks/baselines/{algorithm}"

@@ -81,7 +81,7 @@ def test_the_same_command_gives_the_same_files(flags, finished, tmp_path):
     assert_same_results(only_run(tmp_path), finished)
 
 
-@pytest.mark.parametrize("name, row", [("train.csv", "60,0"), ("eval.csv", "210,0"), ("train.csv", "320,0")])
+@pytest.mark.parametrize("name, row", [("eval.csv", "210,0"), ("train.csv", "320,0")])
 def test_killed_and_resumed_equals_uninterrupted(flags, finished, tmp_path, name, row):
     process = start("floq", flags, tmp_path)
     run_dir = wait_for_row(process, tmp_path, name, row)
@@ -181,19 +181,14 @@ def test_a_copied_file_trains_resumes_evaluates_and_launches(name, maze_data, tm
         assert json.loads((run_dir / "args.json").read_text())["algorithm"] == copy.stem
         assert all(torch.equal(mine["agent"][key], value) for key, value in original["agent"].items())
         assert_refused(name, ["--resume", run_dir], f"is a run of {copy.stem}.py")
-        if "evaluate" in {field.name for field in dataclasses.fields(ALGORITHMS[name].Args)}:
-            run(copy.stem, "--evaluate", run_dir, "--eval-episodes", 1)
-
+        if name != "floq":  # the others are launched and evaluated by the same commands
+            return
+        run(copy.stem, "--evaluate", run_dir, "--eval-episodes", 1)
         options = ["--methods", copy.stem, "--env-ids", ENV_ID, "--seeds", 1, "--runs-dir", tmp_path / "launched"]
-        if name != "floq":  # the launcher takes it; it would train by the same command as above
-            options += ["--executor", "print"]
         words = [str(word) for word in (sys.executable, "-m", "benchmarks.launch", *options, "--", *flags[2:])]
-        for _ in range(1 + (name == "floq")):  # the second finds it finished
+        for _ in range(2):  # the second finds it finished
             done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        if name != "floq":
-            assert f"{copy.stem}.py --env-id {ENV_ID} --seed 0" in done.stdout
-            return
         launched = [path for path in (tmp_path / "launched").iterdir() if path.name != "launch"]
         assert len(launched) == 1
         assert_same_csv(launched[0], run_dir)
