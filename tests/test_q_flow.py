@@ -168,7 +168,7 @@ def test_bad_arguments(words, message):
 # --- A bandit with a known answer ---
 
 
-def improved_means(alphas, spread, num_seeds=2, num_updates=1_000):
+def improved_means(alphas, spread, num_seeds=2, num_updates=500):
     """Mean actions (alphas,), over the seeds, of policies trained on actions N(0, spread^2) with reward a - a^2 / 2."""
     sizes = dict(batch_size=256, learning_rate=1e-3, tau=0.02, flow_steps=10, time_embed_dim=16)
     sizes |= dict(value_hidden_dims=(64, 64), actor_hidden_dims=(64, 64))

@@ -78,8 +78,7 @@ def look(jobs):
     queued = queue(jobs)
     for job in jobs:
         finished, holder, stored = state.refresh(job), state.locked_by(job), state.read_state(job)
-        number = stored.get("slurm")
-        place = (queued or {}).get(number)
+        place = (queued or {}).get(number := stored.get("slurm"))
         left = f"SLURM job {number} has left the queue" if number and queued is not None else None
         failure = None if place else stored.get("failed") or left
         job.note = holder or (f"SLURM {number} {place}" if place else "")
