@@ -136,17 +136,13 @@ def card(config):
         lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         lines += ["| " + " | ".join(f"{row[column]:.4g}" for column in columns) + " |" for row in rows]
         scores = "\n".join(lines)
-    return (
-        Path(__file__)
-        .with_name("policy_card.md")
-        .read_text()
-        .format(
-            **config,
-            name=name,
-            scores=scores,
-            importing=f"from {package} import {name}" if package else f"import {name}",
-            program=f"python -m {package}.{name}" if package else f"python {name}.py",
-            settings="\n".join(f"{key} = {value}" for key, value in config["args"].items()),
-            packages=", ".join(f"{key} {value}" for key, value in config["versions"].items()),
-        )
+    text = Path(__file__).with_name("policy_card.md").read_text()
+    return text.format(
+        **config,
+        name=name,
+        scores=scores,
+        importing=f"from {package} import {name}" if package else f"import {name}",
+        program=f"python -m {package}.{name}" if package else f"python {name}.py",
+        settings="\n".join(f"{key} = {value}" for key, value in config["args"].items()),
+        packages=", ".join(f"{key} {value}" for key, value in config["versions"].items()),
     )
