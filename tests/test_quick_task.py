@@ -95,6 +95,13 @@ def test_a_run_that_failed_is_continued_and_one_that_diverged_is_not(program, tm
     assert first[0] == "--quick" and again[0] == "--resume" and "--bcfm-lambda" in diverged
 
 
+def test_one_seed_has_no_interval():
+    shared = {"stopped": "", "milliseconds": "5"}
+    rows = [{"variant": name, "success": success} | shared for name, success in (("a", "40"), ("b", "60"))]
+    lines = study.summary(rows).splitlines()
+    assert lines[2:] == ["| `a` | 40.0% |  |  | 5 |", "| `b` | 60.0% | +20.0 | not resolved | 5 |"]
+
+
 @pytest.mark.parametrize(
     "difference, half, expected",
     [

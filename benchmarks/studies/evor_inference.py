@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import evor
 from benchmarks import tables
-from benchmarks.scores import interval
+from benchmarks.scores import interval, interval_text
 from common import arguments, checkpoint, fail, policies, rollout, runs
 from common.device import setup_torch
 
@@ -93,8 +93,7 @@ def disturbed(agents, deviation):
 
 def success_text(rows):
     """The mean success of one setting's rows with its interval, which one seed does not have."""
-    mean, half = interval([100 * row["success"] for row in rows])
-    return f"{mean:.1f}%" + (f" +- {half:.1f}" if len(rows) > 1 else "")
+    return interval_text([100 * row["success"] for row in rows], ".1f", "%")
 
 
 def stored_rows(path, names, expected):

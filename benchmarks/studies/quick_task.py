@@ -37,9 +37,9 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks import tables
-from benchmarks.scores import interval
+from benchmarks.scores import interval, interval_text
 from benchmarks.studies.return_accuracy import parse_variant
-from common import curves, export, fail, python_environment, runs
+from common import arguments, curves, export, fail, python_environment, runs
 
 MARGIN = 10.0  # points of success
 FILES = ("floq", "value_flows", "q_flow", "evor", "fql", "c51", "iqn")
@@ -151,11 +151,10 @@ def summary(rows):
     for name in names:
         of_variant = [row for row in rows if row["variant"] == name]
         success, row = success_of(rows, name), of_variant[0]
-        mean, half = interval(success)
-        difference, about = interval(success - base)
-        compared = ["", ""] if name == names[0] else [f"{difference:+.1f} +- {about:.1f}", verdict(difference, about)]
+        difference = success - base
+        compared = ["", ""] if name == names[0] else [interval_text(difference, "+.1f"), verdict(*interval(difference))]
         ended = f", non-finite at {row['stopped']}" if row["stopped"] else ""
-        lines.append([f"`{name}`", f"{mean:.1f}% +- {half:.1f}{ended}", *compared, row["milliseconds"]])
+        lines.append([f"`{name}`", interval_text(success, ".1f", "%") + ended, *compared, row["milliseconds"]])
     header = ["variant", f"success, {len(base)} seeds", "minus the first", "verdict", "ms per update"]
     return tables.markdown(header, lines)
 
@@ -183,8 +182,7 @@ def main():
     options = tyro.cli(QuickArgs, description=__doc__)
     if (options.grid is None) == (not options.variants):
         fail("name --grid or --variants, one of them")
-    if min(options.seeds, options.episodes, 1 if options.updates is None else options.updates) < 1:
-        fail("--seeds, --updates and --episodes must be above zero")
+    arguments.check_numbers(options, above_zero=("seeds", "updates", "episodes"))
     variants = list(options.variants) or GRIDS[options.grid]
     for variant in variants:
         parse_variant(variant, FILES)

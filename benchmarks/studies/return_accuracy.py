@@ -29,7 +29,7 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks import tables
-from benchmarks.scores import interval
+from benchmarks.scores import interval_text
 from benchmarks.speed import module_of
 from benchmarks.studies.return_figures import return_samples
 from common import draws, fail
@@ -247,8 +247,8 @@ def draw(output, pictures):
 def spread(rows, name, digits, scale=1, unit=""):
     """A measure's mean over states and seeds, as text; of several seeds with its 95% interval over them."""
     seeds = sorted({row["seed_index"] for row in rows})
-    mean, half = interval([np.mean([float(row[name]) for row in rows if row["seed_index"] == s]) for s in seeds])
-    return f"{scale * mean:.{digits}f}{unit}" + (f" +- {scale * half:.{digits}f}" if len(seeds) > 1 else "")
+    values = [scale * np.mean([float(row[name]) for row in rows if row["seed_index"] == s]) for s in seeds]
+    return interval_text(values, f".{digits}f", unit)
 
 
 def summary(rows):
