@@ -534,7 +534,5 @@ if __name__ == "__main__":
         step += 1
         log.training(step, metrics, warm_up=fast_update.new)
 
-    evaluator.close()
-    explorer.close()
     log.close()
     export.write_run(log.run_dir, Agent)

@@ -320,7 +320,6 @@ def measure_evaluation(algorithm, num_seeds, cuda):
         evaluator(act, draw_act_noise, step)
         marks.append(time.perf_counter())
     num_workers = len(evaluator.workers.processes)
-    evaluator.close()
     start, *evaluations = [round(b - a, 1) for a, b in zip(marks, marks[1:])]
     figures = {"num_seeds": num_seeds, "workers": num_workers, "start_seconds": start}
     return {"algorithm": algorithm} | figures | {"evaluation_seconds": evaluations}

@@ -118,7 +118,6 @@ def evaluate(Agent, args, saved, inference, device, acting=always_act):
     episode_seeds = list(range(args.seed, args.seed + args.num_seeds))  # one for each agent
     evaluator = rollout.Evaluator(args, episode_seeds, device, directory)
     rows = evaluator(agents.function(acting(args, step)), agents.agent.draw_act_noise, step)
-    evaluator.close()
     first = saved["args"]["seed"]
     rows = [settings | {"episodes_seed": row["seed"]} | row | {"seed": first + i} for i, row in enumerate(rows)]
     runs.append_rows(path, rows)

@@ -117,11 +117,6 @@ class Evaluator:
                 save_gif(self.video_dir / f"step{step}-seed{seed}.gif", played[0].frames)
         return rows
 
-    def close(self):
-        """Ends the worker processes."""
-        if self.workers is not None:
-            self.workers.close()
-
 
 class Explorer:
     """The online phase's environments, one per seed, in worker processes, which start with the first step."""
@@ -167,11 +162,6 @@ class Explorer:
         words = lambda s: np.random.SeedSequence([self.seeds[s], step, EXPLORING]).generate_state(1, np.uint32)
         first = self.workers.ask("reset", {(s, 0): int(words(s)[0] >> 1) for s in which})
         return np.array([first[s, 0] for s in which], np.float32)
-
-    def close(self):
-        """Ends the worker processes."""
-        if self.workers is not None:
-            self.workers.close()
 
 
 def save_gif(path, frames, frames_per_second=20):

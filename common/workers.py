@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import traceback
+import weakref
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
@@ -37,6 +38,7 @@ class Workers:
         num_workers = min(args.eval_workers or min(16, num_cores()), len(self.slots))
         self.where = {slot: i % num_workers for i, slot in enumerate(self.slots)}  # slot -> number of its process
         self.processes, self.connections = [], []
+        weakref.finalize(self, end, self.processes, self.connections)  # when nothing uses them any more
 
         environment = python_environment()
         environment.setdefault("OMP_NUM_THREADS", "1")
@@ -51,16 +53,6 @@ class Workers:
         options = args.env_id, args.success_timing, frame_stack, render
         requests = {worker: ("make", (self.slots[worker::num_workers], options)) for worker in range(num_workers)}
         self.max_episode_steps = self._exchange(requests)[0]
-
-    def close(self):
-        """Ends the processes; idle ones leave by themselves when their connection closes."""
-        for connection in self.connections:
-            connection.close()
-        for process in self.processes:
-            try:
-                process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                process.kill()
 
     def ask(self, kind, values):
         """Sends {(s, p): value} to the slots' workers in one request each; returns {(s, p): reply}.
@@ -94,6 +86,17 @@ class Workers:
             if not ok:
                 raise RuntimeError(f"environment worker {worker} failed:\n{replies[worker]}")
         return replies
+
+
+def end(processes, connections):
+    """Ends worker processes; idle ones leave by themselves when their connection closes."""
+    for connection in connections:
+        connection.close()
+    for process in processes:
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def serve(connection):

@@ -1,6 +1,7 @@
 """Shared by the tests: a small generated dataset, small networks, and runs in subprocesses as a user starts them."""
 
 import contextlib
+import functools
 import io
 import os
 import subprocess
@@ -28,7 +29,8 @@ import floq  # noqa: E402
 import q_flow  # noqa: E402
 import value_flows  # noqa: E402
 from benchmarks.baselines import c51, fql, iqn  # noqa: E402
-from common import envs  # noqa: E402
+from common import envs, generate  # noqa: E402
+from common.datasets import only_one  # noqa: E402
 from common.stacked import Stacked  # noqa: E402
 
 ALGORITHMS = {"floq": floq, "value_flows": value_flows, "q_flow": q_flow, "evor": evor}
@@ -63,9 +65,6 @@ SMALL_ARGS = {
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        # Side by side, a file's tests share a process, and so do all tests of the runs that take longest to make.
-        group = "online_runs" if "online_runs" in item.fixturenames else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
@@ -77,24 +76,43 @@ def same_numbers_every_time():
 
 
 @pytest.fixture(scope="session")
-def maze_data(tmp_path_factory):
-    """Path of a small pointmaze-medium-navigate set made by OGBench's scripted collector (10 episodes)."""
-    from common.generate import generate
+def shared(tmp_path_factory):
+    """shared(name, make): a directory that one of pytest's processes fills by make(directory), the same for all."""
+    base = tmp_path_factory.getbasetemp()  # of this process; with -n they lie side by side
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    return generate("pointmaze-medium-navigate-v0", tmp_path_factory.mktemp("data"), num_episodes=10, num_workers=2)
+    def share(name, make):
+        directory, made = base / f"shared-{name}", base / f"shared-{name}.made"
+        with only_one(directory):
+            if not made.exists():
+                directory.mkdir()
+                make(directory)
+                made.touch()
+        return directory
+
+    return share
 
 
 @pytest.fixture(scope="session")
-def cube_data(tmp_path_factory):
+def maze_data(shared):
+    """Path of a small pointmaze-medium-navigate set made by OGBench's scripted collector (10 episodes)."""
+    return small_set(shared, "pointmaze-medium-navigate-v0", 10)
+
+
+@pytest.fixture(scope="session")
+def cube_data(shared):
     """Path of a small cube-single-play set made by OGBench's scripted collector (2 episodes)."""
-    from common.generate import generate
-
-    return generate("cube-single-play-v0", tmp_path_factory.mktemp("data"), num_episodes=2, num_workers=2)
+    return small_set(shared, "cube-single-play-v0", 2)
 
 
-ONLINE_LENGTHS = (
-    "--total-timesteps 130 --online-timesteps 300 --eval-interval 215 "
-    "--log-interval 20 --save-interval 70 --eval-episodes 1"
+def small_set(shared, dataset, num_episodes):
+    directory = shared(dataset, lambda path: generate.generate(dataset, path, num_episodes, num_workers=2))
+    return generate.generated_path(dataset, directory, num_episodes, seed=0)
+
+
+ONLINE_LENGTHS = (  # 230 updates
+    "--total-timesteps 70 --online-timesteps 160 --eval-interval 115 "
+    "--log-interval 10 --save-interval 35 --eval-episodes 1"
 ).split()
 
 
@@ -106,15 +124,19 @@ def online_flags(maze_data):
 
 
 @pytest.fixture(scope="session")
-def online_runs(online_flags, tmp_path_factory):
-    """{algorithm: run directory} of each algorithm's uninterrupted run with both phases."""
-    directories = {}
-    for name in ALGORITHMS:
-        directory = tmp_path_factory.mktemp(name)
+def online_runs(online_flags, shared):
+    """{algorithm: run directory} of each algorithm's uninterrupted run with both phases, made when it is asked for."""
+
+    def make(name, directory):
         out = run(name, *online_flags[name], "--runs-dir", directory).stdout
-        assert "at 130, where the online phase begins" in out and "at 430" in out
-        directories[name] = only_run(directory)
-    return directories
+        assert "at 70, where the online phase begins" in out and "at 230" in out
+
+    class Runs(dict):
+        def __missing__(self, name):
+            self[name] = only_run(shared(f"online-{name}", functools.partial(make, name)))
+            return self[name]
+
+    return Runs()
 
 
 def run(algorithm, *flags, env=None, check=True, **kwargs):

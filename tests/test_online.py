@@ -106,27 +106,15 @@ def test_a_saved_replay_is_restored_into_a_longer_one():
 # --- Exploration ---
 
 
-@pytest.fixture
-def explore():
-    """explore(steps, policy, seeds): transitions [{key: (S, ...)}] of an exploration, and the explorers."""
-    started = []
-
-    def play(steps, policy, seeds=(10, 11), first_step=0):
-        explorer = rollout.Explorer(parse("q_flow", "--env-id", ENV_ID), list(seeds), torch.device("cpu"))
-        started.append(explorer)
-        rows = []
-        for step in range(first_step, first_step + steps):
-            noise = torch.full((len(seeds), 2), 0.1)
-            rows.append(explorer(policy, noise, step))
-        return rows, explorer
-
-    yield play
-    for explorer in started:
-        explorer.close()
+def explore(steps, policy, seeds=(10, 11), first_step=0):
+    """Transitions [{key: (S, ...)}] of an exploration, and the explorer."""
+    explorer = rollout.Explorer(parse("q_flow", "--env-id", ENV_ID), list(seeds), torch.device("cpu"))
+    noise = torch.full((len(seeds), 2), 0.1)
+    return [explorer(policy, noise, first_step + step) for step in range(steps)], explorer
 
 
-def test_transitions_connect_and_a_success_ends_the_episode(explore):
-    rows, explorers = explore(400, make_expert())
+def test_transitions_connect_and_a_success_ends_the_episode():
+    rows, explorer = explore(400, make_expert())
     masks = torch.stack([row["masks"] for row in rows])  # (T, S)
     assert set(masks.unique().tolist()) == {0.0, 1.0} and (masks == 0).sum(dim=0).min() >= 1
     for row, following in zip(rows, rows[1:]):
@@ -136,19 +124,17 @@ def test_transitions_connect_and_a_success_ends_the_episode(explore):
             assert row["rewards"][s] == (0.0 if row["masks"][s] == 0 else -1.0)
     for key, shape in (("observations", (2, 2)), ("actions", (2, 2)), ("rewards", (2,)), ("masks", (2,))):
         assert rows[0][key].shape == shape and rows[0][key].dtype == torch.float32
-    assert (
-        torch.equal(torch.as_tensor(explorers.observations[1]), rows[-1]["next_observations"][1]) or masks[-1, 1] == 0
-    )
+    assert torch.equal(torch.as_tensor(explorer.observations[1]), rows[-1]["next_observations"][1]) or masks[-1, 1] == 0
 
 
-def test_a_time_limit_still_bootstraps(explore):
-    rows, explorers = explore(1000, lambda observations, noise: torch.zeros_like(observations))
+def test_a_time_limit_still_bootstraps():
+    rows, explorer = explore(1000, lambda observations, noise: torch.zeros_like(observations))
     assert all((row["masks"] == 1).all() for row in rows)
     # 1000 steps are the time limit: a new episode has begun, the last transition leads to the old one's end.
-    assert not np.array_equal(explorers.observations, rows[-1]["next_observations"].numpy())
+    assert not np.array_equal(explorer.observations, rows[-1]["next_observations"].numpy())
 
 
-def test_exploration_is_a_function_of_seed_and_step(explore):
+def test_exploration_is_a_function_of_seed_and_step():
     expert = make_expert()
     first, _ = explore(30, expert)
     again, _ = explore(30, expert)
@@ -170,13 +156,13 @@ def rows_of(path):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_run_has_both_phases(online_runs, algorithm):
     evaluations = [row for row in rows_of(online_runs[algorithm] / "eval.csv") if row["seed"] == "1"]
-    phases = [("1", "offline"), ("130", "offline"), ("215", "online"), ("430", "online")]
+    phases = [("1", "offline"), ("70", "offline"), ("115", "online"), ("230", "online")]
     assert [(row["step"], row["phase"]) for row in evaluations] == phases
     train = rows_of(online_runs[algorithm] / "train.csv")
-    assert [row["step"] for row in train if row["seed"] == "0"] == [str(step) for step in range(20, 431, 20)]
+    assert [row["step"] for row in train if row["seed"] == "0"] == [str(step) for step in range(10, 231, 10)]
     payload = checkpoint.load(online_runs[algorithm])
     replay = payload["replay"]
-    assert payload["step"] == 430 and replay["observations"].shape == (2, 300, 2)
+    assert payload["step"] == 230 and replay["observations"].shape == (2, 160, 2)
     assert (replay["rewards"] == -1).all() or (replay["masks"] == 0).any()
     assert not torch.equal(replay["observations"][0], replay["observations"][1])
     # Within an episode a transition begins where the one before it ended.
@@ -193,7 +179,7 @@ def test_the_same_seeds_give_the_same_files_and_online_follows_an_unchanged_offl
     run(algorithm, *online_flags[algorithm], "--online-timesteps", 0, "--runs-dir", tmp_path / "offline")
     offline = only_run(tmp_path / "offline")
     assert {row["phase"] for row in rows_of(offline / "eval.csv")} == {"offline"}
-    run(algorithm, "--resume", offline, "--online-timesteps", 300)
+    run(algorithm, "--resume", offline, "--online-timesteps", 160)
     assert_same_csv(offline, online_runs[algorithm])
 
 
@@ -219,20 +205,20 @@ def test_each_phase_acts_with_its_own_policy(online_flags, tmp_path, algorithm, 
 
 def test_a_run_killed_online_goes_on_with_its_replay(online_flags, online_runs, tmp_path):
     process = start("value_flows", online_flags["value_flows"], tmp_path)
-    run_dir = wait_for_row(process, tmp_path, "train.csv", "300,1")
+    run_dir = wait_for_row(process, tmp_path, "train.csv", "150,1")
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     stopped, done = checkpoint.load(run_dir), online_runs["value_flows"]
-    assert 130 < stopped["step"] < 430
-    assert stopped["replay"]["rewards"].shape == (2, stopped["step"] - 130)
+    assert 70 < stopped["step"] < 230
+    assert stopped["replay"]["rewards"].shape == (2, stopped["step"] - 70)
     for key, rows in checkpoint.load(done)["replay"].items():  # what had happened before is what happens undisturbed
-        assert torch.equal(rows[:, : stopped["step"] - 130], stopped["replay"][key]), key
+        assert torch.equal(rows[:, : stopped["step"] - 70], stopped["replay"][key]), key
 
     run("value_flows", "--resume", run_dir)
     resumed = checkpoint.load(run_dir)
     for key, rows in stopped["replay"].items():
         assert torch.equal(resumed["replay"][key][:, : rows.shape[1]], rows), key
-    assert resumed["replay"]["rewards"].shape == (2, 300) and resumed["step"] == 430
+    assert resumed["replay"]["rewards"].shape == (2, 160) and resumed["step"] == 230
     for name in ("train.csv", "eval.csv"):  # no row is lost or doubled, and those from before the stop are unchanged
         mine, other = rows_of(run_dir / name), rows_of(done / name)
         assert [(row["step"], row["seed"]) for row in mine] == [(row["step"], row["seed"]) for row in other]
@@ -245,12 +231,12 @@ def test_a_run_killed_online_goes_on_with_its_replay(online_flags, online_runs, 
 def test_a_dead_environment_ends_the_run_with_its_updates_saved(online_flags, tmp_path):
     endless = "--online-timesteps 100000 --eval-interval 1000000 --save-interval 1000000 --eval-workers 1".split()
     process = start("floq", [*online_flags["floq"], *endless], tmp_path)
-    run_dir = wait_for_row(process, tmp_path, "train.csv", "200,1")
+    run_dir = wait_for_row(process, tmp_path, "train.csv", "100,1")
     os.kill(children(process)[-1], signal.SIGKILL)  # the last one started: the explorers' worker
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "died with exit code -9" in err
     saved = checkpoint.load(run_dir)
-    assert saved["step"] >= 200 and saved["replay"]["rewards"].shape[1] == saved["step"] - 130
+    assert saved["step"] >= 100 and saved["replay"]["rewards"].shape[1] == saved["step"] - 70
 
 
 # --- Arguments ---
@@ -270,8 +256,8 @@ def test_bad_arguments(algorithm, words, message):
 
 def test_resume_refuses_to_move_the_phases_border_or_to_go_back(online_runs):
     resume = ["--resume", online_runs["floq"]]
-    assert_refused("floq", [*resume, "--total-timesteps", 200], "is in its online phase already")
-    assert_refused("floq", [*resume, "--online-timesteps", 100], "is at step 430 already")
+    assert_refused("floq", [*resume, "--total-timesteps", 99], "is in its online phase already")
+    assert_refused("floq", [*resume, "--online-timesteps", 99], "is at step 230 already")
 
 
 def test_offline_to_online_settings_apply_where_there_are_some(capsys):

@@ -48,7 +48,7 @@ def test_an_exported_policy_scores_what_its_run_scores(name, exported):
     assert [row["seed"] for row in rows] == ["0", "1"] == [row["episodes_seed"] for row in rows]
     config = json.loads((folder / "config.json").read_text())
     assert [row["success"] for row in config["evaluation"]] == [float(row["success"]) for row in rows]
-    assert config["agent_inputs"]["obs_dim"] == 2 and config["step"] == 430
+    assert config["agent_inputs"]["obs_dim"] == 2 and config["step"] == 230
     assert config["algorithm"] == config["module"] == name
 
 
@@ -58,7 +58,7 @@ def test_evaluating_a_run_repeats_its_last_evaluation(name, exported, tmp_path):
     before = {path.name: path.read_bytes() for path in run_dir.glob("*.*") if path.name != "inference.csv"}
     shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("inference.csv"))
     run(name, "--evaluate", tmp_path / "run")
-    last = [row for row in read_csv(run_dir / "eval.csv") if row["step"] == "430"]
+    last = [row for row in read_csv(run_dir / "eval.csv") if row["step"] == "230"]
     again = read_csv(tmp_path / "run/inference.csv")
     for old, new in zip(last, again):
         assert {key: new[key] for key in old if key != "phase"} == {k: v for k, v in old.items() if k != "phase"}
@@ -79,7 +79,7 @@ def test_seed_is_that_of_the_episodes_and_videos_are_in_the_folder(exported, tmp
     args, saved = ALGORITHMS["floq"].parse_args(["--evaluate", str(folder), "--seed", "7", "--capture-video"])
     policies.evaluate(ALGORITHMS["floq"].Agent, args, saved, (), torch.device("cpu"))
     rows = read_csv(folder / "inference.csv")
-    assert played == [([7, 8], 430, folder / "videos")]
+    assert played == [([7, 8], 230, folder / "videos")]
     assert [(row["seed"], row["episodes_seed"]) for row in rows] == [("0", "7"), ("1", "8")]
 
 

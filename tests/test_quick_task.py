@@ -15,7 +15,7 @@ SUCCESS = {"value_flows": (0.5, 0.7), "bcfm_lambda=0": (0.1, 0.2), "num_samples=
 
 @pytest.fixture
 def program(monkeypatch):
-    """Stands in for the main programs: each call's words, and what the next calls do ("die", "diverge")."""
+    """Stands in for the main programs: each call's words, and what the next do ("die", "diverge", "diverge at once")."""
     calls, moods = [], []
 
     def run(command, cwd, env, stdout, stderr, check):
@@ -34,6 +34,9 @@ def program(monkeypatch):
             for step in steps
             for seed in (0, 1)
         ]
+        if mood == "diverge at once":
+            stdout.write("error: critic/critic_loss is nan at step 1 (seed 0); training stops; a checkpoint in x\n")
+            return subprocess.CompletedProcess(command, 1)
         tables.write(run_dir / "eval.csv", rows)
         tables.write(run_dir / "timing.csv", [{"updates_per_second": speed} for speed in ("0", "10", "20", "40")])
         if mood == "die":
@@ -95,6 +98,19 @@ def test_a_run_that_failed_is_continued_and_one_that_diverged_is_not(program, tm
     assert first[0] == "--quick" and again[0] == "--resume" and "--bcfm-lambda" in diverged
 
 
+def test_a_run_without_any_evaluation_is_left_out(program, tmp_path, monkeypatch, capsys):
+    _, moods = program
+    moods += ["", "diverge at once"]
+    main(monkeypatch, "--variants", "value_flows", "value_flows:bcfm_lambda=0", "--seeds", 2, "--runs-dir", tmp_path)
+    out, err = capsys.readouterr()
+    assert "value_flows:bcfm_lambda=0 is left out: a loss is non-finite at step 1" in err
+    assert "`value_flows`" in out and "bcfm" not in out
+    moods += ["diverge at once"]
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch, "--variants", "c51", "--seeds", 2, "--runs-dir", tmp_path)
+    assert stop.value.code == 2 and "no variant has an evaluation" in capsys.readouterr().err
+
+
 def test_one_seed_has_no_interval():
     shared = {"stopped": "", "milliseconds": "5"}
     rows = [{"variant": name, "success": success} | shared for name, success in (("a", "40"), ("b", "60"))]
@@ -137,10 +153,11 @@ def test_the_grids_are_arguments_of_their_files(grid):
         ("--grid floq --seeds 0", "must be above zero"),
         ("--variants floq --updates 0", "must be above zero"),
         ("--variants floq --runs-dir {}/file", "file is not writable"),
+        ("--variants floq --output {}/file/a", "--output {}/file/a is not writable"),
     ],
 )
 def test_bad_arguments(tmp_path, monkeypatch, capsys, words, message):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stop:
         main(monkeypatch, *words.format(tmp_path).split())
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert stop.value.code == 2 and message.format(tmp_path) in capsys.readouterr().err

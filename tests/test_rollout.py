@@ -16,20 +16,11 @@ from common import envs, rollout
 from common.stacked import Stacked
 
 
-@pytest.fixture
-def start():
-    """start(**changes) -> the evaluator of two seeds, its workers ended after the test."""
-    started = []
-
-    def start(num_episodes=3, num_workers=2, num_seeds=2, run_dir=Path(), **changes):
-        sizes = dict(num_seeds=num_seeds, eval_episodes=num_episodes, eval_workers=num_workers)
-        args = replace(parse("floq", "--env-id", ENV_ID), **sizes, **changes)
-        started.append(rollout.Evaluator(args, list(range(10, 10 + num_seeds)), "cpu", run_dir))
-        return started[-1]
-
-    yield start
-    for evaluator in started:
-        evaluator.close()
+def start(num_episodes=3, num_workers=2, num_seeds=2, run_dir=Path(), **changes):
+    """An evaluator of two seeds; its workers end when nothing uses it any more."""
+    sizes = dict(num_seeds=num_seeds, eval_episodes=num_episodes, eval_workers=num_workers)
+    args = replace(parse("floq", "--env-id", ENV_ID), **sizes, **changes)
+    return rollout.Evaluator(args, list(range(10, 10 + num_seeds)), "cpu", run_dir)
 
 
 def draw_noise(generator, num_steps):
@@ -58,7 +49,7 @@ def count_by_hand(policy, seed, num_episodes, step, success_timing="post"):
     return np.array(episodes)
 
 
-def test_expert_succeeds_and_equals_a_hand_count(start):
+def test_expert_succeeds_and_equals_a_hand_count():
     expert = make_expert()
     rows = evaluate(start(), expert)
     for row, seed in zip(rows, (10, 11)):
@@ -68,12 +59,12 @@ def test_expert_succeeds_and_equals_a_hand_count(start):
         assert (row["seed"], row["step"], row["episodes"]) == (seed, 5, 3)
 
 
-def test_a_policy_that_stands_still_never_succeeds(start):
+def test_a_policy_that_stands_still_never_succeeds():
     for row in evaluate(start(num_episodes=1), lambda observations, noise: torch.zeros_like(observations)):
         assert (row["success"], row["episode_return"], row["episode_length"]) == (0.0, -1000.0, 1000.0)
 
 
-def test_a_policy_that_sometimes_succeeds_is_counted_right(start):
+def test_a_policy_that_sometimes_succeeds_is_counted_right():
     expert = make_expert()
     # The start is (16, 20) +- 1 and the way leads to the right: episodes that start in the cell's left half stay there.
     stuck = lambda ob: (15 <= ob[..., :1]) & (ob[..., :1] < 16) & (ob[..., 1:] > 18.5)
@@ -86,7 +77,7 @@ def test_a_policy_that_sometimes_succeeds_is_counted_right(start):
         assert (row["success"], row["episode_return"], row["episode_length"]) == tuple(expected)
 
 
-def test_rows_do_not_depend_on_workers_or_on_other_seeds(start):
+def test_rows_do_not_depend_on_workers_or_on_other_seeds():
     expert = make_expert()
     rows = evaluate(start(num_workers=2), expert)
     assert evaluate(start(num_workers=1), expert) == rows
@@ -94,7 +85,7 @@ def test_rows_do_not_depend_on_workers_or_on_other_seeds(start):
     assert evaluate(start(), expert, step=6) != rows
 
 
-def test_a_network_acts_the_same_on_any_number_of_workers(start):
+def test_a_network_acts_the_same_on_any_number_of_workers():
     import floq
 
     args = small_args("floq", actor_hidden_dims=(256, 256), block_width=16)
@@ -102,14 +93,14 @@ def test_a_network_acts_the_same_on_any_number_of_workers(start):
     act = {n: Stacked(make_agent, range(10, 10 + n), "cpu", 1e-3).function("act") for n in (1, 2)}
 
     def rows(num_workers, num_seeds):
-        return evaluate(start(num_episodes=9, num_workers=num_workers, num_seeds=num_seeds), act[num_seeds])
+        return evaluate(start(num_episodes=5, num_workers=num_workers, num_seeds=num_seeds), act[num_seeds])
 
     expected = rows(2, 2)
     assert rows(1, 2) == rows(3, 2) == expected
     assert rows(2, 1) == expected[:1]
 
 
-def test_success_timing_pre_judges_one_step_later(start):
+def test_success_timing_pre_judges_one_step_later():
     expert = make_expert()
     post, pre = (evaluate(start(success_timing=timing), expert) for timing in ("post", "pre"))
     for a, b in zip(post, pre):
@@ -138,7 +129,16 @@ def test_reset_is_a_function_of_its_seed(env_id):
     assert not np.array_equal(start_and_steps(3)[0], start_and_steps(4)[0])
 
 
-def test_a_killed_worker_is_an_error_and_not_a_hang(start):
+def test_workers_end_when_their_evaluator_is_dropped():
+    evaluator = start(num_episodes=1)
+    evaluate(evaluator, make_expert())
+    processes = evaluator.workers.processes
+    assert all(process.poll() is None for process in processes)
+    del evaluator
+    assert [process.poll() for process in processes] == [0, 0]
+
+
+def test_a_killed_worker_is_an_error_and_not_a_hang():
     evaluator = start()
 
     def policy(observations, noise):
@@ -151,12 +151,12 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(start):
     assert time.time() - begin < 20
 
 
-def test_a_failing_worker_is_an_error_with_its_traceback(start):
+def test_a_failing_worker_is_an_error_with_its_traceback():
     with pytest.raises(RuntimeError, match="(?s)worker . failed.*Traceback.*Error"):
         evaluate(start(), lambda observations, noise: torch.zeros(*observations.shape[:2], 7))
 
 
-def test_an_evaluation_can_be_given_up(start):
+def test_an_evaluation_can_be_given_up():
     class Stop:
         calls = 0
 
@@ -186,7 +186,7 @@ def test_frames_are_stacked_on_the_channel_axis():
     assert env.step(None)[0][0, 0, ::3].tolist() == [1, 2, 3]
 
 
-def test_video_of_each_seeds_first_episode(start, tmp_path):
+def test_video_of_each_seeds_first_episode(tmp_path):
     from PIL import Image
 
     try:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,9 @@ from conftest import (
     wait_for_row,
 )
 
-from common import checkpoint, log, python_environment, runs
+from common import checkpoint, export, log, python_environment, runs
+from common.arguments import algorithm
+from common.stacked import Stacked
 
 LENGTHS = "--total-timesteps 420 --eval-interval 210 --log-interval 20 --save-interval 90".split()
 LENGTHS += ["--num-seeds", "2", "--eval-episodes", "1"]
@@ -161,8 +164,24 @@ def test_a_later_evaluation_is_cut_off_with_its_updates(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
-def test_a_copied_file_trains_resumes_evaluates_and_launches(name, maze_data, tmp_path):
-    """`cp floq.py my_floq.py` and start: killed and resumed, its run equals the uninterrupted and the original's."""
+def test_a_copy_is_an_algorithm_of_its_own(name, tmp_path, monkeypatch):
+    shutil.copy(ROOT / f"{name}.py", tmp_path / f"copied_{name}.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    copy = importlib.import_module(f"copied_{name}")
+    args, _ = copy.parse_args(SMALL_FLAGS[name])
+    assert algorithm(args) == f"copied_{name}" and export.module_path(copy.Agent) == f"copied_{name}"
+    agents = Stacked(lambda: copy.Agent(args, 5, 3, -1.0, 0.0), [0], "cpu", 1e-3)
+    assert type(agents.agent).__module__ == type(args).__module__ == f"copied_{name}"
+    own_name = re.findall(rf"^(?:import|from) {name}\b", (ROOT / f"{name}.py").read_text(), re.MULTILINE)
+    assert not own_name  # a copy that imports the original would train that
+
+
+def test_a_copied_file_trains_resumes_evaluates_and_launches(maze_data, tmp_path):
+    """`cp floq.py my_floq.py` and start: killed and resumed, its run equals the uninterrupted and the original's.
+
+    One of the four: their main programs are the same text, and what a copy is called is looked at above.
+    """
+    name = "floq"
     copy = ROOT / f"my_{name}_{os.getpid()}.py"
     lengths = "--total-timesteps 60 --eval-interval 60 --log-interval 10 --save-interval 20".split()
     flags = ["--env-id", ENV_ID, "--dataset-path", maze_data, *SMALL_FLAGS[name], *lengths]
@@ -181,8 +200,6 @@ def test_a_copied_file_trains_resumes_evaluates_and_launches(name, maze_data, tm
         assert json.loads((run_dir / "args.json").read_text())["algorithm"] == copy.stem
         assert all(torch.equal(mine["agent"][key], value) for key, value in original["agent"].items())
         assert_refused(name, ["--resume", run_dir], f"is a run of {copy.stem}.py")
-        if name != "floq":  # the others are launched and evaluated by the same commands
-            return
         run(copy.stem, "--evaluate", run_dir, "--eval-episodes", 1)
         options = ["--methods", copy.stem, "--env-ids", ENV_ID, "--seeds", 1, "--runs-dir", tmp_path / "launched"]
         words = [str(word) for word in (sys.executable, "-m", "benchmarks.launch", *options, "--", *flags[2:])]

@@ -250,18 +250,18 @@ def start(*words):
 
 def test_a_small_study_writes_pictures_and_the_same_summary_twice(tmp_path):
     small = (
-        "--datasets moons eight_gaussians --seeds 2 --pretrain-updates 50 --fit-updates 50 --updates 50 --width 8"
+        "--seeds 2 --pretrain-updates 50 --fit-updates 50 --updates 50 --width 8"
         " --depth 1 --flow-steps 4 --batch-size 16 --pretrain-batch-size 16 --no-cuda"
     )
-    for name in ("a", "b"):
-        done = start(*small.split(), "--output-dir", tmp_path / name)
+    for name, datasets in (("a", ("moons", "eight_gaussians")), ("b", ("moons",))):
+        done = start(*small.split(), "--datasets", *datasets, "--output-dir", tmp_path / name)
         assert done.returncode == 0 and "good modes" in done.stdout, done.stderr[-3000:]
     rows = list(csv.DictReader(open(tmp_path / "a" / "summary.csv")))
     assert len(rows) == 2 * 3 * 4 * 2 and {row["seed"] for row in rows} == {"0", "1"}
     assert {row["comparable"] for row in rows} == {"no"} and "nothing there may be compared" in done.stdout
     cloning = {method: [row for row in rows if (row["method"], row["lambda"]) == (method, "inf")] for method in METHODS}
     assert [row | {"method": ""} for row in cloning["q_flow"]] == [row | {"method": ""} for row in cloning["backprop"]]
-    assert (tmp_path / "a" / "summary.csv").read_bytes() == (tmp_path / "b" / "summary.csv").read_bytes()
+    assert (tmp_path / "a" / "summary.csv").read_bytes().startswith((tmp_path / "b" / "summary.csv").read_bytes())
     for name in ("moons", "eight_gaussians"):
         assert (tmp_path / "a" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -392,8 +392,8 @@ def test_value_flows_learns_a_two_mode_return_distribution():
     from benchmarks.studies import return_accuracy
 
     mdp = return_accuracy.make_mdp("coin")
-    args = return_accuracy.small_args(value_flows, batch_size=256, learning_rate=2e-3)
-    agent, diverged = return_accuracy.train(value_flows, args, mdp, updates=1_000, seeds=[0])
+    args = return_accuracy.small_args(value_flows, batch_size=128, learning_rate=3e-3)
+    agent, diverged = return_accuracy.train(value_flows, args, mdp, updates=600, seeds=[0])
     assert diverged is None
     for row in return_accuracy.accuracy(agent, mdp, 0.9):
         assert row["wasserstein"] < 0.2, row

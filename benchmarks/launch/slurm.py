@@ -78,15 +78,15 @@ def look(jobs):
     queued = queue(jobs)
     for job in jobs:
         finished, holder, stored = state.refresh(job), state.locked_by(job), state.read_state(job)
-        place = (queued or {}).get(number := stored.get("slurm"))
-        left = f"SLURM job {number} has left the queue" if number and queued is not None else None
-        failure = None if place else stored.get("failed") or left
+        number = stored.get("slurm")
+        place = (queued or {}).get(number)
+        failure = stored.get("failed") or (number and queued is not None and f"SLURM job {number} has left the queue")
         job.note = holder or (f"SLURM {number} {place}" if place else "")
         if finished:
             job.state, job.note = "done", ""
         elif holder or place in ("RUNNING", "COMPLETING"):
             job.state = "running"
-        elif failure:
+        elif failure and not place:
             job.state, job.note = "failed", failure
         else:
             job.state = "waiting"

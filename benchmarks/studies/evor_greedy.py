@@ -167,7 +167,6 @@ if __name__ == "__main__":
         runs.append_rows(output.with_suffix(".csv"), rows)
         success = " ".join(f"{row['success']:.2f}" for row in rows)
         tqdm.write(f"{name}, {number} candidates: success {success}")
-    evaluator.close()
 
     agents.agent.args = args
     if visited:

@@ -180,7 +180,6 @@ def main(options):
         rows += new
         runs.append_rows(csv_path, new)
         tqdm.write(f"{name} {setting[name]:g}: success {success_text(new)} ({time.perf_counter() - start:.0f} s)")
-    evaluator.close()
     draw(output.with_suffix(".png"), rows, base)
     print(f"saved {csv_path} and {output.with_suffix('.png')}")
 

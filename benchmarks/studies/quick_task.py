@@ -21,7 +21,8 @@ one by the differences of equal seeds, which have the same data and batches: the
     alike          it lies within MARGIN points of zero
     not resolved   anything else, and where there is one seed only
 
-A run that ends at a non-finite loss has the success of its evaluations before it, and is marked.
+A run that ends at a non-finite loss has the success of its evaluations before it, and is marked; one that has none is
+left out.
 """
 
 import re
@@ -39,7 +40,7 @@ from tqdm import tqdm
 from benchmarks import tables
 from benchmarks.scores import interval, interval_text
 from benchmarks.studies.return_accuracy import parse_variant
-from common import arguments, curves, export, fail, python_environment, runs
+from common import arguments, curves, export, fail, python_environment, runs, warn
 
 MARGIN = 10.0  # points of success
 FILES = ("floq", "value_flows", "q_flow", "evor", "fql", "c51", "iqn")
@@ -119,7 +120,13 @@ def run(variant, options):
 
 
 def measure(variant, run_dir, stopped):
-    """A row per seed: variant, seed, updates, success in percent, milliseconds per update of all seeds, stopped."""
+    """A row per seed: variant, seed, updates, success in percent, milliseconds per update of all seeds, stopped.
+
+    No rows, and a warning, where a loss became non-finite before the first evaluation.
+    """
+    if stopped and not (run_dir / "eval.csv").exists():
+        warn(f"{variant} is left out: a loss is non-finite at step {stopped}, before the first evaluation")
+        return []
     speeds = [float(row["updates_per_second"]) for row in tables.read_rows(run_dir / "timing.csv")]
     speeds = [speed for speed in speeds if speed]
     milliseconds = f"{1000 / statistics.median(speeds):.4g}" if speeds else ""
@@ -186,11 +193,19 @@ def main():
     variants = list(options.variants) or GRIDS[options.grid]
     for variant in variants:
         parse_variant(variant, FILES)
+    if options.output:
+        try:
+            Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+            Path(f"{options.output}.csv").touch()
+        except OSError as error:
+            fail(f"--output {options.output} is not writable: {error}")
     rows = []
     for variant in tqdm(variants, unit=" runs"):
         rows += measure(variant, *run(variant, options))
-        if options.output:  # as it goes: what was trained is not lost
+        if options.output and rows:  # as it goes: what was trained is not lost
             runs.write_text(Path(f"{options.output}.csv"), tables.csv_text(rows))
+    if not rows:
+        fail("no variant has an evaluation")
     print(summary(rows))
     if options.output:
         draw(f"{options.output}.png", rows)

@@ -382,7 +382,6 @@ def play(args, seeds, episodes, policy, draw_noise, step):
     settings = replace(args, num_seeds=len(seeds), eval_episodes=episodes, eval_workers=1)
     evaluator = rollout.Evaluator(settings, seeds, torch.device("cpu"), Path())
     played = evaluator(policy, draw_noise, step)
-    evaluator.close()
     return [{name: row[name] for name in ("success", "episode_length")} for row in played]
 
 
