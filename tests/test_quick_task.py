@@ -15,7 +15,7 @@ SUCCESS = {"value_flows": (0.5, 0.7), "bcfm_lambda=0": (0.1, 0.2), "num_samples=
 
 @pytest.fixture
 def program(monkeypatch):
-    """Stands in for the main programs: each call's words, and what the next do ("die", "diverge", "diverge at once")."""
+    """Stands in for the main programs: each call's words, and what the next ones do ("die", "diverge", "at once")."""
     calls, moods = [], []
 
     def run(command, cwd, env, stdout, stderr, check):
@@ -34,7 +34,7 @@ def program(monkeypatch):
             for step in steps
             for seed in (0, 1)
         ]
-        if mood == "diverge at once":
+        if mood == "at once":
             stdout.write("error: critic/critic_loss is nan at step 1 (seed 0); training stops; a checkpoint in x\n")
             return subprocess.CompletedProcess(command, 1)
         tables.write(run_dir / "eval.csv", rows)
@@ -100,12 +100,12 @@ def test_a_run_that_failed_is_continued_and_one_that_diverged_is_not(program, tm
 
 def test_a_run_without_any_evaluation_is_left_out(program, tmp_path, monkeypatch, capsys):
     _, moods = program
-    moods += ["", "diverge at once"]
+    moods += ["", "at once"]
     main(monkeypatch, "--variants", "value_flows", "value_flows:bcfm_lambda=0", "--seeds", 2, "--runs-dir", tmp_path)
     out, err = capsys.readouterr()
     assert "value_flows:bcfm_lambda=0 is left out: a loss is non-finite at step 1" in err
     assert "`value_flows`" in out and "bcfm" not in out
-    moods += ["diverge at once"]
+    moods += ["at once"]
     with pytest.raises(SystemExit) as stop:
         main(monkeypatch, "--variants", "c51", "--seeds", 2, "--runs-dir", tmp_path)
     assert stop.value.code == 2 and "no variant has an evaluation" in capsys.readouterr().err
