@@ -36,8 +36,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks import tables
-from common import draws, fail, graphs, num_cores, rollout, warn
+from common import fail, graphs, num_cores, rollout, warn
 from common.device import setup_torch
+from common.draws import CHUNK, Draws
 from common.replay import Replay
 from common.stacked import Stacked
 from common.workers import Workers
@@ -154,8 +155,8 @@ def prepare(algorithm, num_seeds, precision, cuda, quick):
         compiled, captured = VARIANTS[variant]
         make_agent = lambda: module.Agent(args, OBS_DIM, ACTION_DIM, -1.0, 0.0)
         agents = Stacked(make_agent, seeds, device, args.learning_rate)
-        chunk = draws.draw_chunk(agents.agent, args, seeds, N, 0, device)
-        inputs, numbers = lambda i: {name: value[i % draws.CHUNK] for name, value in chunk.items()}, itertools.count()
+        draw, numbers = Draws(agents.agent, args, seeds, N, device), itertools.count()
+        inputs = lambda i: draw(i % CHUNK)  # one chunk again and again: to draw it is not part of an update
         agents.compiled = compiled
         replay = Replay(dataset, num_seeds, 0)
         update = lambda inputs: module.update(agents, *replay.inputs(inputs))

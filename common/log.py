@@ -73,12 +73,11 @@ class Log:
         self.history = []
         now = time.perf_counter()
         if self.warming_up:
-            self.bar.n += len(history)
-            restart_estimate(self.bar)
+            self.bar.unpause()  # leaves the time since its last look out of the estimate
         else:
             self.seconds["training"] += now - self.last
             self.updates += len(history)
-            self.bar.update(len(history))
+        self.bar.update(len(history))
         self.warming_up, self.last = False, now
         return history[-1]
 
@@ -105,10 +104,10 @@ class Log:
         rows = [{"step": row["step"], "seed": row["seed"], "phase": phase} | row for row in rows]
         runs.append_rows(self.run_dir / "eval.csv", rows)
         log_wandb(self.wandb_runs, rows, "evaluation", rows[0]["step"])
+        if not self.updates:  # no update has counted yet
+            self.bar.unpause()
         success = " ".join(f"{row['success']:.2f}" for row in rows)
         self.bar.write(f"step {rows[0]['step']:>8}: success {success}" + (" (one per seed)" if len(rows) > 1 else ""))
-        if self.bar.n == self.bar.initial:  # no update has counted yet
-            restart_estimate(self.bar)
         plot_curve(self.run_dir)
 
     def state(self):
@@ -134,13 +133,6 @@ def check_finite(history, names, first_step, seeds, run_dir):
     update, loss, s = torch.nonzero(~torch.isfinite(history))[0].tolist()
     found = f"{names[loss]} is {history[update, loss, s].item()} at step {first_step + update} (seed {seeds[s]})"
     raise SystemExit(f"error: {found}; training stops; a checkpoint in {run_dir} is from an earlier step")
-
-
-def restart_estimate(bar):
-    """Lets the bar's pace count from now: the first update compiles, and its pace is not the run's."""
-    bar.initial = bar.last_print_n = bar.n
-    bar.start_t = bar.last_print_t = time.time()
-    bar.refresh()
 
 
 def result(run_dir):

@@ -18,7 +18,8 @@ from conftest import (
     update,
 )
 
-from common import draws, graphs
+from common import graphs
+from common.draws import Draws
 from common.stacked import Stacked
 
 pytestmark = pytest.mark.parametrize("algorithm", EVERY)
@@ -308,17 +309,19 @@ def test_a_file_of_ones_own_may_use_any_module(algorithm):
 def test_stacked_seeds_start_and_draw_as_each_seed_alone(algorithm, online):
     args, seeds = small_args(algorithm), [3, 4, 5]
     stacked = make_agents(args, seeds)
-    chunk = draws.draw_chunk(stacked.agent, args, seeds, 1000, 7, "cpu", online)
+    draw = Draws(stacked.agent, args, seeds, 1000, "cpu")
+    chunk = draw.chunk(7, online)
     for s, seed in enumerate(seeds):
         alone = make_agents(args, (seed,))
         for name, parameter in stacked.parameters.items():
             assert torch.equal(parameter[s], alone.parameters[name][0]), name
-        for name, value in draws.draw_chunk(alone.agent, args, [seed], 1000, 7, "cpu", online).items():
+        for name, value in Draws(alone.agent, args, [seed], 1000, "cpu").chunk(7, online).items():
             assert torch.equal(chunk[name][:, s], value[:, 0]), name
     name = next(name for name in chunk if name not in ("indices", "act"))
     assert not torch.equal(chunk[name][:, 0], chunk[name][:, 1])
-    later = draws.draw_chunk(stacked.agent, args, seeds, 1000, 8, "cpu", online)
-    assert not torch.equal(chunk["indices"], later["indices"])
+    assert not torch.equal(chunk["indices"], draw.chunk(8, online)["indices"])
+    for name, value in draw(7 * 50 + 3, online).items():
+        assert torch.equal(value, chunk[name][3]), name
     assert ("act" in chunk) == online and chunk["indices"].shape == (50, 3, 6)
 
 

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, gradients, networks
 
 from benchmarks.studies import toy_2d
+from common.draws import CHUNK
 
 SMALL = toy_2d.ToyArgs(seeds=2, batch_size=8, width=8, depth=2, flow_steps=4)
 B = SMALL.batch_size
@@ -145,7 +146,7 @@ def test_solved_batches_repeat_and_hold_the_flows_end_points():
     data = toy_2d.make_points("moons", 100)
     agents = toy_2d.make_agents(SMALL, (1.0,), "cpu", B)
     inputs = torch.as_tensor(data.points), torch.as_tensor(data.rewards), SMALL.seeds
-    batches = [batch for batch, _ in islice(toy_2d.solved_batches(agents, *inputs), toy_2d.draws.CHUNK + 1)]
+    batches = [batch for batch, _ in islice(toy_2d.solved_batches(agents, *inputs), CHUNK + 1)]
     assert batches[0] is batches[-1]
     batch = batches[3]
     assert (batch["t"][:, :B] == 0).all() and (batch["t"][:, B:] > 0).all()

@@ -32,7 +32,8 @@ from benchmarks import tables
 from benchmarks.scores import interval_text
 from benchmarks.speed import module_of
 from benchmarks.studies.return_figures import return_samples
-from common import draws, fail
+from common import fail
+from common.draws import CHUNK, Draws
 from common.files import written_whole
 from common.stacked import Stacked
 
@@ -154,13 +155,12 @@ def train(module, args, mdp, updates, seeds, compiled=False):
     agents = Stacked(make_agent, seeds, "cpu", args.learning_rate)
     agents.compiled = compiled
     mdp = mdp | {"returns": rewards_to_go(mdp, args.gamma)}  # for EVOR's latents of the data
+    draw = Draws(agents.agent, args, seeds, len(rewards), "cpu")
     for step in range(updates):
-        if step % draws.CHUNK == 0:
-            chunk = draws.draw_chunk(agents.agent, args, seeds, len(rewards), step // draws.CHUNK, "cpu")
-        noise = {name: value[step % draws.CHUNK] for name, value in chunk.items()}
+        noise = draw(step)
         indices = noise.pop("indices")  # (S, B)
         metrics = module.update(agents, {key: value[indices] for key, value in mdp.items()}, noise)
-        if step % draws.CHUNK == 0 and not torch.isfinite(metrics["critic/critic_loss"]).all():
+        if step % CHUNK == 0 and not torch.isfinite(metrics["critic/critic_loss"]).all():
             return agents, step
     return agents, None
 

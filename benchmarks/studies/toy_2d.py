@@ -40,8 +40,9 @@ import torch
 import tyro
 
 import q_flow
-from common import draws, fail, num_cores
+from common import fail, num_cores
 from common.device import setup_torch
+from common.draws import CHUNK, Draws
 from common.stacked import Stacked
 
 METHODS = ("q_flow", "backprop", "one_step")
@@ -330,10 +331,11 @@ def draw_batches(agents, method, points, rewards, seeds):
     """
     args, device, S = agents.agent.args, points.device, len(agents.parameters["strength"])
     zeros = torch.zeros(S, args.batch_size, 1, device=device)
+    draw = Draws(agents.agent, args, range(seeds), len(points), device)
     for number in itertools.count(FIRST_CHUNK.get(method, METHODS_FIRST_CHUNK)):
-        chunk = draws.draw_chunk(agents.agent, args, range(seeds), len(points), number, device)
+        chunk = draw.chunk(number)
         chunk = {name: value.repeat(1, S // seeds, *[1] * (value.ndim - 2)) for name, value in chunk.items()}
-        for update in range(draws.CHUNK):
+        for update in range(CHUNK):
             noise = {name: value[update] for name, value in chunk.items()}
             indices = noise.pop("indices")  # (S, B)
             batch = {"observations": zeros, "next_observations": zeros, "actions": points[indices]}
@@ -347,7 +349,7 @@ def solved_batches(agents, *data_and_seeds):
         as draw_batches; batch also has x, t and end_points, (S, 2 * B, .).
     """
     solve, pool = agents.function("roll_out"), []
-    for batch, noise in itertools.islice(draw_batches(agents, "fit", *data_and_seeds), draws.CHUNK):
+    for batch, noise in itertools.islice(draw_batches(agents, "fit", *data_and_seeds), CHUNK):
         t = noise["value_time"]  # (S, B, 1)
         latents = (1 - t) * noise["value_action"] + t * batch["actions"]
         x = torch.cat([noise["next_action"], latents], dim=1)  # (S, 2 * B, A)
