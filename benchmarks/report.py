@@ -20,7 +20,7 @@ import tyro
 
 from benchmarks import scores, tables
 from benchmarks.tables import markdown
-from common import fail
+from common import fail, runs
 from common.curves import draw as draw_curve
 
 REPOSITORY = scores.ROOT.parent
@@ -398,19 +398,21 @@ def main(args):
     printed = [row for row in rows if row["method"] in args.methods]
     print(f"{measured_text(printed, reported)}\nReduced runs\n\n{reduced_table(printed)}")
     if args.output is not None:
-        Path(args.output).write_text(csv_text(rows))
+        runs.write_text(Path(args.output), csv_text(rows))
     if args.write:
         for name, blocks in documents(rows, reported).items():
             path = Path(args.docs) / name
+            if not path.is_file():
+                fail(f"--docs {args.docs} has no {name}")
             text = path.read_text()
             for block, content in blocks.items():
                 text = insert(text, block, content, path)
-            path.write_text(text)
+            runs.write_text(path, text)
         for method in scores.METHODS:
             drawn = [row for row in rows if row["method"] == method and row.get("members")]
             if drawn:
                 draw_curves(Path(args.docs) / "docs" / f"results_{method}.png", drawn[:PICTURE_TASKS], reported)
-        stored.write_text(csv_text(rows))
+        runs.write_text(stored, csv_text(rows))
         print(f"written: {stored}, README.md, docs/benchmarks.md and its pictures")
     if worse:
         print("verdicts that got worse:\n  " + "\n  ".join(worse), file=sys.stderr)

@@ -1,5 +1,6 @@
 """A run's arguments: the command line, published settings of the environment, a stored run's, and their checks."""
 
+import importlib.util
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 import tyro
 
 from common import checkpoint, envs, export, fail
+from common.files import check_writable
 
 # What may differ between a run and its continuation; everything else would change its numbers.
 LENGTHS = {"total_timesteps", "online_timesteps"}
@@ -78,6 +80,9 @@ def parse(Args, tuned, tuned_online, quick, inference=(), words=None):
         fail(f"--gamma {args.gamma} must lie between 0 and 1, --tau {args.tau} above 0 and at most 1")
     if saved is None:
         envs.check_env_id(args.env_id)
+        check_writable(args.runs_dir, "--runs-dir")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track: wandb is not installed; pip install -r requirements.txt")
     if "--cudagraphs" in (sys.argv if words is None else words) and not (args.cuda and torch.cuda.is_available()):
         print("note: --cudagraphs is ignored: there are no CUDA graphs on the CPU")
     return args, saved
@@ -101,6 +106,8 @@ def _of_stored_run(read, args, flag, may_change):
         fail(f"{length}: the run in {run_dir} is in its online phase already")
     if args.total_timesteps + args.online_timesteps < step:
         fail(f"{length} {_flag(args, 'online_timesteps')}: the run in {run_dir} is at step {step} already")
+    if args.total_timesteps < step <= stored.total_timesteps:
+        fail(f"{length}: the run in {run_dir} is at step {step} of its offline phase already")
     return args, saved
 
 

@@ -52,8 +52,9 @@ def find_dataset(args, make=True):
         command = [sys.executable, "-m", "common.generate", *flags]
         with only_one(path):  # the second of two processes finds everything made
             status = subprocess.run(command, env=python_environment()).returncode
-        if status != 0:
-            fail(f"collecting {name} failed (exit code {status}); its finished parts are kept, run again to continue")
+            if status != 0:
+                kept = "its finished parts are kept, run again to continue"
+                fail(f"collecting {name} failed (exit code {status}); {kept}")
     return path
 
 
@@ -72,6 +73,8 @@ def only_one(path):
         except BlockingIOError:
             print(f"waiting for another process that is making {path.name}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks
+            warn(f"{lock} cannot be locked ({error}): let no other process make {path.name}")
         yield
         lock.unlink(missing_ok=True)
 

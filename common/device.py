@@ -30,7 +30,7 @@ def setup_torch(args):
     if device.type == "cpu":  # glibc reuses large freed blocks: to give them back costs a quarter of an update's time
         with contextlib.suppress(OSError, AttributeError):  # another system's C library
             libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; before glibc 2.35 at most 32 MiB
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     sys.excepthook = functools.partial(explain_out_of_memory, args.num_seeds, device)
     return device

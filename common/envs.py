@@ -6,6 +6,7 @@ Imports neither torch nor anything that does: neither do the processes of `commo
 import difflib
 import os
 import re
+import sys
 import warnings
 
 import numpy as np
@@ -18,12 +19,15 @@ DATASET_TYPES |= dict.fromkeys(("pointmaze", "humanoidmaze", "antsoccer"), ("nav
 DATASET_TYPES["antmaze"] = ("navigate", "stitch", "explore")
 
 
+RENDERER = "egl" if sys.platform == "linux" else "glfw"  # of MuJoCo's; egl needs no display, macOS has none
+
+
 def import_ogbench(render=False):
     """Imports ogbench, which registers its environments; `render=False` spares state observations an OpenGL context.
 
     A `MUJOCO_GL` set by the user wins.
     """
-    os.environ.setdefault("MUJOCO_GL", "egl" if render else "disable")
+    os.environ.setdefault("MUJOCO_GL", RENDERER if render else "disable")
     warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")
     import ogbench
 

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from common import checkpoint, curves, envs, fail, versions
-from common.files import written_whole
+from common.files import check_writable, written_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS, CONFIG, CARD = "policy.safetensors", "config.json", "README.md"
@@ -75,6 +75,7 @@ def check(directory, saved, seed=None):
     seeds = list(range(args["seed"], args["seed"] + args["num_seeds"]))
     if seed is not None and seed not in seeds:
         fail(f"--export-seed {seed}: the run has seeds {seeds[0]} to {seeds[-1]}")
+    check_writable(directory, "--export")
     if directory.is_dir() and any(directory.iterdir()) and not (directory / WEIGHTS).exists():
         fail(f"--export {directory}: the folder holds something else; name a new or an empty one")
     return seeds

@@ -7,8 +7,11 @@ import os
 import pickle
 import zipfile
 import zlib
+from pathlib import Path
 
 from tqdm import tqdm
+
+from common import fail
 
 # What reading a damaged zip, npz or checkpoint file raises, by where the damage is.
 DAMAGE = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, MemoryError)
@@ -16,6 +19,14 @@ DAMAGE += (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
 BAR_DELAY = 5  # seconds before a check of a file shows its progress
 # A binary file whose reads move a progress bar.
 shown = functools.partial(tqdm.wrapattr, method="read", bytes=False, unit="B", unit_scale=True)
+
+
+def check_writable(directory, flag):
+    """Ends with exit code 2 unless the directory, which may be missing yet, can be written to; before any long work."""
+    path = Path(directory).absolute()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        fail(f"{flag} {directory}: {there} is not {'writable' if there.is_dir() else 'a directory'}")
 
 
 @contextlib.contextmanager

@@ -199,6 +199,12 @@ def _collect_part(dataset, seed, split, part_path, episodes):
     return len(arrays["terminals"])
 
 
+def _read(part):
+    """The arrays of a part; its file is closed, since a large set has more parts than a process may open."""
+    with np.load(part) as file:
+        return dict(file)
+
+
 def generate(
     dataset: str = "cube-single-play-v0",
     dataset_dir: str = "~/.ogbench/data",
@@ -241,9 +247,9 @@ def generate(
             with tqdm(total=rows, unit=" transitions", desc=f"collecting {path.stem}") as bar:
                 for number in pool.map(collect, todo, todo.values()):  # what fails cancels the rest
                     bar.update(number)
-            arrays = [np.load(part) for part in parts]
+            arrays = [_read(part) for part in parts]
             with written_whole(path) as file:
-                np.savez_compressed(file, **{k: np.concatenate([a[k] for a in arrays]) for k in arrays[0].files})
+                np.savez_compressed(file, **{k: np.concatenate([a[k] for a in arrays]) for k in arrays[0]})
             shutil.rmtree(directory)
     return train_path
 

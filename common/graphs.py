@@ -39,6 +39,8 @@ class FastUpdate:
         saved = [tensor.detach().clone() for tensor in state]
         while True:
             try:
+                if self.captured:
+                    self.known.clear()  # a run's phases do not come back; their graphs would keep their memory
                 self.known[key] = capture(update, draws, state) if self.captured else update
                 return self.known[key](draws)
             except Exception as error:  # torch has an exception for each way of failing

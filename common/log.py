@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import runs
+from common import fail, runs, warn
 from common.arguments import algorithm
 from common.curves import plot_curve, read_success
 
@@ -41,8 +41,11 @@ class Log:
         look = dict(desc="training", unit=" updates", smoothing=0, delay=1e-3, dynamic_ncols=True)
         self.bar = tqdm(total=args.total_timesteps + args.online_timesteps, initial=self.step, **look)
         self.warming_up = False
-        self.seconds, self.updates = {"training": 0.0, "evaluating": 0.0}, 0  # without warm-up
-        self.reported = 0, 0.0  # updates and seconds of the last row of timing.csv
+        self.seconds, self.updates = (
+            runs.seconds_so_far(self.run_dir),
+            0,
+        )  # of the run, of this program; without warm-up
+        self.reported = 0, self.seconds["training"]  # updates and seconds of the last row of timing.csv
         self.last = time.perf_counter()
 
     def training(self, step, metrics, warm_up=False):
@@ -53,6 +56,7 @@ class Log:
             warm_up: whether it compiled or captured; its time is left out of timing.csv and of the bar's estimate.
         """
         if self.history and self.names != list(metrics):
+            self.warming_up = self.warming_up or warm_up
             self.flush()
         self.step, self.names, self.warming_up = step, list(metrics), self.warming_up or warm_up
         self.history.append(torch.stack(tuple(metrics.values())))
@@ -108,7 +112,10 @@ class Log:
             self.bar.unpause()
         success = " ".join(f"{row['success']:.2f}" for row in rows)
         self.bar.write(f"step {rows[0]['step']:>8}: success {success}" + (" (one per seed)" if len(rows) > 1 else ""))
-        plot_curve(self.run_dir)
+        try:
+            plot_curve(self.run_dir)
+        except OSError as error:
+            warn(f"curve.png is not drawn anew ({error})")
 
     def state(self):
         """What a checkpoint needs of the run: where it comes from, and the sizes of its csv files."""
@@ -164,7 +171,10 @@ def start_wandb(args, run_dir):
     common = dict(project=args.wandb_project_name, entity=args.wandb_entity, group=name, dir=str(run_dir))
     common |= dict(resume="allow", reinit="create_new")
     seeds = range(args.seed, args.seed + args.num_seeds)
-    return [wandb.init(**common, id=f"{name}-{s}", name=f"{name}-s{s}", config=config | {"seed": s}) for s in seeds]
+    try:
+        return [wandb.init(**common, id=f"{name}-{s}", name=f"{name}-s{s}", config=config | {"seed": s}) for s in seeds]
+    except wandb.errors.Error as error:
+        fail(f"--track: {error}; `wandb login` first, or set WANDB_MODE=offline")
 
 
 def log_wandb(wandb_runs, rows, prefix, step):

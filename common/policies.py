@@ -8,6 +8,7 @@ import torch
 
 from common import envs, export, fail, rollout, runs
 from common.arguments import algorithm
+from common.files import check_writable
 from common.stacked import Stacked
 
 
@@ -108,6 +109,7 @@ def evaluate(Agent, args, saved, inference, device, acting=always_act):
         SystemExit: (code 2) before the evaluation, where inference.csv has other settings or the export is refused.
     """
     directory, step = Path(args.evaluate), saved["step"]
+    check_writable(directory, "--evaluate")  # inference.csv and videos go there
     if args.export is not None:
         export.check(args.export, saved, args.export_seed)  # before the evaluation, which takes long
     path, columns = directory / "inference.csv", ",".join([*inference, "episodes_seed"])
@@ -120,10 +122,10 @@ def evaluate(Agent, args, saved, inference, device, acting=always_act):
     rows = evaluator(agents.function(acting(args, step)), agents.agent.draw_act_noise, step)
     first = saved["args"]["seed"]
     rows = [settings | {"episodes_seed": row["seed"]} | row | {"seed": first + i} for i, row in enumerate(rows)]
-    runs.append_rows(path, rows)
     for row in rows:
         chosen = f", {settings}" if settings else ""
-        print(f"seed {row['seed']}: success {row['success']:.2f} at step {step}{chosen}")
+        print(f"seed {row['seed']}: success {row['success']:.2f} at step {step}{chosen}", flush=True)
+    runs.append_rows(path, rows)
     if args.capture_video:
         print(f"videos: {directory}/videos")
     if args.export is not None:

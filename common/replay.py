@@ -42,8 +42,8 @@ class Replay:
         return torch.full((), self.count, device=self.dataset["rewards"].device)
 
     def state(self):
-        """The online transitions for a checkpoint: {key: (S, at most M, ...)}."""
-        return {key: rows[:, : self.count].clone() for key, rows in self.rows.items()}
+        """The online transitions for a checkpoint, on the CPU: {key: (S, at most M, ...)}."""
+        return {key: rows[:, : self.count].to("cpu", copy=True) for key, rows in self.rows.items()}
 
     def restore(self, saved, count):
         """Takes over a checkpoint's online transitions, of which there have been `count` per seed."""

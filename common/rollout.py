@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import envs, pixels
+from common import envs, pixels, warn
 from common.workers import Workers
 
 EXPLORING = 2**32 - 1  # stands for the episode's number in the seeds of the online phase's episodes
@@ -114,7 +114,10 @@ class Evaluator:
             row = {"step": step, "seed": seed, "success": success, "episode_return": episode_return}
             rows.append(row | {"episode_length": length, "episodes": len(played)})
             if played[0].frames:
-                save_gif(self.video_dir / f"step{step}-seed{seed}.gif", played[0].frames)
+                try:
+                    save_gif(self.video_dir / f"step{step}-seed{seed}.gif", played[0].frames)
+                except OSError as error:
+                    warn(f"the video of seed {seed} is not saved ({error})")
         return rows
 
 

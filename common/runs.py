@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import io
 import itertools
 import json
@@ -23,9 +24,12 @@ def start_run(args, resumed, device, identity):
 
     An evaluation comes after the checkpoint of its step: where all its rows are there, they stay, and
     resumed["evaluated"] becomes that step. An unwritable directory, a dataset different from the checkpoint's, and csv
-    files that have lost rows since end the program with exit code 2.
+    files that have lost rows since end the program with exit code 2. So does a run that another process is training.
     """
-    run_dir = _new_directory(args) if resumed is None else _cut_back(args, resumed, identity)
+    run_dir = _new_directory(args) if resumed is None else Path(args.resume)
+    hold(run_dir)
+    if resumed is not None:
+        _cut_back(run_dir, args, resumed, identity)
     command = ["git", "rev-parse", "HEAD"]
     git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     info = {
@@ -54,9 +58,22 @@ def _new_directory(args):
             fail(f"--runs-dir {args.runs_dir} is not writable: {error}")
 
 
-def _cut_back(args, resumed, identity):
-    """The directory of --resume, its csv files as they were at the checkpoint; later rows will be written again."""
-    run_dir = Path(args.resume)
+def hold(run_dir):
+    """Locks a run's directory for as long as this process lives: two that train one run would mix their files.
+
+    Where another process has it, the program ends with exit code 2. A file system without locks has no such check.
+    """
+    directory = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"--resume {run_dir}: another process is training this run; let it end first")
+    except OSError:
+        pass
+
+
+def _cut_back(run_dir, args, resumed, identity):
+    """Takes the csv files of --resume back to the checkpoint; later rows will be written again."""
     if identity["sha256"] != resumed["dataset"]["sha256"]:
         fail(f"--resume {run_dir}: the run's dataset is {resumed['dataset']}, found here: {identity}")
     for name, size in resumed["csv_sizes"].items():
@@ -67,7 +84,6 @@ def _cut_back(args, resumed, identity):
             if name == "eval.csv" and (rows := evaluation_after(path, size, resumed["step"], args.num_seeds)):
                 size, resumed["evaluated"] = size + rows, resumed["step"]
             os.truncate(path, size)
-    return run_dir
 
 
 def evaluation_after(path, size, step, num_seeds):
@@ -104,6 +120,14 @@ def append_rows(path, rows):
             file.write(text.getvalue().encode())
     except OSError as error:
         raise SystemExit(f"error: could not write {path} ({error}); the last checkpoint is kept") from None
+
+
+def seconds_so_far(run_dir):
+    """{"training", "evaluating": seconds} of a run by the last row of its timing.csv; zeros where there is none."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError), open(run_dir / "timing.csv") as file:
+        rows = list(csv.DictReader(file))
+    return {kind: float(rows[-1][f"seconds_{kind}"]) if rows else 0.0 for kind in ("training", "evaluating")}
 
 
 def csv_sizes(run_dir):

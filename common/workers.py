@@ -43,7 +43,7 @@ class Workers:
         environment = python_environment()
         environment.setdefault("OMP_NUM_THREADS", "1")
         if render and environment.get("MUJOCO_GL") == "disable":
-            environment["MUJOCO_GL"] = "egl"
+            environment["MUJOCO_GL"] = envs.RENDERER
         for _ in range(num_workers):
             connection, child = Pipe()
             command = [sys.executable, "-m", "common.workers", str(child.fileno())]
@@ -105,21 +105,20 @@ def serve(connection):
     The first request is ("make", (slots, make_env's arguments)), replied with an episode's most steps. Every
     reply is (ok, value); a failure is replied as (False, traceback) and ends the worker.
     """
-    try:
-        while True:
+    ok = True
+    with contextlib.suppress(EOFError, OSError):  # the other end has closed, in the middle of a request or between two
+        while ok:
+            kind, values = connection.recv()
             try:
-                kind, values = connection.recv()
-            except EOFError:
-                return
-            if kind == "make":
-                slots, options = values
-                made = {slot: envs.make_env(*options) for slot in slots}
-                reply = made[slots[0]].spec.max_episode_steps
-            else:
-                reply = {slot: _answer(made[slot], kind, value) for slot, value in values.items()}
-            connection.send((True, reply))
-    except BaseException:
-        connection.send((False, traceback.format_exc()))
+                if kind == "make":
+                    slots, options = values
+                    made = {slot: envs.make_env(*options) for slot in slots}
+                    reply = made[slots[0]].spec.max_episode_steps
+                else:
+                    reply = {slot: _answer(made[slot], kind, value) for slot, value in values.items()}
+            except BaseException:
+                ok, reply = False, traceback.format_exc()
+            connection.send((ok, reply))
 
 
 def _answer(env, kind, value):

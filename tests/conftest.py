@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -85,6 +86,7 @@ def shared(tmp_path_factory):
         directory, made = base / f"shared-{name}", base / f"shared-{name}.made"
         with only_one(directory):
             if not made.exists():
+                shutil.rmtree(directory, ignore_errors=True)  # what a maker that failed has left
                 directory.mkdir()
                 make(directory)
                 made.touch()

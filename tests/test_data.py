@@ -1,6 +1,7 @@
 """Collected datasets: repeatable, readable by OGBench, rewards right; damaged files are refused by name and key."""
 
 import hashlib
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import ogbench
 import pytest
 from conftest import ALGORITHMS, assert_refused, parse
 
+import floq
 from common import datasets, envs, generate
 
 
@@ -156,6 +158,33 @@ def test_processes_that_start_together_share_one_collection(tmp_path):
     assert sum("waiting for another process" in out for out, _ in outputs) >= 1
     assert sum("100%" in err for _, err in outputs) == 1
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".npz", ".npz"]
+
+
+def test_a_failed_collection_keeps_its_lock_for_those_that_wait(tmp_path, monkeypatch, capsys):
+    sizes = dict(dataset_source="generated", generated_episodes=30, dataset_dir=str(tmp_path))
+    args = floq.Args(env_id="pointmaze-medium-navigate-singletask-v0", **sizes)
+    monkeypatch.setattr(datasets.subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 3))
+    with pytest.raises(SystemExit) as stop:
+        datasets.find_dataset(args)
+    assert stop.value.code == 2 and "failed (exit code 3)" in capsys.readouterr().err
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]  # a new file would be another lock
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def flock(file, mode):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(datasets.fcntl, "flock", flock)
+    with datasets.only_one(tmp_path / "set.npz"):
+        pass
+    assert "cannot be locked" in capsys.readouterr().err
+
+
+def test_parts_of_a_collection_are_closed_when_read(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.arange(3))
+    before = os.listdir("/proc/self/fd")
+    parts = [generate._read(tmp_path / "a.npz") for _ in range(5)]
+    assert len(os.listdir("/proc/self/fd")) == len(before) and all((part["x"] == np.arange(3)).all() for part in parts)
 
 
 def rewritten(source, target, **changes):

@@ -168,9 +168,30 @@ def test_what_there_is_decides(stub_job):
     assert state.choose(stub_job) == ("resume", cut)  # a longer run goes on from a shorter one
     stub_job.args = stub_job.args | {"total_timesteps": 10}
     assert state.choose(stub_job) == ("new", None)
-    stub_job.args = stub_job.args | {"total_timesteps": 20}
+    for lengths in ((15, 10), (20, 10), (30, 10)):  # another online phase is another job's run
+        stub_job.args = stub_job.args | dict(zip(("total_timesteps", "online_timesteps"), lengths))
+        assert state.choose(stub_job) == ("new", None)
+    stub_job.args = stub_job.args | {"total_timesteps": 20, "online_timesteps": 0}
     stub_job.identity = stub_job.identity | {"num_seeds": 3}
     assert state.choose(stub_job) == ("new", None)
+
+
+def test_a_job_continues_to_its_own_lengths(stub_job, monkeypatch):
+    """A stored run's lengths are its own: without the job's the program would end where the run does, at once."""
+    words = local.command(stub_job, "python", "resume", Path("run"))
+    assert words[2:] == ["--resume", "run", "--total-timesteps", "20", "--online-timesteps", "0", *stub_job.words]
+    online = [dict(zip(("total_timesteps", "online_timesteps"), lengths)) for lengths in ((20, 20), (10, 20), (30, 20))]
+    run_dir = stub_job.runs_dir / f"{stub_job.env_id}__stub__0__1"
+    run_dir.mkdir()
+    info = {"algorithm": "stub_algorithm", "args": stub_job.args | online[0]}
+    (run_dir / "args.json").write_text(json.dumps(info))
+    for step, fits in ((5, [True, True, True]), (15, [True, False, True]), (25, [True, False, False])):
+        (run_dir / "eval.csv").write_text(f"step,seed,success\n{step},0,0.5\n{step},1,0.5\n")
+        found = []
+        for lengths in online:  # the border between the phases may not move past the run
+            stub_job.args = stub_job.args | lengths
+            found.append(state.find_runs(stub_job)[0].fits)
+        assert found == fits, step
 
 
 # --- On this machine ---

@@ -320,6 +320,13 @@ def test_floq_is_compared_after_two_million_updates(tmp_path):
     assert collect_results.read_run(other)[0]["changed"] == {"total_timesteps": 2_000_000}
 
 
+def test_a_run_too_short_for_a_row_of_timing_is_collected(tmp_path):
+    directory = write_run(tmp_path / "a", [0.9])
+    assert collect_results.read_run(directory)[0]["seconds"] == {"training": 10000.0, "evaluating": 500.0}
+    (directory / "timing.csv").unlink()
+    assert collect_results.read_run(directory)[0]["seconds"] == {"training": 0.0, "evaluating": 0.0}
+
+
 def test_evor_is_compared_with_nothing(tmp_path):
     """Its one published number is of 25 unnamed tasks; another label than the paper's is no published setting."""
     run_dirs = [

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ENV_ID, make_expert, parse, small_args
 
-from common import envs, rollout
+from common import envs, rollout, workers
 from common.stacked import Stacked
 
 
@@ -154,6 +154,21 @@ def test_a_killed_worker_is_an_error_and_not_a_hang():
 def test_a_failing_worker_is_an_error_with_its_traceback():
     with pytest.raises(RuntimeError, match="(?s)worker . failed.*Traceback.*Error"):
         evaluate(start(), lambda observations, noise: torch.zeros(*observations.shape[:2], 7))
+
+
+@pytest.mark.parametrize("closed", ["recv", "send"])
+def test_a_worker_leaves_quietly_when_nobody_listens(closed):
+    class Connection:
+        def recv(self):
+            if closed == "recv":
+                raise ConnectionResetError
+            return "unknown", {}
+
+        def send(self, reply):
+            assert reply == (True, {})
+            raise BrokenPipeError
+
+    workers.serve(Connection())
 
 
 def test_an_evaluation_can_be_given_up():

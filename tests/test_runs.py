@@ -1,7 +1,7 @@
 """Runs as a user starts them: equal csv files, resume after SIGKILL and SIGTERM, bad input, faults while training."""
 
 import dataclasses
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -30,7 +30,7 @@ from conftest import (
     wait_for_row,
 )
 
-from common import checkpoint, export, log, python_environment, runs
+from common import checkpoint, export, files, log, python_environment, runs
 from common.arguments import algorithm
 from common.stacked import Stacked
 
@@ -379,7 +379,42 @@ def test_no_number_of_an_algorithm_may_be_negative(algorithm, capsys):
 
 def test_unwritable_run_directory(flags, tmp_path):
     (tmp_path / "file").write_text("")
-    assert_refused("floq", [*flags, "--runs-dir", tmp_path / "file"], "--runs-dir")
+    nowhere = [*flags, "--dataset-path", "/no/file", "--runs-dir", tmp_path / "file" / "runs"]
+    assert_refused("floq", nowhere, f"--runs-dir {tmp_path}/file/runs: {tmp_path}/file is not a directory")
+
+
+def test_a_directory_is_looked_at_before_it_is_needed(tmp_path, monkeypatch, capsys):
+    files.check_writable(tmp_path / "new" / "directory", "--x")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(SystemExit) as stop:
+        files.check_writable(tmp_path / "new", "--x")
+    assert stop.value.code == 2 and f"--x {tmp_path}/new: {tmp_path} is not writable" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_train_one_run(tmp_path, capsys):
+    code = f"import sys; from common import runs; runs.hold({str(tmp_path)!r}); print(1, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "1\n"
+    with pytest.raises(SystemExit) as stop:
+        runs.hold(tmp_path)
+    assert stop.value.code == 2 and "another process is training this run" in capsys.readouterr().err
+    process.communicate()
+    runs.hold(tmp_path)
+
+
+def test_the_seconds_of_a_run_continue(tmp_path):
+    assert runs.seconds_so_far(tmp_path) == {"training": 0.0, "evaluating": 0.0}
+    runs.append_rows(tmp_path / "timing.csv", [{"step": 9, "seconds_training": "1.5", "seconds_evaluating": "2.0"}] * 2)
+    assert runs.seconds_so_far(tmp_path) == {"training": 1.5, "evaluating": 2.0}
+
+
+def test_wandb_is_asked_for_before_the_data_are(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        parse("floq", "--track")
+    assert stop.value.code == 2 and "--track: wandb is not installed" in capsys.readouterr().err
 
 
 def test_unreachable_host_names_the_ways_out(tmp_path):
@@ -392,6 +427,8 @@ def test_resume_with_contradicting_arguments_lists_them(finished, tmp_path):
     both = ("--gamma 0.9 (the run has 0.99)", "--batch-size 32 (the run has 16)")
     assert_refused("floq", ["--resume", finished, "--gamma", 0.9, "--batch-size", 32], *both)
     assert_refused("floq", ["--resume", finished, "--total-timesteps", 100], "is at step 420 already")
+    words = ["--resume", finished, "--total-timesteps", 300, "--online-timesteps", 400]
+    assert_refused("floq", words, "is at step 420 of its offline phase already")  # else 120 online rows would be zeros
     assert_refused("floq", ["--resume", tmp_path], "no usable checkpoint")
 
 

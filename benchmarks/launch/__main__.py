@@ -13,12 +13,12 @@ import shlex
 import shutil
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from benchmarks.launch import local, slurm, state
 from benchmarks.launch.jobs import make_jobs
 from common import fail, num_cores
+from common.files import check_writable
 
 
 @dataclass
@@ -65,10 +65,7 @@ def main():
         return slurm.show(jobs, options.watch)
     if options.executor == "print":
         return print_commands(jobs)
-    try:
-        (Path(options.runs_dir) / "launch").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--runs-dir {options.runs_dir} is not writable: {error}")
+    check_writable(options.runs_dir, "--runs-dir")
     prepare(jobs, on_slurm)
     if on_slurm:
         return slurm.run(jobs, options)

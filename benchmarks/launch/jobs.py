@@ -43,9 +43,9 @@ class Job:
     restarts: int = 0
 
     @property
-    def last_step(self):
-        """The step of the last evaluation."""
-        return self.args["total_timesteps"] + self.args["online_timesteps"]
+    def lengths(self):
+        """Updates of the offline and of the online phase; their sum is the step of the last evaluation."""
+        return self.args["total_timesteps"], self.args["online_timesteps"]
 
     @property
     def folder(self):

@@ -32,9 +32,9 @@ def find_devices(wanted, num_gpus):
 
 
 def command(job, python, action, run_dir):
-    """The words of the command that starts or continues a job; action, run_dir: of `state.choose`."""
-    resume = ["--resume", str(run_dir)] if action == "resume" else []
-    return [python, str(job.file), *resume, *job.words]
+    """The words of the command that starts or continues a job, to its lengths; action, run_dir: of `state.choose`."""
+    resume = ["--resume", run_dir, "--total-timesteps", job.lengths[0], "--online-timesteps", job.lengths[1]]
+    return [python, str(job.file), *(map(str, resume) if action == "resume" else ()), *job.words]
 
 
 def missing_space(job):

@@ -21,8 +21,9 @@ def find_runs(job):
     """The job's runs, oldest first: same algorithm, environment, seeds and arguments, but those that a continuation may
     change; started by this launcher or by hand.
 
-    Each has path, step (the last one in its csv files), success (of its last evaluation) and rate (updates per second),
-    and is finished if it has the job's length and an evaluation of every seed at the end.
+    Each has path, step (the last one in its csv files), success (of its last evaluation), rate (updates per second),
+    is finished if it has the job's lengths and an evaluation of every seed at the end, and fits if its continuation to
+    the job's lengths is the job. A run of another online phase does not: it is another job's.
     """
     runs = []
     for path in job.runs_dir.glob(glob.escape(f"{job.env_id}__{job.args['exp_name']}__{job.seeds[0]}__") + "*"):
@@ -36,10 +37,12 @@ def find_runs(job):
         last = [float(row["success"]) for row in evaluations if row["step"] == evaluations[-1]["step"]]
         success = sum(last) / len(last) if last else None
         rate = float(timing[-1]["updates_per_second"]) if timing else None
-        ended = {int(row["seed"]) for row in evaluations if int(row["step"]) == job.last_step}
-        as_long = all(args[name] == job.args[name] for name in ("total_timesteps", "online_timesteps"))
-        finished = as_long and ended >= set(job.seeds)
-        runs.append(SimpleNamespace(path=path, step=step, success=success, rate=rate, finished=finished))
+        ended = {int(row["seed"]) for row in evaluations if int(row["step"]) == sum(job.lengths)}
+        lengths = args["total_timesteps"], args["online_timesteps"]
+        finished = lengths == job.lengths and ended >= set(job.seeds)
+        same_border = lengths[0] == job.lengths[0] or step <= min(lengths[0], job.lengths[0])  # of the phases
+        fits = lengths[1] == job.lengths[1] and same_border and step <= sum(job.lengths)
+        runs.append(SimpleNamespace(path=path, step=step, success=success, rate=rate, finished=finished, fits=fits))
     return sorted(runs, key=lambda run: (len(run.path.name), run.path.name))  # the name ends with the time
 
 
@@ -58,8 +61,8 @@ def choose(job):
     """
     if finished := refresh(job):
         return "skip", finished
-    runs = [run for run in find_runs(job) if run.step <= job.last_step]
-    for run in sorted(runs, key=lambda run: run.step)[::-1]:  # of equal steps, the newest first
+    fitting = sorted((run for run in find_runs(job) if run.fits), key=lambda run: run.step)
+    for run in fitting[::-1]:  # of equal steps, the newest first
         for path in run.path.glob("checkpoint*.pt"):
             with contextlib.suppress(*DAMAGE):  # it must be whole; torch, which takes seconds to import, is not needed
                 check_zip(path)

@@ -16,7 +16,7 @@ def cells(job):
     seeds = "-".join(map(str, dict.fromkeys((job.seeds[0], job.seeds[-1]))))
     success = "" if job.success is None else f"{job.success:.2f}"
     rate = "" if job.rate is None else f"{job.rate:.4g}"
-    step = f"{job.step:,}/{job.last_step:,}"
+    step = f"{job.step:,}/{sum(job.lengths):,}"
     return job.file.stem, job.env_id, seeds, job.state, step, success, rate, str(job.restarts), job.note
 
 
