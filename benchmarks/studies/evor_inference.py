@@ -120,7 +120,8 @@ def draw(path, rows, base):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 3.2), layout="constrained")
-    panels = dict(zip(SWEEPS, figure.subplots(1, len(SWEEPS), sharey=True)))
+    sweeps = [name for name in SWEEPS if any(row["sweep"] == name for row in rows)]
+    panels = dict(zip(sweeps, figure.subplots(1, len(sweeps), sharey=True, squeeze=False)[0]))
     for name, axes in panels.items():
         chosen = [row for row in rows if row["sweep"] == name]
         for candidates in sorted({row["num_actions"] for row in chosen}) if name == "action_noise" else [None]:
@@ -135,12 +136,12 @@ def draw(path, rows, base):
         axes.axvline(base[name], color="grey", linestyle=":", linewidth=1)
         axes.set(xlabel=LABELS[name], ylim=(-3, 103))
         axes.grid(alpha=0.3)
-    for name in ("num_actions", "num_returns"):
+    for name in {"num_actions", "num_returns"} & panels.keys():
         panels[name].set_xscale("log", base=2)
-    for name in ("tau_q", "tau_r"):
+    for name in {"tau_q", "tau_r"} & panels.keys():
         panels[name].set_xscale("log")
-    panels["num_actions"].set_ylabel("success (%)")
-    if any(row["sweep"] == "action_noise" for row in rows):
+    panels[sweeps[0]].set_ylabel("success (%)")
+    if "action_noise" in panels:
         panels["action_noise"].legend(fontsize="small")
     others = ", ".join(f"{name} {value:g}" for name, value in base.items() if name != "action_noise")
     figure.suptitle(f"one checkpoint; dotted: the run's settings ({others})", fontsize="medium")
