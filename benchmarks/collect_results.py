@@ -91,15 +91,15 @@ def read_run(run_dir):
             f"{run_dir} is unfinished: it has no eval.csv; go on with python {info['algorithm']}.py --resume {run_dir}"
         )
     scores.read_evaluations(path, info["args"])
-    evaluations = path.read_bytes()
     info["settings"], info["changed"] = settings(info["args"]), changed_settings(info)
-    path, columns = run_dir / "timing.csv", ["step", "updates_per_second", "seconds_training", "seconds_evaluating"]
-    timing = tables.read_exactly(path, columns) if path.exists() else []  # a run may be too short for a row
+    columns = ["step", "updates_per_second", "seconds_training", "seconds_evaluating"]
+    timed = (run_dir / "timing.csv").exists()  # a run may be too short for a row
+    timing = tables.read_exactly(run_dir / "timing.csv", columns) if timed else []
     last = timing[-1][1] if timing else dict.fromkeys(columns, 0)
     info["seconds"] = {kind: float(last[f"seconds_{kind}"]) for kind in ("training", "evaluating")}
     for name in ("runs_dir", "dataset_dir", "dataset_path", "resume", "wandb_entity"):
         info["args"].pop(name, None)  # places of the machine that made it
-    return info, evaluations
+    return info, path.read_bytes()
 
 
 def run_name(info):

@@ -20,8 +20,9 @@ import tyro
 
 from benchmarks import scores, tables
 from benchmarks.tables import markdown
-from common import fail, runs
+from common import fail
 from common.curves import draw as draw_curve
+from common.runs import write_text
 
 REPOSITORY = scores.ROOT.parent
 TITLES = {"floq": "floq", "value_flows": "Value Flows", "q_flow": "Q-Flow", "evor": "EVOR"}
@@ -398,7 +399,7 @@ def main(args):
     printed = [row for row in rows if row["method"] in args.methods]
     print(f"{measured_text(printed, reported)}\nReduced runs\n\n{reduced_table(printed)}")
     if args.output is not None:
-        runs.write_text(Path(args.output), csv_text(rows))
+        write_text(Path(args.output), csv_text(rows))
     if args.write:
         for name, blocks in documents(rows, reported).items():
             path = Path(args.docs) / name
@@ -407,12 +408,12 @@ def main(args):
             text = path.read_text()
             for block, content in blocks.items():
                 text = insert(text, block, content, path)
-            runs.write_text(path, text)
+            write_text(path, text)
         for method in scores.METHODS:
             drawn = [row for row in rows if row["method"] == method and row.get("members")]
             if drawn:
                 draw_curves(Path(args.docs) / "docs" / f"results_{method}.png", drawn[:PICTURE_TASKS], reported)
-        runs.write_text(stored, csv_text(rows))
+        write_text(stored, csv_text(rows))
         print(f"written: {stored}, README.md, docs/benchmarks.md and its pictures")
     if worse:
         print("verdicts that got worse:\n  " + "\n  ".join(worse), file=sys.stderr)

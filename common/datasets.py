@@ -16,7 +16,7 @@ import torch
 
 from common import envs, fail, generate, pixels, python_environment, warn
 from common.download import KNOWN, download
-from common.files import DAMAGE, sha256_of
+from common.files import DAMAGE, sha256_of, try_lock
 
 
 def load(args, device):
@@ -68,13 +68,9 @@ def only_one(path):
     except OSError as error:
         fail(f"--dataset-dir {path.parent} is not writable: {error}")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file, lock):
             print(f"waiting for another process that is making {path.name}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # a file system without locks
-            warn(f"{lock} cannot be locked ({error}): let no other process make {path.name}")
         yield
         lock.unlink(missing_ok=True)
 

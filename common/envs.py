@@ -17,8 +17,6 @@ from common import fail
 DATASET_TYPES = dict.fromkeys(("cube", "scene", "puzzle"), ("play", "noisy"))
 DATASET_TYPES |= dict.fromkeys(("pointmaze", "humanoidmaze", "antsoccer"), ("navigate", "stitch"))
 DATASET_TYPES["antmaze"] = ("navigate", "stitch", "explore")
-
-
 RENDERER = "egl" if sys.platform == "linux" else "glfw"  # of MuJoCo's; egl needs no display, macOS has none
 
 

@@ -1,6 +1,7 @@
 """Files that are whole or not there: how they are written, and what finds that one is damaged."""
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import fail
+from common import fail, warn
 
 # What reading a damaged zip, npz or checkpoint file raises, by where the damage is.
 DAMAGE = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, MemoryError)
@@ -21,12 +22,27 @@ BAR_DELAY = 5  # seconds before a check of a file shows its progress
 shown = functools.partial(tqdm.wrapattr, method="read", bytes=False, unit="B", unit_scale=True)
 
 
-def check_writable(directory, flag):
-    """Ends with exit code 2 unless the directory, which may be missing yet, can be written to; before any long work."""
-    path = Path(directory).absolute()
-    there = next(place for place in (path, *path.parents) if place.exists())
+def check_writable(path, flag):
+    """Ends with exit code 2 unless `path`, which may be missing yet, is in a place to write to."""
+    absolute = Path(path).absolute()
+    there = next(place for place in (absolute, *absolute.parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        fail(f"{flag} {directory}: {there} is not {'writable' if there.is_dir() else 'a directory'}")
+        reason = "forbids it" if there.is_dir() else "is not a directory"
+        fail(f"{flag} {path} is not writable: {there} {reason}")
+
+
+def try_lock(file, path):
+    """Locks an open file until that is closed; False if another process has the lock.
+
+    On a file system without locks a warning says that processes do not notice each other; `path` is for it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        warn(f"{path} cannot be locked ({error}): two processes would not notice each other")
+    return True
 
 
 @contextlib.contextmanager

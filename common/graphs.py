@@ -25,7 +25,7 @@ class FastUpdate:
             shorter = "up to two minutes, less in later runs (disable with --no-compile)"
             print(f"compiling the losses in the first update: {shorter}", flush=True)
         self.captured = cudagraphs and device.type == "cuda"
-        self.known = {}  # an update for each set of inputs and options
+        self.known = {}  # an update for each set of inputs and options; of captured ones the last only
         self.new = False  # whether the last call compiled or captured, and so took longer than an update does
 
     def __call__(self, draws, *options):

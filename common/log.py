@@ -41,10 +41,8 @@ class Log:
         look = dict(desc="training", unit=" updates", smoothing=0, delay=1e-3, dynamic_ncols=True)
         self.bar = tqdm(total=args.total_timesteps + args.online_timesteps, initial=self.step, **look)
         self.warming_up = False
-        self.seconds, self.updates = (
-            runs.seconds_so_far(self.run_dir),
-            0,
-        )  # of the run, of this program; without warm-up
+        self.updates = 0  # of this process, without warm-up
+        self.seconds = runs.seconds_so_far(self.run_dir)  # of the run, without warm-up
         self.reported = 0, self.seconds["training"]  # updates and seconds of the last row of timing.csv
         self.last = time.perf_counter()
 
@@ -56,7 +54,7 @@ class Log:
             warm_up: whether it compiled or captured; its time is left out of timing.csv and of the bar's estimate.
         """
         if self.history and self.names != list(metrics):
-            self.warming_up = self.warming_up or warm_up
+            self.warming_up = self.warming_up or warm_up  # it compiled since the last flush
             self.flush()
         self.step, self.names, self.warming_up = step, list(metrics), self.warming_up or warm_up
         self.history.append(torch.stack(tuple(metrics.values())))

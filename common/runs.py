@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import fcntl
 import io
 import itertools
 import json
@@ -16,7 +15,7 @@ import torch
 
 from common import fail, versions
 from common.arguments import algorithm
-from common.files import written_whole
+from common.files import try_lock, written_whole
 
 
 def start_run(args, resumed, device, identity):
@@ -61,15 +60,10 @@ def _new_directory(args):
 def hold(run_dir):
     """Locks a run's directory for as long as this process lives: two that train one run would mix their files.
 
-    Where another process has it, the program ends with exit code 2. A file system without locks has no such check.
+    Where another process has it, the program ends with exit code 2.
     """
-    directory = os.open(run_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(os.open(run_dir, os.O_RDONLY), run_dir):  # the number is not closed before the process ends
         fail(f"--resume {run_dir}: another process is training this run; let it end first")
-    except OSError:
-        pass
 
 
 def _cut_back(run_dir, args, resumed, identity):

@@ -176,7 +176,7 @@ def test_what_there_is_decides(stub_job):
     assert state.choose(stub_job) == ("new", None)
 
 
-def test_a_job_continues_to_its_own_lengths(stub_job, monkeypatch):
+def test_a_job_continues_to_its_own_lengths(stub_job):
     """A stored run's lengths are its own: without the job's the program would end where the run does, at once."""
     words = local.command(stub_job, "python", "resume", Path("run"))
     assert words[2:] == ["--resume", "run", "--total-timesteps", "20", "--online-timesteps", "0", *stub_job.words]

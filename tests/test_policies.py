@@ -221,7 +221,7 @@ def test_what_is_no_policy_is_refused(exported, tmp_path):
     assert_refused("floq", words, "--export-seed 4: the run has seeds 0 to 1")
     (tmp_path / "file").touch()
     words = ["--evaluate", run_dir, "--export", tmp_path / "file"]
-    assert_refused("floq", words, f"--export {tmp_path}/file: {tmp_path}/file is not a directory")
+    assert_refused("floq", words, f"--export {tmp_path}/file is not writable: {tmp_path}/file is not a directory")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/README.md").write_text("mine")
     before = (run_dir / "inference.csv").read_bytes()

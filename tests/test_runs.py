@@ -179,7 +179,7 @@ def test_a_copy_is_an_algorithm_of_its_own(name, tmp_path, monkeypatch):
 def test_a_copied_file_trains_resumes_evaluates_and_launches(maze_data, tmp_path):
     """`cp floq.py my_floq.py` and start: killed and resumed, its run equals the uninterrupted and the original's.
 
-    One of the four: their main programs are the same text, and what a copy is called is looked at above.
+    One of the four: their main programs differ in a few lines, none of which names the file.
     """
     name = "floq"
     copy = ROOT / f"my_{name}_{os.getpid()}.py"
@@ -379,8 +379,9 @@ def test_no_number_of_an_algorithm_may_be_negative(algorithm, capsys):
 
 def test_unwritable_run_directory(flags, tmp_path):
     (tmp_path / "file").write_text("")
-    nowhere = [*flags, "--dataset-path", "/no/file", "--runs-dir", tmp_path / "file" / "runs"]
-    assert_refused("floq", nowhere, f"--runs-dir {tmp_path}/file/runs: {tmp_path}/file is not a directory")
+    path = tmp_path / "file"
+    nowhere = [*flags, "--dataset-path", "/no/file", "--runs-dir", path / "runs"]
+    assert_refused("floq", nowhere, f"--runs-dir {path}/runs is not writable: {path} is not a directory")
 
 
 def test_a_directory_is_looked_at_before_it_is_needed(tmp_path, monkeypatch, capsys):
@@ -389,7 +390,8 @@ def test_a_directory_is_looked_at_before_it_is_needed(tmp_path, monkeypatch, cap
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(SystemExit) as stop:
         files.check_writable(tmp_path / "new", "--x")
-    assert stop.value.code == 2 and f"--x {tmp_path}/new: {tmp_path} is not writable" in capsys.readouterr().err
+    message = f"--x {tmp_path}/new is not writable: {tmp_path} forbids it"
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_two_processes_do_not_train_one_run(tmp_path, capsys):

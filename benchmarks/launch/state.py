@@ -13,8 +13,7 @@ from types import SimpleNamespace
 
 from benchmarks.launch.jobs import absolute
 from benchmarks.tables import read_rows
-from common import warn
-from common.files import DAMAGE, check_zip
+from common.files import DAMAGE, check_zip, try_lock
 
 
 def find_runs(job):
@@ -101,14 +100,10 @@ def take_lock(job):
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     file = open(job.folder / "lock", "a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError as error:  # a file system without locks
-        warn(f"{job.folder}/lock cannot be locked ({error}): two launchers would not notice each other")
-    return file
+    if try_lock(file, file.name):
+        return file
+    file.close()
+    return None
 
 
 def locked_by(job):

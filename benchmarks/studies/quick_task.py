@@ -41,6 +41,7 @@ from benchmarks import tables
 from benchmarks.scores import interval, interval_text
 from benchmarks.studies.return_accuracy import parse_variant
 from common import arguments, curves, export, fail, python_environment, runs, warn
+from common.files import check_writable
 
 MARGIN = 10.0  # points of success
 FILES = ("floq", "value_flows", "q_flow", "evor", "fql", "c51", "iqn")
@@ -95,11 +96,8 @@ def run(variant, options):
     name = f"{variant}-{options.seeds}-{options.updates or 'quick'}-{options.episodes}"
     folder = Path(options.runs_dir).resolve() / re.sub(r"[^\w.=-]+", "_", name)
     log = folder / "log.txt"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        log.touch()
-    except OSError as error:
-        fail(f"--runs-dir {options.runs_dir} is not writable: {error}")
+    folder.mkdir(parents=True, exist_ok=True)
+    log.touch()
     latest = lambda: max((path.parent for path in folder.glob("*/args.json")), default=None)
     stopped_at = lambda: int(found[1]) if (found := NON_FINITE.search(log.read_text())) else None
     run_dir = latest()
@@ -193,12 +191,10 @@ def main():
     variants = list(options.variants) or GRIDS[options.grid]
     for variant in variants:
         parse_variant(variant, FILES)
+    check_writable(options.runs_dir, "--runs-dir")
     if options.output:
-        try:
-            Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-            Path(f"{options.output}.csv").touch()
-        except OSError as error:
-            fail(f"--output {options.output} is not writable: {error}")
+        check_writable(options.output, "--output")
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for variant in tqdm(variants, unit=" runs"):
         rows += measure(variant, *run(variant, options))
