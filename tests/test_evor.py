@@ -388,7 +388,7 @@ def test_evor_learns_a_two_mode_return_distribution():
 def test_evaluate_changes_the_choice_alone_and_repeats(online_runs):
     run_dir = online_runs["evor"]
     before = {name: (run_dir / name).read_bytes() for name in ("eval.csv", "train.csv", "checkpoint.pt")}
-    words = ("--evaluate", run_dir, "--num-actions", 2, "--tau-q", 0.1, "--eval-episodes", 3)
+    words = ("--evaluate", run_dir, "--num-actions", 2, "--tau-q", 0.1, "--eval-episodes", 2)
     done = [run("evor", *words) for _ in range(2)]
     assert "'num_actions': 2" in done[0].stdout
     rows = list(csv.DictReader(open(run_dir / "inference.csv")))

@@ -34,7 +34,7 @@ def exported(online_runs, tmp_path_factory):
         directory = tmp_path_factory.mktemp(name)
         run_dir, folder = directory / "run", directory / "folder"
         shutil.copytree(online_runs[name], run_dir)
-        run(name, "--evaluate", run_dir, "--eval-episodes", 3, "--export", folder)
+        run(name, "--evaluate", run_dir, "--eval-episodes", 2, "--export", folder)
         folders[name] = run_dir, folder
     return folders
 
@@ -42,7 +42,7 @@ def exported(online_runs, tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_exported_policy_scores_what_its_run_scores(name, exported):
     run_dir, folder = exported[name]
-    run(name, "--evaluate", folder, "--eval-episodes", 3)
+    run(name, "--evaluate", folder, "--eval-episodes", 2)
     assert (folder / "inference.csv").read_bytes() == (run_dir / "inference.csv").read_bytes()
     rows = read_csv(folder / "inference.csv")
     assert [row["seed"] for row in rows] == ["0", "1"] == [row["episodes_seed"] for row in rows]
@@ -88,7 +88,7 @@ def test_evaluate_changes_the_settings_of_acting(name, exported, tmp_path):
     _, folder = exported[name]
     shutil.copytree(folder, tmp_path / "folder", ignore=shutil.ignore_patterns("inference.csv"))
     flag, value = CHANGES[name]
-    run(name, "--evaluate", tmp_path / "folder", "--eval-episodes", 3, flag, value, "--export", tmp_path / "new")
+    run(name, "--evaluate", tmp_path / "folder", "--eval-episodes", 2, flag, value, "--export", tmp_path / "new")
     setting = flag[2:].replace("-", "_")
     assert [row[setting] for row in read_csv(tmp_path / "folder/inference.csv")] == [str(value)] * 2
     assert getattr(ALGORITHMS[name].load(tmp_path / "new").args, setting) == value

@@ -168,24 +168,24 @@ def test_bad_arguments(words, message):
 # --- A bandit with a known answer ---
 
 
-def improved_means(alphas, spread, num_seeds=2, num_updates=500):
-    """Mean actions (alphas,), over the seeds, of policies trained on actions N(0, spread^2) with reward a - a^2 / 2."""
+def improved_means(alphas, spread, num_updates=500):
+    """Mean actions (alphas,) of policies trained on actions N(0, spread^2) with reward a - a^2 / 2."""
     sizes = dict(batch_size=256, learning_rate=1e-3, tau=0.02, flow_steps=10, time_embed_dim=16)
     sizes |= dict(value_hidden_dims=(64, 64), actor_hidden_dims=(64, 64))
-    seeds, means = range(num_seeds), []
+    means = []
     for alpha in alphas:
-        agents = make_agents(small_args(**sizes, alpha=alpha), seeds, obs_dim=1, action_dim=1)
-        generator, shape = torch.Generator().manual_seed(0), (num_seeds, 256, 1)  # the same numbers for every alpha
+        agents = make_agents(small_args(**sizes, alpha=alpha), obs_dim=1, action_dim=1)
+        generator, shape = torch.Generator().manual_seed(0), (1, 256, 1)  # the same numbers for every alpha
         for number in range(num_updates):
             for group in agents.optimizer.param_groups:  # a rate that falls to zero averages the last updates' noise
                 group["lr"] = 1e-3 * (1 - number / num_updates)
-            noise = [agents.agent.draw_noise(generator, 1) for _ in seeds]
+            noise = agents.agent.draw_noise(generator, 1)
             actions = spread * torch.randn(shape, generator=generator)
             batch = {"observations": torch.zeros(shape), "next_observations": torch.zeros(shape), "actions": actions}
             batch |= {"rewards": (actions - actions.square() / 2).squeeze(-1), "masks": torch.zeros(shape[:2])}
-            update(agents, batch, {name: torch.cat([n[name] for n in noise]) for name in noise[0]})
-        noise = torch.randn(1, 20_000, 1, generator=generator).expand(num_seeds, -1, -1)
-        means.append(agents.function("act")(torch.zeros(num_seeds, 20_000, 1), noise).mean().item())
+            update(agents, batch, noise)
+        noise = torch.randn(1, 20_000, 1, generator=generator)
+        means.append(agents.function("act")(torch.zeros(noise.shape), noise).mean().item())
     return means
 
 
