@@ -394,7 +394,7 @@ def test_evaluate_changes_the_choice_alone_and_repeats(online_runs):
     rows = list(csv.DictReader(open(run_dir / "inference.csv")))
     assert len(rows) == 4 and rows[:2] == rows[2:]
     assert [(row["num_actions"], row["tau_q"], row["seed"], row["episodes"]) for row in rows[:2]] == [
-        ("2", "0.1", "0", "3"), ("2", "0.1", "1", "3"),
+        ("2", "0.1", "0", "2"), ("2", "0.1", "1", "2"),
     ]  # fmt: skip
     assert {name: (run_dir / name).read_bytes() for name in before} == before
     (run_dir / "inference.csv").unlink()

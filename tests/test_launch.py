@@ -178,8 +178,12 @@ def test_what_there_is_decides(stub_job):
 
 def test_a_job_continues_to_its_own_lengths(stub_job):
     """A stored run's lengths are its own: without the job's the program would end where the run does, at once."""
-    words = local.command(stub_job, "python", "resume", Path("run"))
-    assert words[2:] == ["--resume", "run", "--total-timesteps", "20", "--online-timesteps", "0", *stub_job.words]
+    own = stub_job.args
+    for length in (0, 30):
+        stub_job.args = own | {"online_timesteps": length}
+        words = local.command(stub_job, "python", "resume", Path("run"))
+        lengths = ["--total-timesteps", "20", "--online-timesteps", str(length)]
+        assert words[2:] == ["--resume", "run", *lengths, *stub_job.words]
     online = [dict(zip(("total_timesteps", "online_timesteps"), lengths)) for lengths in ((20, 20), (10, 20), (30, 20))]
     run_dir = stub_job.runs_dir / f"{stub_job.env_id}__stub__0__1"
     run_dir.mkdir()

@@ -188,7 +188,7 @@ def test_a_folder_holds_no_place_of_the_machine_and_is_small(exported):
         assert str(run_dir.parent.parent) not in text and "dataset_path" not in text
         assert {path.name for path in folder.iterdir()} >= {"policy.safetensors", "config.json", "README.md"}
         card = (folder / "README.md").read_text()
-        assert f"{name}.load(" in card and "3 episodes per seed" in card and ENV_ID in card
+        assert f"{name}.load(" in card and "2 episodes per seed" in card and ENV_ID in card
 
 
 def test_sizes(tmp_path):

@@ -378,8 +378,8 @@ def test_no_number_of_an_algorithm_may_be_negative(algorithm, capsys):
 
 
 def test_unwritable_run_directory(flags, tmp_path):
-    (tmp_path / "file").write_text("")
     path = tmp_path / "file"
+    path.touch(0o755)  # the permissions of a directory
     nowhere = [*flags, "--dataset-path", "/no/file", "--runs-dir", path / "runs"]
     assert_refused("floq", nowhere, f"--runs-dir {path}/runs is not writable: {path} is not a directory")
 
