@@ -64,7 +64,12 @@ SMALL_ARGS = {
 }
 
 
+# The longest files, which begin first: pytest's processes take whole files, and one that begins last is waited for.
+LONG_FILES = ("test_launch", "test_online", "test_runs", "test_evor", "test_baselines", "test_policies", "test_rollout")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG_FILES.index(item.path.stem) if item.path.stem in LONG_FILES else len(LONG_FILES))
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
