@@ -1,15 +1,16 @@
 """EVOR: expressive value learning, improved at inference (arXiv 2510.08218), on OGBench.
 
 The idea: a flow policy clones the data, and a scalar flow from N(0,1) learns the distribution of the return that this
-base policy earns from (s,a): policy evaluation, nothing is maximised in training. All improvement is made when
-acting: draw candidate actions from the base policy, rate each by a soft maximum of its return samples, draw one of
-them by a softmax of the ratings. How many candidates and how greedily is chosen at inference, without training again.
+base policy earns from (s,a); its velocities are the return fields v(z,t|s,a). Nothing is maximised in training. All
+improvement is made when acting: draw candidate actions from the base policy, rate each by a soft maximum of its return
+samples, draw one of them by a softmax of the ratings. How many and how greedily is chosen then, without training again.
 
 Neither the authors' code nor the paper's full text could be read: docs/evor.md says what is known and what was chosen.
-The default label of flow TD is exact and differs from the paper's (`--td-target published`).
+Flow TD, the return fields' Bellman equation, has a label of our own by default: its solution is the distribution of
+returns. With the paper's (`--td-target published`) the flow ends at the return plus its start noise.
 
 Read first: Agent.flow_td (the targets), Agent.critic_loss, Agent.actor_loss (what is learned), Agent.act, update (one
-step), then the main program at the end. An agent is for one seed; common/stacked.py runs several side by side.
+step), then the main program at the end. An agent is written for one seed; common/stacked.py runs several side by side.
 
     python evor.py --quick                                                  # minutes on two CPU cores, data included
     python evor.py --env-id cube-single-play-singletask-v0 --num-seeds 8    # full size, eight seeds stacked
@@ -88,8 +89,8 @@ class Args:
     tau_q: float = 1.0  # temperature of the choice among candidates, in units of return (small: the best, large: any)
     tau_r: float = 10.0  # temperature of the soft maximum over return samples (small: their maximum, large: their mean)
     td_target: Literal["exact", "published"] = "exact"
-    """label of flow TD: the straight way's velocity r + gamma z' - z_0, or the paper's r + gamma vbar(z_t, t|s', a')"""
-    latents: Literal["data", "target"] = "data"  # z_1 of the published label: the reward-to-go, or the target's sample
+    """label of flow TD: a straight line's velocity r + gamma z' - z_0, or the paper's r + gamma vbar(z_t, t|s', a')"""
+    latents: Literal["data", "target"] = "data"  # published: z_t's line ends at the reward-to-go or a target's sample
     bc_timesteps: int = 0  # first updates, of the policy alone, which is then frozen (0: policy and returns together)
     num_ensembles: int = 2  # return fields E
     clip_flow_returns: bool = True  # keep end points of returns in [min(r_min, 0), max(r_max, 0)] / (1 - gamma)
@@ -147,7 +148,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as the condition in Euler steps.
+        [x, y] W is computed as x W_x + y W_y: of Euler steps, which share x (s or s, a), the compiler computes x W_x once.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -182,11 +183,11 @@ class Agent(nn.Module):
     Args:
         args: see Args.
         obs_dim, action_dim: dimensions of observations and actions.
-        min_reward, max_reward: the dataset's extreme rewards; with 0, what an end earns, they fix the range of returns.
+        min_reward, max_reward: the dataset's extreme rewards; with 0, an ended episode's return, they fix the range.
     """
 
     ACTS = ("actor_flow", "target_critic_flow")  # the networks that acting needs
-    METRICS = ("critic/critic_loss", "critic/target_mean", "actor/bc_flow_loss")  # with bc_timesteps one phase's
+    METRICS = ("critic/critic_loss", "critic/target_mean", "actor/bc_flow_loss")  # all; with bc_timesteps one phase's
 
     def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
         super().__init__()
@@ -219,7 +220,7 @@ class Agent(nn.Module):
         return flow(condition, torch.cat([z, t], dim=-1))
 
     def return_samples(self, condition, noise):
-        """Return samples, the mean of the EMA fields' end points from the same noise: (N, D + A), (N, 1) -> (N, 1).
+        """Return samples: the EMA fields' end points from the same noise, averaged: (N, D + A), (N, 1) -> (N, 1).
 
         Clipped at the end only, since what is on the way may lie outside the range of returns.
         """
@@ -227,12 +228,12 @@ class Agent(nn.Module):
         z = z.clamp(self.z_min, self.z_max) if self.args.clip_flow_returns else z  # (E, N, 1)
         return z.mean(dim=0)
 
-    @torch.no_grad()  # labels are the regression's constants, and the policy is not trained by returns
+    @torch.no_grad()  # fixed labels; and returns do not train the policy
     def flow_td(self, batch, noise):
         """Flow TD: points z_t of the return field of (s,a), and their labels, (B, 1) each.
 
         Args:
-            batch: observations, next_observations (B, D), actions (B, A), rewards, masks and with data latents returns.
+            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (0 at a success), with data latents returns.
             noise: an update's entries of draw_noise, (B, dim).
         """
         args = self.args
@@ -243,7 +244,7 @@ class Agent(nn.Module):
         next_actions = self.flow_actions(batch["next_observations"], noise["next_action"].unsqueeze(1))  # (B, 1, A)
         next_condition = torch.cat([batch["next_observations"], next_actions.squeeze(1)], dim=-1)  # (B, D + A)
 
-        # 2. A return z_1 of (s,a). Exact: r + gamma z' with z' = Phi(z_0; s', a', 1). Published: independent of z_0.
+        # 2. A return z_1 of (s,a). Exact: r + gamma z' with z' of (s',a') from z_0 too. Published: independent of z_0.
         if args.td_target == "exact":
             z_1 = rewards + args.gamma * masks * self.return_samples(next_condition, z_0)  # (B, 1)
         elif args.latents == "data":
@@ -253,7 +254,7 @@ class Agent(nn.Module):
             z_1 = self.return_samples(condition, noise["latent"])  # (B, 1)
         z_t = (1 - t) * z_0 + t * z_1  # (B, 1)
 
-        # 3. The label. Exact: the straight way's velocity. Published: Bellman's equation of fields, at the same z_t, t.
+        # 3. The label. Exact: the straight line's velocity. Published: Bellman's equation of fields at z_t, t.
         if args.td_target == "exact":
             return z_t, z_1 - z_0
         next_velocity = self.z_velocity(self.target_critic_flow, next_condition, z_t, t).mean(dim=0)  # (B, 1)
@@ -263,7 +264,7 @@ class Agent(nn.Module):
         """L_critic, and its parts for the log; trains the return fields. Arguments as for flow_td."""
         z_t, label = self.flow_td(batch, noise)  # (B, 1)
 
-        # Regression of every field: v(z_t, t | s, a) -> label. The label's mean is the mean return: z_0 has mean zero.
+        # Regression of every field: v(z_t, t | s, a) -> label, whose mean is the mean return, as z_0's is 0.
         condition = torch.cat([batch["observations"], batch["actions"]], dim=-1)  # (B, D + A)
         velocity = self.z_velocity(self.critic_flow, condition, z_t, noise["time"])  # (E, B, 1)
         critic_loss = (velocity - label).square().mean()
@@ -299,7 +300,7 @@ class Agent(nn.Module):
         return actions.take_along_dim(chosen[:, None, None], dim=1).squeeze(1)
 
     def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates, by what becomes of it: {name: (num_updates, B, dim)}."""
+        """Random numbers of `num_updates` updates, named after what they become: {name: (num_updates, B, dim)}."""
         B, A = self.args.batch_size, self.action_dim
         device = generator.device
         normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
@@ -319,7 +320,7 @@ class Agent(nn.Module):
 
 
 def soft_maximum(returns, tau_r):
-    """Q = tau_R ln mean_j exp(r_j / tau_R), from the maximum (tau_R small) to the mean: (..., R) -> (...), finite."""
+    """Q = tau_R ln mean_j exp(z_j / tau_R), finite, from the maximum (tau_R small) to the mean: (..., R) -> (...)."""
     top = returns.amax(dim=-1, keepdim=True)  # so that exp cannot overflow; log1p and expm1 are exact near the mean
     return top.squeeze(-1) + tau_r * torch.expm1((returns - top) / tau_r).mean(dim=-1).log1p()
 
@@ -327,24 +328,25 @@ def soft_maximum(returns, tau_r):
 def softmax_choice(q, tau_q, noise):
     """Index drawn from softmax(Q / tau_Q): (..., C), standard normal noise (..., C) -> (...).
 
-    The Gumbel trick: argmax of Q / tau_Q + g; g = -ln(-ln Phi(noise)) is a Gumbel variable (acting's noise is normal).
+    The Gumbel trick: argmax of Q / tau_Q + g, where g = -ln(-ln p), p the noise's distribution function, is Gumbel.
     """
     beyond = torch.erfc(noise.abs() / math.sqrt(2)) / 2  # probability of the tail beyond the noise
     gumbel = -torch.log(-torch.where(noise < 0, beyond.log(), torch.log1p(-beyond)))
     return ((q - q.amax(dim=-1, keepdim=True)) / tau_q + gumbel).argmax(dim=-1)
 
 
-def update(agents, batch, noise, trains=("returns", "policy")):
+def update(agents, batch, noise, losses=("critic_loss", "actor_loss")):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
 
-    Batch and noise are those of Agent.critic_loss with a leading axis of seeds; agents: see common/stacked.py.
-    `trains` says what moves; the rest stays bit-equal: Adam skips weights without a gradient.
+    Batch and noise are those of Agent.critic_loss with a leading axis of seeds. A loss moves the networks that `trains`
+    names; to it, all others are constants (see common/stacked.py, also for `agents`). Without one of `losses` what it
+    trains stays bit-equal: Adam skips weights without a gradient.
     """
     agents.optimizer.zero_grad()
     metrics = {}
-    if "returns" in trains:
+    if "critic_loss" in losses:
         metrics |= agents.backward("critic_loss", batch, noise, trains=("critic_flow",))
-    if "policy" in trains:
+    if "actor_loss" in losses:
         metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow",))
 
     # The EMA comes before Adam's step, as in the other three files: the targets lag by one update.
@@ -398,7 +400,7 @@ if __name__ == "__main__":
         replay.restore(resumed["replay"], count=max(0, resumed["step"] - args.total_timesteps))
 
     # --- Training: offline, then online ---
-    one_update = lambda draws, trains: update(agents, *replay.inputs(draws), trains)  # the batch, and noise
+    one_update = lambda draws, losses: update(agents, *replay.inputs(draws), losses)  # the batch, and noise
     fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)  # torch.compile, CUDA graphs
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
     act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
@@ -411,7 +413,7 @@ if __name__ == "__main__":
     def save():
         """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
         progress = {"step": step, "evaluated": evaluated, "replay": replay.state(), "agent_inputs": agent_inputs}
-        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log: stops at a non-finite loss
+        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log.state() ends at NaN or inf
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.
@@ -437,10 +439,10 @@ if __name__ == "__main__":
         if online:
             transitions = explorer(act, draws.pop("act"), step, on_failure=save)
             draws["count"] = replay.append(transitions)
-        trains = ("returns", "policy")
+        losses = ("critic_loss", "actor_loss")
         if args.bc_timesteps:  # the base policy first, then its returns
-            trains = ("policy",) if step < args.bc_timesteps else ("returns",)
-        metrics = fast_update(draws, trains)
+            losses = losses[1:] if step < args.bc_timesteps else losses[:1]
+        metrics = fast_update(draws, losses)
         step += 1
         log.training(step, metrics, warm_up=fast_update.new)
 

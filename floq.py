@@ -1,6 +1,6 @@
 """floq: Q-functions as flows (Agrawalla et al. 2025, arXiv 2509.06863), on OGBench.
 
-The idea: Q(s,a) is the end point of a scalar flow. A velocity network v(z,t|s,a) carries a noise z_0 ~ U[l,u] to the
+The idea: Q(s,a) is the mean end point of a scalar flow. A velocity network v(z,t|s,a) carries a noise z_0 ~ U[l,u] to a
 value z_1 in K Euler steps, so that a small network is applied K times in a row: more computation with the same weights.
 It is trained by flow matching towards the TD target y = r + gamma E[Q(s',a')], with Q(s',a') by the flow's EMA copy.
 A distilled critic without a flow learns the end points and gives the policy its gradient. The policy is FQL's: a
@@ -14,7 +14,7 @@ then the main program at the end. An agent is written for one seed; common/stack
     python floq.py --env-id puzzle-3x3-play-singletask-v0 --num-seeds 8    # eight seeds in one process
 
 Notation in the shapes: E ensemble members, B batch, m noise samples, N rows, D observation dimension, A action
-dimension, K Euler steps.
+dimension, K Euler steps. "As released": as the authors' code does, whatever the paper says.
 """
 
 import copy
@@ -167,7 +167,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as the condition in Euler steps.
+        [x, y] W is computed as x W_x + y W_y: of Euler steps, which share x (s or s, a), the compiler computes x W_x once.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -257,7 +257,7 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.action_dim = args, action_dim
         horizon = 1 / (1 - args.gamma)
-        min_reward, max_reward = min(min_reward, 0.0), max(max_reward, 0.0)
+        min_reward, max_reward = min(min_reward, 0.0), max(max_reward, 0.0)  # with 0, an end's return, as released
         self.start_low, self.start_high = (args.noise_coverage * r * horizon for r in (min_reward, max_reward))
         q_min, q_max = (min_reward - args.reward_offset) * horizon, (max_reward + args.reward_offset) * horizon
 
@@ -271,7 +271,7 @@ class Agent(nn.Module):
         self.target_critic_flow = copy.deepcopy(self.critic_flow).requires_grad_(False)
 
     def onestep_action(self, observations, noise):
-        """mu(s, n), as released unclipped: (N, D), (N, A) -> (N, A)."""
+        """mu(s, n), no flow in spite of the released name, unclipped as released: (N, D), (N, A) -> (N, A)."""
         return self.actor_onestep_flow(torch.cat([observations, noise], dim=-1))
 
     def bc_velocity(self, observations, x, t):
@@ -296,7 +296,7 @@ class Agent(nn.Module):
         """L_critic, and its parts for the log; trains the value flow and the distilled critics.
 
         Args:
-            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,).
+            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,): 0 at a success, else 1.
             noise: an update's entries of draw_noise, (rows, dim).
         """
         args, m = self.args, self.args.noise_samples
@@ -353,7 +353,7 @@ class Agent(nn.Module):
         policy_actions = self.onestep_action(observations, noise["distill"])  # (B, A)
         distill_loss = (policy_actions - flow_actions).square().mean()
 
-        # 3. Policy improvement: maximise Q(s, mu(s, n)).
+        # 3. Policy improvement: maximise Q(s, mu(s, n)), with the critic a constant (see `trains` in update).
         q = self.q_values(observations, policy_actions.clamp(-1, 1)).mean(dim=0)  # (B,)
         q_loss = -q.mean()
         if args.normalize_q_loss:
@@ -372,7 +372,7 @@ class Agent(nn.Module):
         return self.onestep_action(observations, noise).clamp(-1, 1)
 
     def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates, by what becomes of it: {name: (num_updates, rows, dim)}."""
+        """Random numbers of `num_updates` updates, named after what they become: {name: (num_updates, rows, dim)}."""
         B, A, m = self.args.batch_size, self.action_dim, self.args.noise_samples
         device = generator.device
         normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
@@ -395,13 +395,14 @@ class Agent(nn.Module):
 def update(agents, batch, noise):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
 
-    Batch and noise are those of Agent.critic_loss with a leading axis of seeds; agents: see common/stacked.py.
+    Batch and noise are those of Agent.critic_loss with a leading axis of seeds. A loss moves the networks that `trains`
+    names; to it, all others are constants (see common/stacked.py, also for `agents`).
     """
     agents.optimizer.zero_grad()
     metrics = agents.backward("critic_loss", batch, noise, trains=("critic_flow", "critic"))
     metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_bc_flow", "actor_onestep_flow"))
 
-    # The EMA comes before Adam's step, as in all released code here: the targets lag by one update.
+    # As released, the EMA comes before Adam's step: the targets lag by one update.
     agents.ema("target_critic_flow", "critic_flow", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
@@ -464,7 +465,7 @@ if __name__ == "__main__":
     def save():
         """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
         progress = {"step": step, "evaluated": evaluated, "replay": replay.state(), "agent_inputs": agent_inputs}
-        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log: stops at a non-finite loss
+        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log.state() ends at NaN or inf
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.

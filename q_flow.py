@@ -13,7 +13,7 @@ the main program at the end. An agent is written for one seed; common/stacked.py
     python q_flow.py --env-id antmaze-giant-navigate-singletask-v0 --num-seeds 8 --online-timesteps 1000000  # online
 
 Notation in the shapes: E ensemble members, B batch, N rows, D observation dimension, A action dimension,
-K Euler steps.
+K Euler steps. "As released": as the authors' code does, whatever the paper says.
 """
 
 import copy
@@ -83,7 +83,7 @@ class Args:
     flow_steps: int = 10  # Euler steps K of the flow policy
     q_agg: Literal["mean", "min"] = "mean"
     """aggregation of values over the ensemble (the guidance is always of the mean)"""
-    num_ensembles: int = 2  # critics, and intermediate values
+    num_ensembles: int = 2  # critics E, and as many intermediate values
     use_time_embed: bool = False
     """give the intermediate value sines and cosines of the flow time instead of the raw number"""
     time_embed_dim: int = 16  # number of these sines and cosines, even
@@ -164,7 +164,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as the condition in Euler steps.
+        [x, y] W is computed as x W_x + y W_y: of Euler steps, which share x (s or s, a), the compiler computes x W_x once.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -261,7 +261,7 @@ class Agent(nn.Module):
         """L_Q + L_V, and their parts for the log; trains the critics and the intermediate values.
 
         Args:
-            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,).
+            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,): 0 at a success, else 1.
             noise: an update's entries of draw_noise, (B, dim).
         """
         args, B = self.args, self.args.batch_size
@@ -284,9 +284,9 @@ class Agent(nn.Module):
 
         # 3. Regressions. As released, intermediate values are aggregated before the square, critics are not.
         q = self.q_values(self.critic, observations, actions)  # (E, B)
-        outer_loss = (q - target).square().mean()  # L_Q
+        outer_loss = (q - target).square().mean()  # the paper's L_Q
         inner_value = aggregate(self.inner_values(observations, x_t, t), args.q_agg)  # (B,)
-        distillation_loss = (inner_value - inner_target).square().mean()  # L_V
+        distillation_loss = (inner_value - inner_target).square().mean()  # the paper's L_V
 
         return outer_loss + distillation_loss, {
             "critic/outer_loss": outer_loss,
@@ -306,7 +306,7 @@ class Agent(nn.Module):
         value = lambda x: self.inner_values(observations, x, t).mean(dim=0).sum()  # each depends on its own x only
         guidance = torch.func.grad(value)(x_t)  # (B, A)
 
-        # 2. Flow matching towards the data's velocity plus guidance: u(s, x_t, t) -> a - x_0 + g / lambda.
+        # 2. Flow matching towards the data's velocity plus guidance: u(s, x_t, t) -> a - x_0 + g / lambda (--alpha).
         label = (actions - x_0 + guidance / (self.args.alpha + 1e-8)).detach()  # (B, A); 1e-8 as released
         velocity = self.velocity(observations, x_t, t)  # (B, A)
         actor_loss = (velocity - label).square().mean()
@@ -320,7 +320,7 @@ class Agent(nn.Module):
         return self.roll_out(observations, noise, torch.zeros_like(noise[..., :1]))
 
     def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates, by what becomes of it: {name: (num_updates, B, dim)}."""
+        """Random numbers of `num_updates` updates, named after what they become: {name: (num_updates, B, dim)}."""
         B, A = self.args.batch_size, self.action_dim
         device = generator.device
         normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
@@ -341,13 +341,14 @@ class Agent(nn.Module):
 def update(agents, batch, noise):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
 
-    Batch and noise are those of Agent.critic_loss with a leading axis of seeds; agents: see common/stacked.py.
+    Batch and noise are those of Agent.critic_loss with a leading axis of seeds. A loss moves the networks that `trains`
+    names; to it, all others are constants (see common/stacked.py, also for `agents`).
     """
     agents.optimizer.zero_grad()
     metrics = agents.backward("critic_loss", batch, noise, trains=("critic", "inner_value"))
     metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow",))
 
-    # The EMA comes before Adam's step, as in all released code here: the targets lag by one update.
+    # As released, the EMA comes before Adam's step: the targets lag by one update.
     agents.ema("target_critic", "critic", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
@@ -407,7 +408,7 @@ if __name__ == "__main__":
     def save():
         """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
         progress = {"step": step, "evaluated": evaluated, "replay": replay.state(), "agent_inputs": agent_inputs}
-        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log: stops at a non-finite loss
+        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log.state() ends at NaN or inf
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.

@@ -1,10 +1,11 @@
 """Value Flows: return distributions by flow matching (Dong et al. 2025, arXiv 2510.07650), on OGBench.
 
 The idea: the return of (s,a) is a random variable, and its distribution is the end point of a scalar flow from N(0,1).
-Two return fields v(z,t|s,a) are trained by flow matching, each towards two Bellman targets: r + gamma times a return
-of (s',a') (BCFM), and at r + gamma z the velocity that the target field of (s',a') has at z (DCFM). The flow's
-derivative dz_1/dz_0 tells how much returns spread; transitions with uncertain returns weigh more. One Euler step reads
-off Q. The policy draws 16 actions from a cloning flow and takes the best; online, a one-step policy explores.
+Two velocity networks v(z,t|s,a), the return fields, are trained by two kinds of flow matching. Bootstrapped (BCFM):
+towards r + gamma G', where G' is a return of (s',a'). Distributional (DCFM): at the point r + gamma z', where z' is on
+the way from noise to G', towards the target field's velocity at z'. The flow's derivative dz_1/dz_0 tells how much
+returns spread; transitions with uncertain returns weigh more. One Euler step reads off Q. The policy draws 16 actions
+from a cloning flow and takes the best; online, a one-step policy explores.
 
 Read first: Agent.returns (the flow), Agent.critic_loss, Agent.actor_loss (what is learned), update (one step), then
 the main program at the end. An agent is written for one seed; common/stacked.py runs several side by side.
@@ -14,7 +15,7 @@ the main program at the end. An agent is written for one seed; common/stacked.py
     python value_flows.py --env-id scene-play-singletask-v0 --num-seeds 8 --online-timesteps 1000000  # then online
 
 Notation in the shapes: E return fields, B batch, C candidate actions, R return samples, N rows, D observation
-dimension, A action dimension, K Euler steps.
+dimension, A action dimension, K Euler steps. "As released": as the authors' code does, whatever the paper says.
 """
 
 import copy
@@ -167,7 +168,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as the condition in Euler steps.
+        [x, y] W is computed as x W_x + y W_y: of Euler steps, which share x (s or s, a), the compiler computes x W_x once.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -216,7 +217,7 @@ def aggregate(x, how):
 
 
 def confidence_weight(deviation, temp):
-    """w = sigmoid(-temp / deviation) + 0.5, in [0.5, 1): higher where returns are uncertain; elementwise."""
+    """w = sigmoid(-temp / deviation) + 0.5, in [0.5, 1): the paper's name; higher where returns are uncertain."""
     return torch.sigmoid(-temp / deviation) + 0.5
 
 
@@ -240,7 +241,7 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.action_dim, self.is_pixels = args, action_dim, not isinstance(obs_dim, int)
         horizon = 1 / (1 - args.gamma)
-        self.z_min, self.z_max = min_reward * horizon, max_reward * horizon  # as released, without 0
+        self.z_min, self.z_max = min_reward * horizon, max_reward * horizon  # as released, without 0, an end's return
 
         critic_dims = (action_dim + 2, *args.value_hidden_dims, 1)  # inputs [s, a, z, t]
         bc_flow_dims = (action_dim + 1, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
@@ -251,7 +252,7 @@ class Agent(nn.Module):
         self.target_critic_flow = copy.deepcopy(self.critic_flow).requires_grad_(False)
 
     def onestep_action(self, observations, noise):
-        """mu(s, n), as released clipped: (N, D), (N, A) -> (N, A)."""
+        """mu(s, n), no flow in spite of the released name, clipped as released: (N, D), (N, A) -> (N, A)."""
         return self.actor_onestep_flow.mlp(self.actor_onestep_flow.encoder(observations), noise).clamp(-1, 1)
 
     def flow_actions(self, observations, noise):
@@ -265,7 +266,7 @@ class Agent(nn.Module):
         return x.clamp(-1, 1).unflatten(0, (-1, C))
 
     def clip_return(self, z):
-        """C(z): z kept in [r_min, r_max] / (1 - gamma)."""
+        """z kept in [r_min, r_max] / (1 - gamma)."""
         return z.clamp(self.z_min, self.z_max) if self.args.clip_flow_returns else z
 
     def returns(self, flow, condition, z, end_time):
@@ -281,7 +282,7 @@ class Agent(nn.Module):
     def return_derivatives(self, flow, condition, z):
         """dPhi(z; 1)/dz by the flow derivative ODE dJ/dt = (dv/dz) J, J_0 = 1; clipping is not differentiated.
 
-        Arguments as for returns, (E, N, 1) out. A row's v depends on its own z only: pulling back ones gives its dv/dz.
+        Arguments as for returns, (E, N, 1) out. As v is elementwise in z, the pull-back of ones is dv/dz.
         """
         K = self.args.num_flow_steps
         z, J = z.expand(self.NUM_FIELDS, -1, -1), 1.0  # (E, N, 1)
@@ -294,14 +295,14 @@ class Agent(nn.Module):
     def q_values(self, observations, actions, noise, cvar_level=1.0):
         """Q(s, a) = agg_e clip(z + v_e(z, 0 | s, a)): (N, D), (N, C, A), (N, C, 1) -> (N, C).
 
-        One Euler step is enough: in the mean over z, BCFM's solution at t = 0 has v(z, 0) + z = E[return]. With a level
-        below 1, the CVaR of R end points instead, from starts in equal steps of probability, alike for all candidates.
+        One Euler step: over z, BCFM's solution has E[z + v(z, 0)] = E[return]. As released, a z for each candidate.
+        With a level below 1, the CVaR of R end points, from starts in equal steps of probability, alike for all.
         """
         C, R = noise.shape[1], self.NUM_RETURNS
         states = self.critic_flow.encoder(observations).repeat_interleave(C, dim=0)  # (N*C, D)
         condition = torch.cat([states, actions.flatten(0, 1)], dim=-1)  # (N*C, D + A)
         if cvar_level < 1:
-            z = torch.special.ndtri((torch.arange(R, device=noise.device) + 0.5) / R).view(R, 1, 1, 1)  # (R, E, N*C, 1)
+            z = torch.special.ndtri((torch.arange(R, device=noise.device) + 0.5) / R).view(R, 1, 1, 1)
             returns = self.returns(self.critic_flow, condition, z, 1.0)  # (R, E, N*C, 1)
             return aggregate(cvar(returns, cvar_level), self.args.q_agg).view(-1, C)
         z = noise.flatten(0, 1)  # (N*C, 1)
@@ -318,7 +319,7 @@ class Agent(nn.Module):
         """L_critic, and its parts for the log; trains the return fields.
 
         Args:
-            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,).
+            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,): 0 at a success, else 1.
             noise: an update's entries of draw_noise, (B, ...).
         """
         args, target = self.args, self.target_critic_flow
@@ -328,11 +329,11 @@ class Agent(nn.Module):
 
         # No gradient through steps 1 to 3: they make the regression's fixed weights and labels.
         with torch.no_grad():
-            # 1. The next action, by rejection sampling with the online fields, as released.
+            # 1. The next action, by rejection sampling with the trained fields, not their targets, as released.
             candidates, next_q = noise["next_action_candidates"], noise["next_q"]  # (B, C, A), (B, C, 1)
             next_actions = self.rejection_sampling(next_observations, candidates, next_q)  # (B, A)
 
-            # 2. Confidence weight w in [0.5, 1), from the derivative of the return flow of (s, a).
+            # 2. Confidence weight w in [0.5, 1), from |dPhi/dz|: to first order the return's deviation, since z's is 1.
             condition = torch.cat([target.encoder(observations), actions], dim=-1)  # (B, D + A)
             derivatives = self.return_derivatives(target, condition, noise["confidence"])  # (E, B, 1)
             deviation = aggregate(derivatives.abs(), args.q_agg)  # (B, 1)
@@ -346,7 +347,7 @@ class Agent(nn.Module):
             dcfm_label = aggregate(target(next_condition, next_z, t), args.ret_agg)  # (B, 1)
 
         # 4. Flow matching at two points of the same (s, a, t), as released summed over the fields.
-        #    BCFM: v(t G + (1 - t) eps, t) -> G - eps. DCFM: v(r + gamma mask z', t) -> f, without gamma and mask on f.
+        #    BCFM: v(t G + (1 - t) eps, t) -> G - eps. DCFM: v(r + gamma mask z', t) -> f, not the chain rule's gamma f.
         condition = torch.cat([self.critic_flow.encoder(observations), actions], dim=-1)  # (B, D + A)
         bcfm_velocity = self.critic_flow(condition, t * bcfm_return + (1 - t) * eps, t)  # (E, B, 1)
         dcfm_velocity = self.critic_flow(condition, rewards + args.gamma * masks * next_z, t)  # (E, B, 1)
@@ -363,7 +364,7 @@ class Agent(nn.Module):
         }
 
     def actor_loss(self, batch, noise):
-        """L_actor, and its parts for the log; trains both policies. Arguments as for critic_loss."""
+        """L_actor, and its parts for the log; trains both policies in both phases. Arguments as for critic_loss."""
         args, observations, actions = self.args, batch["observations"], batch["actions"]
 
         # 1. Behaviour cloning by flow matching: u(s, x_t, t) -> a - x_0.
@@ -378,7 +379,7 @@ class Agent(nn.Module):
         policy_actions = self.onestep_action(observations, noise["distill"])  # (B, A)
         distill_loss = (policy_actions - flow_actions).square().mean()
 
-        # 3. Policy improvement: maximise Q(s, mu(s, n)).
+        # 3. Policy improvement: maximise Q(s, mu(s, n)), with the critic a constant (see `trains` in update).
         q = self.q_values(observations, policy_actions.unsqueeze(1), noise["actor_q"].unsqueeze(1))  # (B, 1)
         q_loss = -q.mean()
         if args.normalize_q_loss:
@@ -405,7 +406,7 @@ class Agent(nn.Module):
         return batch | {name: pixels.crop(batch[name], noise["crop"]) for name in ("observations", "next_observations")}
 
     def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates, by what becomes of it: {name: (num_updates, B, ...)}."""
+        """Random numbers of `num_updates` updates, named after what they become: {name: (num_updates, B, ...)}."""
         B, A, C = self.args.batch_size, self.action_dim, self.args.num_samples
         device = generator.device
         normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
@@ -431,7 +432,8 @@ class Agent(nn.Module):
 def update(agents, batch, noise):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
 
-    Batch and noise are those of Agent.critic_loss with a leading axis of seeds; agents: see common/stacked.py.
+    Batch and noise are those of Agent.critic_loss with a leading axis of seeds. A loss moves the networks that `trains`
+    names; to it, all others are constants (see common/stacked.py, also for `agents`).
     """
     if agents.agent.is_pixels:
         batch = agents.function("augment")(batch, noise)
@@ -439,7 +441,7 @@ def update(agents, batch, noise):
     metrics = agents.backward("critic_loss", batch, noise, trains=("critic_flow",))
     metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow", "actor_onestep_flow"))
 
-    # The EMA comes before Adam's step, as in all released code here: the targets lag by one update.
+    # As released, the EMA comes before Adam's step: the targets lag by one update.
     agents.ema("target_critic_flow", "critic_flow", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
@@ -504,7 +506,7 @@ if __name__ == "__main__":
     def save():
         """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
         progress = {"step": step, "evaluated": evaluated, "replay": replay.state(), "agent_inputs": agent_inputs}
-        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log: stops at a non-finite loss
+        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log.state() ends at NaN or inf
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.

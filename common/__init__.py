@@ -1,4 +1,4 @@
-"""Small utilities shared by the four algorithm files: everything that no paper's equation needs.
+"""Small utilities shared by the algorithm files: data, random draws, seeds side by side, evaluation, logs, checkpoints.
 
 Plain functions, no inheritance. An algorithm file imports from here and from nothing else of this project; nothing
 here imports an algorithm.

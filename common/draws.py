@@ -22,7 +22,7 @@ class Draws:
         self.key, self.drawn = None, None  # which chunk, and its draws
 
     def __call__(self, step, online=False):
-        """{"indices": (S, B), noise name: (S, rows, dim)} of the update after `step` updates.
+        """{"indices": (S, B), noise name: (S, ...)} of the update after `step` updates.
 
         In the online phase indices are integers below 2**62, whose remainder by the buffer's size is taken, and "act"
         is drawn too, the noise of one action.

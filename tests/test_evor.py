@@ -289,21 +289,21 @@ def test_targets_are_constants_of_the_target_fields_and_the_policy(td_target, la
 # --- Training phases ---
 
 
-@pytest.mark.parametrize("frozen, trained", [("policy", "returns"), ("returns", "policy")])
+@pytest.mark.parametrize("frozen, trained", [("actor_loss", "critic_loss"), ("critic_loss", "actor_loss")])
 def test_a_phase_leaves_the_other_networks_bit_equal(frozen, trained):
     """Also after Adam has moments for them."""
     agents, seeds = make_agents(small_args(), (0, 1)), (0, 1)
     update(agents, *stacked_inputs(agents, seeds))
     agents.ema("target_critic_flow", "critic_flow", 1.0)
-    networks = {"policy": ("actor_flow",), "returns": ("critic_flow", "target_critic_flow")}
+    networks = {"actor_loss": ("actor_flow",), "critic_loss": ("critic_flow", "target_critic_flow")}
     before = {name: p.detach().clone() for name, p in agents.parameters.items()}
     steps = lambda: {
         n: agents.optimizer.state[p]["step"].item() for n, p in agents.parameters.items() if p.requires_grad
     }
     steps_before = steps()
     for number in range(1, 4):
-        metrics = update(agents, *stacked_inputs(agents, seeds, number), trains=(trained,))
-        assert all(name.startswith("actor/" if trained == "policy" else "critic/") for name in metrics)
+        metrics = update(agents, *stacked_inputs(agents, seeds, number), losses=(trained,))
+        assert all(name.startswith("actor/" if trained == "actor_loss" else "critic/") for name in metrics)
     for name, parameter in agents.parameters.items():
         still = name.split(".")[0] in networks[frozen]
         assert torch.equal(parameter, before[name]) == still, name
@@ -316,8 +316,8 @@ def test_phases_in_one_update_each_equal_an_update_of_both():
     agents = [make_agents(small_args()) for _ in range(3)]
     batch, noise = stacked_inputs(agents[0])
     update(agents[0], batch, noise)
-    update(agents[1], batch, noise, trains=("policy",))
-    update(agents[2], batch, noise, trains=("returns",))
+    update(agents[1], batch, noise, losses=("actor_loss",))
+    update(agents[2], batch, noise, losses=("critic_loss",))
     for name, value in agents[0].parameters.items():
         other = agents[1 if name.startswith("actor_flow") else 2].parameters[name]
         assert torch.equal(value, other), name

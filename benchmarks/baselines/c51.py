@@ -13,7 +13,7 @@ the end. An agent is written for one seed; common/stacked.py runs several side b
     python benchmarks/baselines/c51.py --env-id scene-play-singletask-v0 --loss cross_entropy   # C51's own loss
 
 Notation in the shapes: E critics, B batch, C candidate actions, N rows, n atoms, D observation dimension, A action
-dimension, K Euler steps.
+dimension, K Euler steps. "As released": as the authors' code does, whatever the paper says.
 """
 
 import copy
@@ -151,7 +151,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as the condition in Euler steps.
+        [x, y] W is computed as x W_x + y W_y: of Euler steps, which share x (s or s, a), the compiler computes x W_x once.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -206,7 +206,7 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.action_dim = args, action_dim
         horizon = 1 / (1 - args.gamma)
-        z_min, z_max = min_reward * horizon, max_reward * horizon  # as released, without 0
+        z_min, z_max = min_reward * horizon, max_reward * horizon  # as released, without 0, an end's return
         self.spacing = max(z_max - z_min, 1e-6) / (args.num_atoms - 1)  # above zero even if all rewards are equal
         # Not persistent: a function of the arguments and the data's rewards.
         self.register_buffer("atoms", torch.linspace(z_min, z_max, args.num_atoms), persistent=False)
@@ -257,7 +257,7 @@ class Agent(nn.Module):
         """L_critic, and its parts for the log; trains the critics.
 
         Args:
-            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,).
+            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,): 0 at a success, else 1.
             noise: an update's entries of draw_noise, (B, ...).
         """
         args, next_observations = self.args, batch["next_observations"]
@@ -265,7 +265,7 @@ class Agent(nn.Module):
 
         # No gradient through steps 1 and 2: they make the regression's fixed labels.
         with torch.no_grad():
-            # 1. The next action, by rejection sampling with the online critics, as released.
+            # 1. The next action, by rejection sampling with the trained critics, not their targets, as released.
             next_actions = self.rejection_sampling(next_observations, noise["next_action_candidates"])  # (B, A)
 
             # 2. Masses of the target r + gamma mask z', as released of the mean of both target distributions.
@@ -298,7 +298,7 @@ class Agent(nn.Module):
         return self.rejection_sampling(observations, noise)
 
     def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates, by what becomes of it: {name: (num_updates, B, ...)}."""
+        """Random numbers of `num_updates` updates, named after what they become: {name: (num_updates, B, ...)}."""
         B, A, C = self.args.batch_size, self.action_dim, self.args.num_samples
         device = generator.device
         normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
@@ -318,13 +318,14 @@ class Agent(nn.Module):
 def update(agents, batch, noise):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
 
-    Batch and noise are those of Agent.critic_loss with a leading axis of seeds; agents: see common/stacked.py.
+    Batch and noise are those of Agent.critic_loss with a leading axis of seeds. A loss moves the networks that `trains`
+    names; to it, all others are constants (see common/stacked.py, also for `agents`).
     """
     agents.optimizer.zero_grad()
     metrics = agents.backward("critic_loss", batch, noise, trains=("critic",))
     metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow",))
 
-    # The EMA comes before Adam's step, as in all released code here: the targets lag by one update.
+    # As released, the EMA comes before Adam's step: the targets lag by one update.
     agents.ema("target_critic", "critic", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
@@ -384,7 +385,7 @@ if __name__ == "__main__":
     def save():
         """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
         progress = {"step": step, "evaluated": evaluated, "replay": replay.state(), "agent_inputs": agent_inputs}
-        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log: stops at a non-finite loss
+        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log.state() ends at NaN or inf
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.

@@ -13,6 +13,7 @@ An agent is written for one seed; common/stacked.py runs several side by side.
     python benchmarks/baselines/fql.py --env-id scene-play-singletask-v0 --num-seeds 8    # eight seeds in one process
 
 Notation in the shapes: E ensemble members, B batch, N rows, D observation dimension, A action dimension.
+"As released": as the authors' code does, whatever the paper says.
 """
 
 import copy
@@ -162,7 +163,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: the compiler computes once what repeats, as the condition in Euler steps.
+        [x, y] W is computed as x W_x + y W_y: of Euler steps, which share x (s or s, a), the compiler computes x W_x once.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -219,7 +220,7 @@ class Agent(nn.Module):
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
     def onestep_action(self, observations, noise):
-        """mu(s, n), as released unclipped: (N, D), (N, A) -> (N, A)."""
+        """mu(s, n), no flow in spite of the released name, unclipped as released: (N, D), (N, A) -> (N, A)."""
         return self.actor_onestep_flow(torch.cat([observations, noise], dim=-1))
 
     def bc_velocity(self, observations, x, t):
@@ -235,7 +236,7 @@ class Agent(nn.Module):
         """L_critic, and its parts for the log; trains the critics.
 
         Args:
-            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,).
+            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,): 0 at a success, else 1.
             noise: an update's entries of draw_noise, (rows, dim).
         """
         args, next_observations = self.args, batch["next_observations"]
@@ -271,7 +272,7 @@ class Agent(nn.Module):
         policy_actions = self.onestep_action(observations, noise["distill"])  # (B, A)
         distill_loss = (policy_actions - flow_actions).square().mean()
 
-        # 3. Policy improvement: maximise Q(s, mu(s, n)).
+        # 3. Policy improvement: maximise Q(s, mu(s, n)), with the critic a constant (see `trains` in update).
         q = self.q_values(self.critic, observations, policy_actions.clamp(-1, 1)).mean(dim=0)  # (B,)
         q_loss = -q.mean()
         if args.normalize_q_loss:
@@ -290,7 +291,7 @@ class Agent(nn.Module):
         return self.onestep_action(observations, noise).clamp(-1, 1)
 
     def draw_noise(self, generator, num_updates):
-        """Every random number of `num_updates` updates, by what becomes of it: {name: (num_updates, rows, dim)}."""
+        """Random numbers of `num_updates` updates, named after what they become: {name: (num_updates, rows, dim)}."""
         B, A = self.args.batch_size, self.action_dim
         device = generator.device
         normal = lambda *shape: torch.randn(num_updates, *shape, generator=generator, device=device)
@@ -310,13 +311,14 @@ class Agent(nn.Module):
 def update(agents, batch, noise):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
 
-    Batch and noise are those of Agent.critic_loss with a leading axis of seeds; agents: see common/stacked.py.
+    Batch and noise are those of Agent.critic_loss with a leading axis of seeds. A loss moves the networks that `trains`
+    names; to it, all others are constants (see common/stacked.py, also for `agents`).
     """
     agents.optimizer.zero_grad()
     metrics = agents.backward("critic_loss", batch, noise, trains=("critic",))
     metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_bc_flow", "actor_onestep_flow"))
 
-    # The EMA comes before Adam's step, as in all released code here: the targets lag by one update.
+    # As released, the EMA comes before Adam's step: the targets lag by one update.
     agents.ema("target_critic", "critic", agents.agent.args.tau)
     agents.optimizer.step()
     return metrics
@@ -374,7 +376,7 @@ if __name__ == "__main__":
     def save():
         """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
         progress = {"step": step, "evaluated": evaluated, "replay": replay.state(), "agent_inputs": agent_inputs}
-        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log: stops at a non-finite loss
+        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log.state() ends at NaN or inf
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.
