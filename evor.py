@@ -233,11 +233,11 @@ class Agent(nn.Module):
         """Flow TD: points z_t of the return field of (s,a), and their labels, (B, 1) each.
 
         Args:
-            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (0 at a success), returns (data latents).
+            batch: observations, next_observations (B, D), actions (B, A), rewards, masks and with data latents returns.
             noise: an update's entries of draw_noise, (B, dim).
         """
         args = self.args
-        rewards, masks = batch["rewards"].unsqueeze(-1), batch["masks"].unsqueeze(-1)  # (B, 1)
+        rewards, masks = batch["rewards"].unsqueeze(-1), batch["masks"].unsqueeze(-1)  # (B, 1), masks 0 at a success
         z_0, t = noise["return"], noise["time"]  # (B, 1)
 
         # 1. The base policy's next action a'.
