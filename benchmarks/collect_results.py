@@ -1,7 +1,7 @@
 """Brings finished runs into benchmarks/results: their evaluations and what made them.
 
     python -m benchmarks.collect_results runs/RUN_DIR [runs/RUN_DIR ...]
-    python -m benchmarks.collect_results runs/*__* --skip    # leave out, instead of refuse, what is unfinished
+    python -m benchmarks.collect_results runs/*__* --skip    # leave out what is refused: unfinished runs, wrong rows
 
 Writes `benchmarks/results/{method}/{env_id}/{run}.csv`, the run's eval.csv, and `{run}.json`: its arguments, versions,
 device, data with its hash, wall time, and the settings that are not the published ones. A run that is unfinished, that
@@ -24,6 +24,7 @@ from common import arguments, envs, fail, generate, runs
 
 # Arguments that name a run or its place. No number depends on them, nor on arguments.MAY_CHANGE but for its lengths.
 NAMES = {"exp_name", "seed", "num_seeds", "env_id", "quick", "log_interval", "evaluate", "torch_deterministic"}
+NAMES |= {"export", "export_seed"}
 # Compared by the data themselves.
 DATA = {"dataset_source", "generated_episodes"}
 ONLINE_STEPS = {"floq": 2_000_000, "value_flows": 1_000_000, "q_flow": 1_000_000, "evor": 1_000_000}  # as published
@@ -36,7 +37,7 @@ class CollectResultsArgs:
     output: str = str(scores.ROOT / "results")
     """directory of the results"""
     skip: bool = False
-    """leave out runs that are unfinished or have no identity (it is said which), instead of collecting nothing"""
+    """leave out runs that are refused, as unfinished ones (it is said which and why), instead of collecting nothing"""
 
 
 def settings(args):
@@ -47,6 +48,8 @@ def settings(args):
 
 def changed_settings(info):
     """{name: value} of what differs from the method's published configuration of the environment, data included.
+
+    Where the method has none, `env_id` is among them. (EVOR's is the same for all environments.)
 
     Args:
         info: the content of a run's args.json.
@@ -66,6 +69,9 @@ def changed_settings(info):
     if made := re.search(r"-generated-(\d+)ep-", info["dataset"]["file"]):
         official = generate.OFFICIAL_SIZES.get(envs.dataset_name(args["env_id"]), (None,))[0]
         changed |= {"generated_episodes": int(made[1])} if int(made[1]) != official else {}
+    tuned = module.TUNED_ONLINE if args["online_timesteps"] else module.TUNED
+    if not changed and environment not in tuned and info["algorithm"] != "evor":
+        changed["env_id"] = args["env_id"]
     return changed
 
 
@@ -132,12 +138,12 @@ def main(args):
         others = [claimed[key] for seed in seeds if (key := (scores.experiment(info), seed)) in claimed]
         path = output / info["algorithm"] / scores.canonical(info["args"]["env_id"]) / f"{run_name(info)}.csv"
         for other, numbers in others:
-            if (other, numbers) != (path, evaluations):
+            if numbers != evaluations:
                 same = f"{run_dir} claims the same settings, data and seeds as {other}"
                 fail(f"{same}, with other numbers; keep one of them")
         claimed |= {(scores.experiment(info), seed): (path, evaluations) for seed in seeds}
         if others:
-            print(f"{run_dir}: there already, {path}")
+            print(f"{run_dir}: there already, {others[0][0]}")
         else:
             new[path] = info, evaluations
     for path, (info, evaluations) in new.items():

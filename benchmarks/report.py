@@ -109,6 +109,13 @@ def make_rows(runs, reported):
     rows = []
     for (method, env_id, protocol, source, changed), members in groups.items():
         changed = json.loads(changed)
+        paths = {}
+        for run in members:
+            for seed in run["seeds"]:
+                if seed in paths:  # of other generated data with as many episodes
+                    twice = f"{paths[seed]} and {run['path']} are runs of seed {seed} with the same settings"
+                    fail(f"{twice} and different data, which one row cannot hold; remove one")
+                paths[seed] = run["path"]
         published = None if changed else reported.get((method, env_id, protocol))
         row = summarize([(run["curves"], protocol) for run in members], published)
         row |= {"method": method, "env_id": env_id, "protocol": protocol, "source": source, "changed": changed}
@@ -275,12 +282,12 @@ def reduced_table(rows):
         info = row["members"][0]["info"]
         args, data = info["args"], info["dataset"]
         lines.append([
-            TITLES[row["method"]], row["env_id"], f"{row['source']}, {data['transitions']:,}",
+            TITLES[row["method"]], row["env_id"], row["protocol"], f"{row['source']}, {data['transitions']:,}",
             f"{args['total_timesteps']:,}" + (f" + {args['online_timesteps']:,}" if args["online_timesteps"] else ""),
             args["eval_episodes"], cell(row["score"], row["std"], row["seeds"]), cell(row["last"], None),
             cell(row["best"], None), len(row["changed"]),
         ])  # fmt: skip
-    header = ["method", "environment", "data, transitions", "updates", "episodes", "score", "last", "best"]
+    header = ["method", "environment", "protocol", "data, transitions", "updates", "episodes", "score", "last", "best"]
     return markdown([*header, "settings changed"], lines)
 
 
@@ -370,6 +377,7 @@ def draw_curves(path, rows, reported):
                 axes.axhline(published["mean"], color="tab:orange", label=label)
                 break
         title = row["env_id"].removesuffix("-v0").replace("-singletask", "")
+        title += f", {row['protocol']}" if row["protocol"].startswith("online") else ""
         axes.set_title(title + (" (reduced run)" if row["changed"] else ""), fontsize="medium")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k
         axes.locator_params(axis="x", nbins=5)

@@ -5,6 +5,8 @@ it), brought in by `benchmarks.collect_results`. The samples of every interval a
 percent.
 """
 
+import dataclasses
+import importlib
 import json
 import re
 from collections import defaultdict
@@ -172,7 +174,8 @@ def read_evaluations(path, args):
             expected = args["eval_episodes"]
             fail(f"{where}: {episodes} episodes, the run has --eval-episodes {expected}: another protocol's row")
         if step not in steps[row["phase"]]:
-            fail(f"{where}: no {row['phase']} evaluation is due at step {step}: another protocol's row")
+            kind = "another protocol's row, or the former end of a run that was made longer (delete the latter)"
+            fail(f"{where}: no {row['phase']} evaluation is due at step {step}: {kind}")
         if step in curves[row["phase"]][seed]:
             fail(f"{where}: a second row of step {step} and seed {seed}")
         curves[row["phase"]][seed][step] = 100 * success
@@ -210,7 +213,7 @@ def read_results(directory=ROOT / "results"):
         path, json_path = stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".json")
         for there, missing in ((path, json_path), (json_path, path)):
             if not missing.exists():
-                fail(f"{there} has no {missing.name}: results need both; collect the run again, or remove the file")
+                fail(f"{there} has no {missing.name}: results need both; remove the file and collect the run again")
         info = read_identity(json_path)
         method, env_id = info["algorithm"], canonical(info["args"]["env_id"])
         if (method, env_id) != (path.parent.parent.name, path.parent.name):
@@ -246,8 +249,14 @@ def read_identity(path):
 
 
 def experiment(info):
-    """What two runs share that differ in their seeds only: method, task, data, all settings that change the numbers."""
-    identity = info["algorithm"], canonical(info["args"]["env_id"]), info["dataset"]["sha256"], info["settings"]
+    """What two runs share that differ in their seeds only: method, task, data, all settings that change the numbers.
+
+    Settings at their default are left out: a run from before a flag existed has that flag's default.
+    """
+    defaults = dataclasses.asdict(importlib.import_module(info["algorithm"]).Args())
+    defaults = json.loads(json.dumps(defaults))  # tuples as the lists that a json file has
+    settings = {name: value for name, value in info["settings"].items() if value != defaults.get(name)}
+    identity = info["algorithm"], canonical(info["args"]["env_id"]), info["dataset"]["sha256"], settings
     return json.dumps(identity, sort_keys=True)
 
 

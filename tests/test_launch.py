@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 from conftest import ENV_ID, ROOT, SMALL_FLAGS, assert_same_csv, only_run, run, wait_for, wait_for_row
 
+from benchmarks import scores
 from benchmarks.launch import jobs, local, state, table
 from benchmarks.launch import slurm as slurm_jobs
+from benchmarks.launch.__main__ import prepare
 
 STUB = Path(__file__).parent / "stub_algorithm.py"
 OTHER_ENV_ID = ENV_ID.replace("task4", "task5")
@@ -90,6 +92,8 @@ def test_patterns_are_expanded(capsys):
         "cube-single-play-singletask-v0",
     ]
     assert len(expand(["scene-play-singletask-task*-v0", "scene-play-singletask-task1-v0"])) == 5
+    five = expand(["scene-play-*"])  # the default task is task 2 under another name
+    assert len(five) == 5 == len({scores.canonical(env_id) for env_id in five})
     with pytest.raises(SystemExit) as error:
         expand(["cube-duoble-play-singletask-task{1..3}-v0"])
     assert error.value.code == 2
@@ -138,7 +142,8 @@ def test_commands_are_printed(tmp_path):
 def stub_job(tmp_path):
     """One job of the stub."""
     env_id = "cube-single-play-singletask-task1-v0"
-    own = dict(exp_name="stub", total_timesteps=20, online_timesteps=0, dataset_path=None, seed=0, num_seeds=2)
+    own = dict(exp_name="stub", total_timesteps=20, online_timesteps=0, log_interval=1, dataset_path=None)
+    own |= dict(seed=0, num_seeds=2)
     identity = {name: own[name] for name in ("seed", "num_seeds", "dataset_path", "exp_name")}
     words = ["--env-id", env_id, "--seed", "0", "--num-seeds", "2", "--runs-dir", str(tmp_path)]
     return jobs.Job(STUB, env_id, (0, 1), tmp_path, words, own, identity, own)
@@ -196,6 +201,21 @@ def test_a_job_continues_to_its_own_lengths(stub_job):
             stub_job.args = stub_job.args | lengths
             found.append(state.find_runs(stub_job)[0].fits)
         assert found == fits, step
+    stub_job.args = own
+    for log_interval, fits in ((1, True), (5, True), (6, False)):  # the checkpoint may be that far past the csv files
+        info["args"] = own | {"total_timesteps": 40, "log_interval": log_interval}
+        (run_dir / "args.json").write_text(json.dumps(info))
+        (run_dir / "eval.csv").write_text("step,seed,success\n16,0,0.5\n16,1,0.5\n")
+        assert state.find_runs(stub_job)[0].fits == fits, log_interval
+
+
+def test_nothing_is_submitted_again_while_the_queue_is_not_known(stub_job, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")  # no squeue
+    state.write_state(stub_job, slurm="7_0")
+    with pytest.raises(SystemExit) as stop:
+        prepare([stub_job], on_slurm=True)
+    assert stop.value.code == 2 and "would be submitted twice" in capsys.readouterr().err
+    assert state.read_state(stub_job)["slurm"] == "7_0"
 
 
 # --- On this machine ---

@@ -265,6 +265,14 @@ def test_collected_run_and_its_identity(tmp_path, capsys):
     message = refused(capsys, collect, tmp_path / "results", write_run(tmp_path / "c", [0.1, 0.2], first_seed=1))
     assert "claims the same settings, data and seeds as" in message
     assert len(scores.read_results(tmp_path / "results")) == 2
+    # One from before a flag existed has the flag's default, whatever its file's name.
+    info["settings"].pop("cvar_level")
+    path.unlink()
+    path.with_suffix(".json").unlink()
+    older = path.with_name("older.csv")
+    older.write_bytes((run_dir / "eval.csv").read_bytes())
+    older.with_suffix(".json").write_text(json.dumps(info))
+    assert older in collect(tmp_path / "results", run_dir) and "there already" in capsys.readouterr().out
     # In one call too: nothing is written then.
     twice = write_run(tmp_path / "d", [0.1], task=2), write_run(tmp_path / "e", [0.2], task=2)
     assert "claims the same" in refused(capsys, collect, tmp_path / "results", *twice)
@@ -283,6 +291,8 @@ def test_changed_settings_are_named(tmp_path):
     assert collect_results.changed_settings(info) == {"generated_episodes": 120}
     info["dataset"] |= {"source": "custom", "file": "mine.npz"}
     assert collect_results.changed_settings(info) == {"dataset": "mine.npz"}
+    other = dict(env_id="cube-single-play-singletask-task1-v0", gamma=0.99, confidence_weight_temp=0.3)
+    assert changed(write_run(tmp_path / "i", [0.5], **other)) == {"env_id": other["env_id"]}  # nothing is published
     # Online runs have settings of their own.
     env_id = "antsoccer-arena-navigate-singletask-task4-v0"
     tuned = floq.TUNED["antsoccer-arena-navigate"]
@@ -293,6 +303,19 @@ def test_changed_settings_are_named(tmp_path):
     assert changed(make("f", both, 2_000_000)) == {}
     assert changed(make("g", tuned, 2_000_000)) == {"alpha": 10.0, "total_timesteps": 2_000_000}
     assert changed(make("h", both, 1_000_000)) == {"online_timesteps": 1_000_000}
+
+
+def test_one_seed_on_two_generated_sets_is_not_two_seeds(tmp_path, capsys):
+    runs = []
+    for name in "ab":
+        run_dir = write_run(tmp_path / name, [0.5], source="generated", batch_size=16)
+        info = json.loads((run_dir / "args.json").read_text())
+        info["dataset"]["sha256"] = name
+        (run_dir / "args.json").write_text(json.dumps(info))
+        runs.append(run_dir)
+    collect(tmp_path / "results", *runs)
+    message = refused(capsys, report.make_rows, scores.read_results(tmp_path / "results"), {})
+    assert "are runs of seed 0 with the same settings and different data" in message
 
 
 def test_floq_is_compared_after_two_million_updates(tmp_path):

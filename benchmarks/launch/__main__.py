@@ -89,7 +89,9 @@ def print_commands(jobs):
 
 def prepare(jobs, on_slurm):
     """Sets jobs that are done, or at work on SLURM, to `skipped`; forgets the earlier failures of those that wait."""
-    queued = (slurm.queue(jobs) if on_slurm else None) or {}
+    queued = slurm.queue(jobs) if on_slurm else {}
+    if queued is None:
+        fail("without SLURM's queue, jobs that wait there would be submitted twice; try again when squeue works")
     for job in jobs:
         finished = state.refresh(job)
         busy = state.locked_by(job) or queued.get(state.read_state(job).get("slurm"))

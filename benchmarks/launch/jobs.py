@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks import scores
 from common import envs, fail
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -95,8 +96,9 @@ def find_method(name):
 
 
 def expand_env_ids(patterns):
-    """Environment ids that patterns with {1..5}, {a,b} and shell wildcards stand for, each once, in order. A pattern
-    that matches nothing ends the program with exit code 2 and close matches.
+    """Environment ids that patterns with {1..5}, {a,b} and shell wildcards stand for, each task once, in order
+    (`...-singletask-v0` is one of the five). A pattern that matches nothing ends the program with exit code 2 and close
+    matches.
     """
     import bracex
 
@@ -113,7 +115,10 @@ def expand_env_ids(patterns):
                 nearest = f"; nearest: {', '.join(near)}" if near else ""
                 fail(f"--env-ids {piece} matches no environment of ogbench{nearest}")
             found += matching
-    return list(dict.fromkeys(found))
+    by_task = {}
+    for env_id in found:
+        by_task.setdefault(scores.canonical(env_id), env_id)
+    return list(by_task.values())
 
 
 def resolve(commands):

@@ -39,8 +39,9 @@ def find_runs(job):
         ended = {int(row["seed"]) for row in evaluations if int(row["step"]) == sum(job.lengths)}
         lengths = args["total_timesteps"], args["online_timesteps"]
         finished = lengths == job.lengths and ended >= set(job.seeds)
-        same_border = lengths[0] == job.lengths[0] or step <= min(lengths[0], job.lengths[0])  # of the phases
-        fits = lengths[1] == job.lengths[1] and same_border and step <= sum(job.lengths)
+        reached = min(step + args["log_interval"] - 1, sum(lengths))  # a checkpoint may be so far past the csv files
+        same_border = lengths[0] == job.lengths[0] or reached <= min(lengths[0], job.lengths[0])  # of the phases
+        fits = lengths[1] == job.lengths[1] and same_border and reached <= sum(job.lengths)
         runs.append(SimpleNamespace(path=path, step=step, success=success, rate=rate, finished=finished, fits=fits))
     return sorted(runs, key=lambda run: (len(run.path.name), run.path.name))  # the name ends with the time
 
