@@ -112,7 +112,13 @@ def load_dataset(path, env_id, device, replaceable=False):
         warn(f"{path.name} holds no success on {env_id}: there is nothing to learn but the negative rewards")
 
     keys = ("observations", "next_observations", "actions", "rewards", "masks")
-    dataset = {key: torch.as_tensor(data[key]).to(device) for key in keys}
+    try:
+        dataset = {key: torch.as_tensor(data[key]).to(device) for key in keys}
+    except RuntimeError as error:
+        if "ried to allocate" not in str(error):
+            raise
+        size = sum(data[key].nbytes for key in keys) / 2**30
+        fail(f"{path.name} takes {size:.1f} GiB, more than is free on {device}; take another GPU, or --no-cuda")
     dataset["actions"] = dataset["actions"].clamp(-1 + 1e-5, 1 - 1e-5)
     if is_pixels:
         dataset["starts"] = pixels.trajectory_starts(data["terminals"]).to(device)

@@ -46,13 +46,16 @@ class FastUpdate:
             except Exception as error:  # torch has an exception for each way of failing
                 if not (self.agents.compiled or self.captured) or "ried to allocate" in str(error):
                     raise
-                by_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+                cause = error.__context__ or error  # a broken capture raises a second error when it ends
+                compiler = ("torch._dynamo", "torch._inductor", "triton")
+                by_compiler = any(type(e).__module__.startswith(compiler) for e in (error, cause))
                 if self.agents.compiled and (by_compiler or not self.captured):
                     self.agents.compiled, flag = False, "compile"
                 else:
                     self.captured, flag = False, "cudagraphs"
                 with torch.no_grad():
                     torch._foreach_copy_(state, saved)
+                error = error if by_compiler else cause
                 reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
                 slower = f"updates continue without it, more slowly (--no-{flag} silences this)"
                 warn(f"--{flag} fails here ({reason}); {slower}")
@@ -81,7 +84,7 @@ def capture(update, inputs, state):
     with torch.no_grad():
         torch._foreach_copy_(state, saved)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # which a failed capture would change
         outputs = update(static_inputs)
 
     def replay(inputs):

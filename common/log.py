@@ -170,13 +170,16 @@ def start_wandb(args, run_dir):
     common |= dict(resume="allow", reinit="create_new")
     seeds = range(args.seed, args.seed + args.num_seeds)
     try:
-        return [wandb.init(**common, id=f"{name}-{s}", name=f"{name}-s{s}", config=config | {"seed": s}) for s in seeds]
+        made = [wandb.init(**common, id=f"{name}-{s}", name=f"{name}-s{s}", config=config | {"seed": s}) for s in seeds]
     except wandb.errors.Error as error:
         fail(f"--track: {error}; `wandb login` first, or set WANDB_MODE=offline")
+    for run in made:  # its own count only grows, but a resumed run repeats the steps after its checkpoint
+        run.define_metric("*", step_metric="step")
+    return made
 
 
 def log_wandb(wandb_runs, rows, prefix, step):
     """Logs one row per seed under OGBench's names: `training/critic/critic_loss`, `evaluation/success`, ..."""
     for run, row in zip(wandb_runs, rows):
         values = {f"{prefix}/{name}": value for name, value in row.items() if name not in ("step", "seed", "phase")}
-        run.log(values, step=step)
+        run.log(values | {"step": step})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from common import fail, versions
+from common import checkpoint, fail, versions
 from common.arguments import algorithm
 from common.files import try_lock, written_whole
 
@@ -62,12 +62,19 @@ def hold(run_dir):
 
     Where another process has it, the program ends with exit code 2.
     """
-    if not try_lock(os.open(run_dir, os.O_RDONLY), run_dir):  # the number is not closed before the process ends
+    path = Path(run_dir) / "lock"  # a file of its own: NFS does not lock directories
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT)  # a number, which is not closed before the process ends
+    except OSError as error:
+        fail(f"{path} cannot be written ({error.strerror})")
+    if not try_lock(file, path):
         fail(f"--resume {run_dir}: another process is training this run; let it end first")
 
 
 def _cut_back(run_dir, args, resumed, identity):
     """Takes the csv files of --resume back to the checkpoint; later rows will be written again."""
+    if checkpoint.stamp(run_dir) != resumed["stamp"]:  # it was read before the lock was taken
+        fail(f"--resume {run_dir}: another process has trained this run in the meantime; give the command again")
     if identity["sha256"] != resumed["dataset"]["sha256"]:
         fail(f"--resume {run_dir}: the run's dataset is {resumed['dataset']}, found here: {identity}")
     for name, size in resumed["csv_sizes"].items():
@@ -104,15 +111,17 @@ def append_rows(path, rows):
     Floats are written so that they read back to the same bits. A failed write ends the program with exit code 1; the
     last checkpoint stays.
     """
-    text = io.StringIO()
+    text, size = io.StringIO(), os.path.getsize(path) if os.path.exists(path) else 0
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     try:
-        with open(path, "ab") as file:  # one unbuffered write: a row is written whole or not at all
+        with open(path, "ab") as file:
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerows(rows)
             file.write(text.getvalue().encode())
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)  # a full disk may have taken a part of a row
         raise SystemExit(f"error: could not write {path} ({error}); the last checkpoint is kept") from None
 
 

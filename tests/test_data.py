@@ -194,6 +194,16 @@ def rewritten(source, target, **changes):
     return target
 
 
+def test_a_set_that_does_not_fit_on_the_device_is_refused(maze_data, monkeypatch, capsys):
+    def no_memory(data):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 11.44 GiB.")
+
+    monkeypatch.setattr(datasets.torch, "as_tensor", no_memory)
+    with pytest.raises(SystemExit) as stop:
+        datasets.load_dataset(maze_data, "pointmaze-medium-navigate-singletask-task1-v0", "cuda:0")
+    assert stop.value.code == 2 and "GiB, more than is free on cuda:0" in capsys.readouterr().err
+
+
 def load_error(path, capsys, env_id="pointmaze-medium-navigate-singletask-v0"):
     with pytest.raises(SystemExit) as stop:
         datasets.load_dataset(path, env_id, "cpu")

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -404,6 +405,29 @@ def test_two_processes_do_not_train_one_run(tmp_path, capsys):
     assert stop.value.code == 2 and "another process is training this run" in capsys.readouterr().err
     process.communicate()
     runs.hold(tmp_path)
+
+
+def test_a_run_that_was_trained_between_reading_and_locking_is_refused(tmp_path, capsys):
+    payload = {"agent": {}, "args": {}, "step": 1}
+    checkpoint.save(tmp_path, payload)
+    resumed = checkpoint.load(tmp_path)
+    checkpoint.save(tmp_path, payload | {"step": 2})
+    with pytest.raises(SystemExit) as stop:
+        runs._cut_back(tmp_path, None, resumed, None)
+    assert stop.value.code == 2 and "has trained this run in the meantime" in capsys.readouterr().err
+
+
+def test_a_row_that_a_full_disk_cuts_off_is_taken_back(tmp_path):
+    path = tmp_path / "inference.csv"
+    runs.append_rows(path, [{"step": 1, "success": 0.5}])
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 3, limits[1]))  # three bytes of the row fit
+    try:
+        with pytest.raises(SystemExit) as stop:
+            runs.append_rows(path, [{"step": 2, "success": 0.5}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "could not write" in str(stop.value.code) and path.read_bytes() == before
 
 
 def test_the_seconds_of_a_run_continue(tmp_path):

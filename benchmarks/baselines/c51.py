@@ -369,7 +369,7 @@ if __name__ == "__main__":
     agents = Stacked(lambda: Agent(args, **agent_inputs), seeds, device, args.learning_rate)
     if resumed is not None:
         agents.load_state_dict(resumed)
-        replay.restore(resumed["replay"], count=max(0, resumed["step"] - args.total_timesteps))
+        replay.restore(resumed.pop("replay"), count=max(0, resumed["step"] - args.total_timesteps))
 
     # --- Training: offline, then online ---
     one_update = lambda draws: update(agents, *replay.inputs(draws))  # the batch, and noise

@@ -115,10 +115,7 @@ def expand_env_ids(patterns):
                 nearest = f"; nearest: {', '.join(near)}" if near else ""
                 fail(f"--env-ids {piece} matches no environment of ogbench{nearest}")
             found += matching
-    by_task = {}
-    for env_id in found:
-        by_task.setdefault(scores.canonical(env_id), env_id)
-    return list(by_task.values())
+    return list({scores.canonical(env_id): env_id for env_id in found[::-1]}.values())[::-1]
 
 
 def resolve(commands):
