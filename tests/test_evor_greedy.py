@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT, make_agents, small_args
 
+import evor
 from benchmarks.studies import evor_greedy
+from common import checkpoint, policies, rollout
 
 
 @pytest.fixture
@@ -68,6 +71,30 @@ def test_equal_seeds_agree_and_one_preferred_direction_is_seen(agents):
     own, agents.function = agents.function, lambda name: own(first if name == "ratings" else name)
     rows = evor_greedy.compare_ratings(agents, observations, generator).values()
     assert all(row["same_direction"] > 0.5 for row in rows)
+
+
+def test_states_are_kept_as_they_were_visited(online_runs, tmp_path):
+    saved = checkpoint.load(online_runs["evor"], "--run")
+    args, cpu = replace(evor.Args(**saved["args"]), eval_episodes=2), torch.device("cpu")
+    agents, visited = policies.rebuild(evor.Agent, args, saved, cpu, tmp_path), [[], []]
+    policy = evor_greedy.recording(evor_greedy.make_policy("cloning", agents, agents), visited)
+    (row, _) = rollout.Evaluator(args, [0, 1], cpu, tmp_path)(policy, agents.agent.draw_act_noise, step=1)
+    for of_seed in visited:
+        states = torch.cat(of_seed)
+        assert len(of_seed) >= row["episode_length"] // evor_greedy.KEEP_EVERY > 1
+        assert len(states.unique(dim=0)) == len(states)
+
+
+def test_states_of_slots_without_an_episode_are_left_out(monkeypatch):
+    monkeypatch.setattr(evor_greedy, "KEEP_EVERY", 2)
+    visited, noise = [[], []], torch.ones(2, 3, 4)
+    policy = evor_greedy.recording(lambda observations, noise: "actions", visited)
+    observations = torch.zeros(2, 3, 5)  # one buffer, as the evaluator's
+    for step in range(4):
+        observations[:] = step
+        noise[1, 2] = 0 if step >= 1 else 1
+        assert policy(observations, noise) == "actions"
+    assert [torch.cat(of_seed)[:, 0].tolist() for of_seed in visited] == [[0, 0, 0, 2, 2, 2], [0, 0, 0, 2, 2]]
 
 
 def test_mistakes_are_refused(online_runs):

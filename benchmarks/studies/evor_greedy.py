@@ -91,6 +91,23 @@ def make_policy(name, agents, untrained):
     return policy
 
 
+def recording(policy, visited):
+    """The policy, which also adds the states of each KEEP_EVERY-th step to `visited`, a list for each seed.
+
+    Slots whose episodes have ended are left out: their observations are old ones (and their noise is zero, see
+    rollout.Evaluator).
+    """
+    steps = itertools.count()
+
+    def watched(observations, noise):
+        if next(steps) % KEEP_EVERY == 0:
+            for of_seed, states, playing in zip(visited, observations, noise.any(dim=-1)):
+                of_seed.append(states[playing])  # (n, D), a copy: the evaluator writes over its observations
+        return policy(observations, noise)
+
+    return watched
+
+
 def compare_ratings(agents, observations, generator):
     """Spread and agreement of ratings over the candidates of single states.
 
@@ -149,29 +166,24 @@ if __name__ == "__main__":
     output.with_suffix(".csv").unlink(missing_ok=True)
 
     evaluator = rollout.Evaluator(args, seeds, device, Path(options.run))
-    visited = []
+    visited = [[] for _ in seeds]
     numbers = options.num_actions or (args.num_actions,)
     for name, number in tqdm(list(itertools.product(options.policies, numbers)), unit=" policies"):
         agents.agent.args = replace(args, num_actions=number)
-        policy, steps = make_policy(name, agents, untrained), 0
-
-        def watched(observations, noise):
-            global steps
-            if name == "cloning" and steps % KEEP_EVERY == 0:
-                visited.append(observations)
-            steps += 1
-            return policy(observations, noise)
-
-        rows = evaluator(watched, agents.agent.draw_act_noise, saved["step"])
+        policy = make_policy(name, agents, untrained)
+        policy = recording(policy, visited) if name == "cloning" else policy
+        rows = evaluator(policy, agents.agent.draw_act_noise, saved["step"])
         rows = [{"policy": name, "num_actions": number} | row for row in rows]
         runs.append_rows(output.with_suffix(".csv"), rows)
         success = " ".join(f"{row['success']:.2f}" for row in rows)
         tqdm.write(f"{name}, {number} candidates: success {success}")
 
     agents.agent.args = args
-    if visited:
+    if visited[0]:
         generator = torch.Generator(device).manual_seed(0)
-        observations = torch.cat(visited, dim=1)[:, :512]  # (S, N, D)
+        states = [torch.cat(of_seed) for of_seed in visited]
+        N = min(512, *map(len, states))
+        observations = torch.stack([of_seed[:N] for of_seed in states])  # (S, N, D)
         compared = compare_ratings(agents, observations, generator)
         path = output.with_name(output.name + "_ratings.csv")
         path.unlink(missing_ok=True)
