@@ -1,5 +1,6 @@
 """The study of EVOR's greedy end: who rates whose candidates, what is chosen, how ratings are compared."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ import torch
 from conftest import ROOT, make_agents, small_args
 
 import evor
+from benchmarks import tables
 from benchmarks.studies import evor_greedy
 from common import checkpoint, policies, rollout
 
@@ -97,12 +99,38 @@ def test_states_of_slots_without_an_episode_are_left_out(monkeypatch):
     assert [torch.cat(of_seed)[:, 0].tolist() for of_seed in visited] == [[0, 0, 0, 2, 2, 2], [0, 0, 0, 2, 2]]
 
 
+def greedy(*words):
+    command = [sys.executable, "-m", "benchmarks.studies.evor_greedy", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+def test_a_second_call_keeps_the_rows_of_the_first(online_runs, tmp_path):
+    words = ("--run", online_runs["evor"], "--episodes", 1, "--no-cuda", "--output", tmp_path / "greedy", "--policies")
+    done = greedy(*words, "own", "cloning", "--num-actions", 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    path = tmp_path / "greedy.csv"
+    before = path.read_text()
+    assert (tmp_path / "greedy_ratings.csv").read_text().count("\n") == 3  # two seeds
+    done = greedy(*words, "cloning", "own", "--num-actions", 2, 3)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole = path.read_text()
+    assert whole.startswith(before) and done.stdout.count("candidates: success") == 2
+    columns = [tuple(row[name] for name in ("policy", "num_actions", "seed")) for row in tables.read_rows(path)]
+    pairs = [("own", "2"), ("cloning", "2"), ("cloning", "3"), ("own", "3")]
+    assert columns == [(*pair, seed) for pair in pairs for seed in "01"]
+
+    other_run = shutil.copytree(online_runs["evor"], tmp_path / "other")  # another run with as many updates
+    for others in (("--run", other_run, *words[2:], "own"), (*words, "own", "--episodes", 2)):
+        failed = greedy(*others)
+        assert failed.returncode == 2 and "greedy.csv has rows of another checkpoint or number" in failed.stderr
+    assert path.read_text() == whole
+
+
 def test_mistakes_are_refused(online_runs):
-    command = [sys.executable, "-m", "benchmarks.studies.evor_greedy", "--run"]
     for words, message in (
-        ([online_runs["floq"]], "is a run of floq.py, not of evor.py"),
-        ([online_runs["evor"], "--policies", "none"], "known are cloning, untrained"),
-        ([online_runs["evor"], "--num-actions", "0"], "must be above zero"),
+        (["floq"], "is a run of floq.py, not of evor.py"),
+        (["evor", "--policies", "none"], "known are cloning, untrained"),
+        (["evor", "--num-actions", "0"], "must be above zero"),
     ):
-        failed = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
+        failed = greedy("--run", online_runs[words[0]], *words[1:])
         assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
