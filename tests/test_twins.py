@@ -113,6 +113,20 @@ def test_rows_after_the_agents_step_are_written_again(options):
     assert not rows.published.exists()
 
 
+def test_an_evaluation_that_was_published_in_part_is_not_there_twice(options):
+    """A kill between two seeds: the first one's rows are there when the quarter is evaluated again."""
+    every_rows = [(seed, twins.Rows(options, "ours", seed)) for seed in (0, 1)]
+    for _, rows in every_rows:
+        rows.add(3000, {"critic/outer_loss": 1.0})
+        rows.save()
+    twins.publish(every_rows[:1], [{"success": 0.25, "episode_length": 9.0}], 3000)
+    every_rows = [(seed, twins.Rows(options, "ours", seed)) for seed in (0, 1)]
+    twins.publish(every_rows, 2 * [{"success": 0.5, "episode_length": 8.0}], 3000)
+    expected = [(3000, "critic/outer_loss", 1.0), (3000, "success", 0.5), (3000, "episode_length", 8.0)]
+    for _, rows in every_rows:
+        assert rows.rows == twins.read_rows(rows.published) == expected
+
+
 def make_dataset():
     """600 made-up transitions."""
     torch.manual_seed(0)

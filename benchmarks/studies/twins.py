@@ -412,8 +412,9 @@ class Rows:
         self.rows = [row for row in self.rows if row[0] <= step]
 
     def add(self, step, values):
-        """Adds {quantity: value}."""
-        self.rows += [(step, name, value) for name, value in values.items()]
+        """Adds {quantity: value}, in place of the step's values of the same name: it may be evaluated again."""
+        kept = [row for row in self.rows if row[0] != step or row[1] not in values]
+        self.rows = kept + [(step, name, value) for name, value in values.items()]
 
     def save(self, publish=False):
         """Writes the rows, whole or not at all."""
