@@ -1,10 +1,13 @@
 """The study of variants on the quick task: commands, restarts, runs that end at a non-finite loss, the rule."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT, wait_for
 
 from benchmarks import tables
 from benchmarks.studies import quick_task as study
@@ -17,8 +20,9 @@ SUCCESS = {"value_flows": (0.5, 0.7), "bcfm_lambda=0": (0.1, 0.2), "num_samples=
 def program(monkeypatch):
     """Stands in for the main programs: each call's words, and what the next ones do ("die", "diverge", "at once")."""
     calls, moods = [], []
+    ended = lambda code: SimpleNamespace(wait=lambda: code)
 
-    def run(command, cwd, env, stdout, stderr, check):
+    def start(command, cwd, env, stdout, stderr):
         words = command[3:]
         calls.append((command[2], words))
         mood = moods.pop(0) if moods else ""
@@ -36,19 +40,19 @@ def program(monkeypatch):
         ]
         if mood == "at once":
             stdout.write("error: critic/critic_loss is nan at step 1 (seed 0); training stops; a checkpoint in x\n")
-            return subprocess.CompletedProcess(command, 1)
+            return ended(1)
         tables.write(run_dir / "eval.csv", rows)
         tables.write(run_dir / "timing.csv", [{"updates_per_second": speed} for speed in ("0", "10", "20", "40")])
         if mood == "die":
             stdout.write("error: the disk is full\n")
-            return subprocess.CompletedProcess(command, 1)
+            return ended(1)
         if mood == "diverge":
             stdout.write("error: critic/critic_loss is nan at step 5000 (seed 1); training stops; a checkpoint in x\n")
-            return subprocess.CompletedProcess(command, 1)
+            return ended(1)
         (run_dir / "policy").mkdir()
-        return subprocess.CompletedProcess(command, 0)
+        return ended(0)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=start))
     return calls, moods
 
 
@@ -96,6 +100,33 @@ def test_a_run_that_failed_is_continued_and_one_that_diverged_is_not(program, tm
         assert "| 15.0% +- 63.5, non-finite at 5000 |" in line
     (_, first), (_, again), (_, diverged) = calls
     assert first[0] == "--quick" and again[0] == "--resume" and "--bcfm-lambda" in diverged
+
+
+PROGRAM = """#!{python}
+import pathlib, signal, sys, time
+def save(number, frame):
+    time.sleep(1)  # a checkpoint takes longer than the 0.25 s that subprocess.run waits after Ctrl-C
+    pathlib.Path({saved!r}).touch()
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path({started!r}).touch()
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_that_is_stopped_lets_the_training_save(tmp_path, number):
+    saved, started, program = (tmp_path / name for name in ("saved", "started", "program"))
+    program.write_text(PROGRAM.format(python=sys.executable, saved=str(saved), started=str(started)))
+    program.chmod(0o755)
+    words = ["quick_task", "--variants", "floq", "--runs-dir", str(tmp_path / "runs")]
+    code = f"import runpy, sys; sys.executable, sys.argv = {str(program)!r}, {words!r}; "
+    code += "runpy.run_module('benchmarks.studies.quick_task', run_name='__main__')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(process, started.exists)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number and saved.exists() and "Traceback" not in error
 
 
 def test_a_run_without_any_evaluation_is_left_out(program, tmp_path, monkeypatch, capsys):

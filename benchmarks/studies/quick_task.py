@@ -26,6 +26,7 @@ left out.
 """
 
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -110,8 +111,14 @@ def run(variant, options):
         words = ["--resume", run_dir]
     command = [sys.executable, "-m", export.module_path(module.Agent), *map(str, words)]
     with open(log, "a") as file:
-        done = subprocess.run(command, cwd=export.ROOT, env=python_environment(), stdout=file, stderr=file, check=False)
-    if done.returncode and not stopped_at():
+        process = subprocess.Popen(command, cwd=export.ROOT, env=python_environment(), stdout=file, stderr=file)
+        try:
+            code = process.wait()
+        except BaseException:  # Ctrl-C or SIGTERM: the training saves before this study ends
+            process.terminate()
+            process.wait()
+            raise
+    if code and not stopped_at():
         last = (log.read_text().splitlines() or [""])[-1]
         fail(f"{' '.join(command)} failed ({last}); see {log}. Mended, the same command of this study continues")
     return latest(), stopped_at()
@@ -208,4 +215,6 @@ def main():
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT):  # as exceptions, which `run` waits at
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     main()
