@@ -142,10 +142,22 @@ def test_a_run_without_any_evaluation_is_left_out(program, tmp_path, monkeypatch
     assert stop.value.code == 2 and "no variant has an evaluation" in capsys.readouterr().err
 
 
+def test_nothing_is_compared_with_another_variant_than_the_first(program, tmp_path, monkeypatch, capsys):
+    _, moods = program
+    moods += ["at once"]
+    variants = ("value_flows", "value_flows:bcfm_lambda=0", "value_flows:num_samples=1")
+    main(monkeypatch, "--variants", *variants, "--seeds", 2, "--runs-dir", tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| variant | success, 2 seeds | ")
+    assert lines[2] == "| `value_flows:bcfm_lambda=0` | 16.0% +- 63.5 |  |  | 50 |"
+    assert lines[3] == "| `value_flows:num_samples=1` | 62.5% +- 120.7 |  |  | 50 |"
+    assert lines[5] == "No differences: the first variant, `value_flows`, is left out."
+
+
 def test_one_seed_has_no_interval():
     shared = {"stopped": "", "milliseconds": "5"}
     rows = [{"variant": name, "success": success} | shared for name, success in (("a", "40"), ("b", "60"))]
-    lines = study.summary(rows).splitlines()
+    lines = study.summary(rows, "a").splitlines()
     assert lines[2:] == ["| `a` | 40.0% |  |  | 5 |", "| `b` | 60.0% | +20.0 | not resolved | 5 |"]
 
 

@@ -22,7 +22,7 @@ one by the differences of equal seeds, which have the same data and batches: the
     not resolved   anything else, and where there is one seed only
 
 A run that ends at a non-finite loss has the success of its evaluations before it, and is marked; one that has none is
-left out.
+left out. If that is the first variant, nothing is compared.
 """
 
 import re
@@ -156,19 +156,25 @@ def verdict(difference, half):
     return "alike" if abs(difference) + half < MARGIN else "not resolved"
 
 
-def summary(rows):
-    """A markdown table of the variants: success, the difference to the first, its verdict, milliseconds per update."""
+def summary(rows, first):
+    """A markdown table of the variants: success, the difference to `first`, its verdict, milliseconds per update.
+
+    Without rows of `first` there are no differences, and a line says so.
+    """
     names = list(dict.fromkeys(row["variant"] for row in rows))
-    base, lines = success_of(rows, names[0]), []
+    base, lines = success_of(rows, first), []
     for name in names:
         of_variant = [row for row in rows if row["variant"] == name]
         success, row = success_of(rows, name), of_variant[0]
-        difference = success - base
-        compared = ["", ""] if name == names[0] else [interval_text(difference, "+.1f"), verdict(*interval(difference))]
+        compared = ["", ""]
+        if len(base) and name != first:
+            difference = success - base
+            compared = [interval_text(difference, "+.1f"), verdict(*interval(difference))]
         ended = f", non-finite at {row['stopped']}" if row["stopped"] else ""
         lines.append([f"`{name}`", interval_text(success, ".1f", "%") + ended, *compared, row["milliseconds"]])
-    header = ["variant", f"success, {len(base)} seeds", "minus the first", "verdict", "ms per update"]
-    return tables.markdown(header, lines)
+    header = ["variant", f"success, {len(success)} seeds", "minus the first", "verdict", "ms per update"]
+    left_out = "" if len(base) else f"\nNo differences: the first variant, `{first}`, is left out.\n"
+    return tables.markdown(header, lines) + left_out
 
 
 def draw(path, rows):
@@ -209,7 +215,7 @@ def main():
             runs.write_text(Path(f"{options.output}.csv"), tables.csv_text(rows))
     if not rows:
         fail("no variant has an evaluation")
-    print(summary(rows))
+    print(summary(rows, variants[0]))
     if options.output:
         draw(f"{options.output}.png", rows)
 
