@@ -36,9 +36,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks import tables
-from common import fail, graphs, num_cores, rollout, warn
+from common import fail, graphs, num_cores, rollout, runs, warn
 from common.device import setup_torch
 from common.draws import CHUNK, Draws
+from common.files import check_writable
 from common.replay import Replay
 from common.stacked import Stacked
 from common.workers import Workers
@@ -434,7 +435,16 @@ def measure_apart(kind, arguments):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-if __name__ == "__main__":
+def store(path, stored, rows):
+    """Writes the stored rows with `rows` in place of those of the same settings, whole or not at all; returns all."""
+    new = {setting(row) for row in rows}
+    every = sorted([row for row in stored if setting(row) not in new] + rows, key=setting)
+    runs.write_text(path, tables.csv_text(every))
+    return every
+
+
+def main():
+    """What the command line asks for; bad arguments end it with exit code 2, before any measurement."""
     if sys.argv[1:2] == ["--setting"]:  # the process of one setting
         print(json.dumps(KINDS[sys.argv[2]][0](**json.loads(sys.argv[3]))))
         raise SystemExit
@@ -479,12 +489,17 @@ if __name__ == "__main__":
         settings = [s for s in settings if setting({"machine": machine, "size": size} | s) in known]
         if not settings:
             fail(f"--check: none of the settings asked for is in {stored_path.name}")
+    if options.output:
+        check_writable(Path(options.output).parent, "--output")
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for words in tqdm(settings, unit=" settings"):
         common = dict(cuda=options.cuda, repeats=options.repeats, quick=options.quick)
         row = measure_apart(kind, words | common)
         if row is not None:
             rows.append(row)
+            if options.store:  # as it goes: what was measured is not lost
+                rows_of_machine = store(stored_path, stored, rows)
             if options.json:
                 print(json.dumps(row), flush=True)
     if not rows:
@@ -495,9 +510,6 @@ if __name__ == "__main__":
         tables.write(Path(options.output).with_suffix(".csv"), rows)
         draw(Path(options.output).with_suffix(".png"), rows)
     if options.store:
-        new = {setting(row) for row in rows}
-        rows_of_machine = sorted([row for row in stored if setting(row) not in new] + rows, key=setting)
-        tables.write(stored_path, rows_of_machine)
         draw(stored_path.with_suffix(".png"), rows_of_machine)
         print(f"saved {stored_path.name} and its picture in {RESULTS.name}")
     if options.check:
@@ -507,3 +519,7 @@ if __name__ == "__main__":
         failed = len(settings) - len(rows)
         print(f"{len(rows)} settings checked, {len(problems)} slower, {failed} failed")
         raise SystemExit(1 if problems or failed else 0)
+
+
+if __name__ == "__main__":
+    main()
