@@ -13,7 +13,8 @@ Every setting is a process of its own. It times A B M A B M ...: an update of th
 without compile, graph or reduced precision, and a float32-sized matrix product at the setting's precision (on a GPU
 bursts of 20 updates, since a training run does not wait for each). Efficiency = operations (counted by torch) / seconds
 / the rate of that product, so that a busy machine slows both. Medians after a warm-up, with quartiles; speed-up =
-median of the ratios of neighbours.
+median of the ratios of neighbours. Start (warm_up_seconds) = the time to make the agents and of three updates, the
+first of which may wait for the compiler.
 """
 
 import contextlib
