@@ -13,7 +13,8 @@ Every setting is a process of its own. It times A B M A B M ...: an update of th
 without compile, graph or reduced precision, and a float32-sized matrix product at the setting's precision (on a GPU
 bursts of 20 updates, since a training run does not wait for each). Efficiency = operations (counted by torch) / seconds
 / the rate of that product, so that a busy machine slows both. Medians after a warm-up, with quartiles; speed-up =
-median of the ratios of neighbours.
+median of the ratios of neighbours. Start (warm_up_seconds) = the time to make the agents and of three updates, the
+first of which may wait for the compiler.
 """
 
 import contextlib
@@ -36,9 +37,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks import tables
-from common import fail, graphs, num_cores, rollout, warn
+from common import fail, graphs, num_cores, rollout, runs, warn
 from common.device import setup_torch
 from common.draws import CHUNK, Draws
+from common.files import check_writable
 from common.replay import Replay
 from common.stacked import Stacked
 from common.workers import Workers
@@ -434,7 +436,16 @@ def measure_apart(kind, arguments):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-if __name__ == "__main__":
+def store(path, stored, rows):
+    """Writes the stored rows with `rows` in place of those of the same settings, whole or not at all; returns all."""
+    new = {setting(row) for row in rows}
+    every = sorted([row for row in stored if setting(row) not in new] + rows, key=setting)
+    runs.write_text(path, tables.csv_text(every))
+    return every
+
+
+def main():
+    """What the command line asks for; bad arguments end it with exit code 2, before any measurement."""
     if sys.argv[1:2] == ["--setting"]:  # the process of one setting
         print(json.dumps(KINDS[sys.argv[2]][0](**json.loads(sys.argv[3]))))
         raise SystemExit
@@ -479,12 +490,17 @@ if __name__ == "__main__":
         settings = [s for s in settings if setting({"machine": machine, "size": size} | s) in known]
         if not settings:
             fail(f"--check: none of the settings asked for is in {stored_path.name}")
+    if options.output:
+        check_writable(Path(options.output).parent, "--output")
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for words in tqdm(settings, unit=" settings"):
         common = dict(cuda=options.cuda, repeats=options.repeats, quick=options.quick)
         row = measure_apart(kind, words | common)
         if row is not None:
             rows.append(row)
+            if options.store:  # as it goes: what was measured is not lost
+                rows_of_machine = store(stored_path, stored, rows)
             if options.json:
                 print(json.dumps(row), flush=True)
     if not rows:
@@ -495,9 +511,6 @@ if __name__ == "__main__":
         tables.write(Path(options.output).with_suffix(".csv"), rows)
         draw(Path(options.output).with_suffix(".png"), rows)
     if options.store:
-        new = {setting(row) for row in rows}
-        rows_of_machine = sorted([row for row in stored if setting(row) not in new] + rows, key=setting)
-        tables.write(stored_path, rows_of_machine)
         draw(stored_path.with_suffix(".png"), rows_of_machine)
         print(f"saved {stored_path.name} and its picture in {RESULTS.name}")
     if options.check:
@@ -507,3 +520,7 @@ if __name__ == "__main__":
         failed = len(settings) - len(rows)
         print(f"{len(rows)} settings checked, {len(problems)} slower, {failed} failed")
         raise SystemExit(1 if problems or failed else 0)
+
+
+if __name__ == "__main__":
+    main()

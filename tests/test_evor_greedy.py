@@ -1,13 +1,18 @@
 """The study of EVOR's greedy end: who rates whose candidates, what is chosen, how ratings are compared."""
 
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT, make_agents, small_args
 
+import evor
+from benchmarks import tables
 from benchmarks.studies import evor_greedy
+from common import checkpoint, policies, rollout
 
 
 @pytest.fixture
@@ -70,12 +75,62 @@ def test_equal_seeds_agree_and_one_preferred_direction_is_seen(agents):
     assert all(row["same_direction"] > 0.5 for row in rows)
 
 
+def test_states_are_kept_as_they_were_visited(online_runs, tmp_path):
+    saved = checkpoint.load(online_runs["evor"], "--run")
+    args, cpu = replace(evor.Args(**saved["args"]), eval_episodes=2), torch.device("cpu")
+    agents, visited = policies.rebuild(evor.Agent, args, saved, cpu, tmp_path), [[], []]
+    policy = evor_greedy.recording(evor_greedy.make_policy("cloning", agents, agents), visited)
+    (row, _) = rollout.Evaluator(args, [0, 1], cpu, tmp_path)(policy, agents.agent.draw_act_noise, step=1)
+    for of_seed in visited:
+        states = torch.cat(of_seed)
+        assert len(of_seed) >= row["episode_length"] // evor_greedy.KEEP_EVERY > 1
+        assert len(states.unique(dim=0)) == len(states)
+
+
+def test_states_of_slots_without_an_episode_are_left_out(monkeypatch):
+    monkeypatch.setattr(evor_greedy, "KEEP_EVERY", 2)
+    visited, noise = [[], []], torch.ones(2, 3, 4)
+    policy = evor_greedy.recording(lambda observations, noise: "actions", visited)
+    observations = torch.zeros(2, 3, 5)  # one buffer, as the evaluator's
+    for step in range(4):
+        observations[:] = step
+        noise[1, 2] = 0 if step >= 1 else 1
+        assert policy(observations, noise) == "actions"
+    assert [torch.cat(of_seed)[:, 0].tolist() for of_seed in visited] == [[0, 0, 0, 2, 2, 2], [0, 0, 0, 2, 2]]
+
+
+def greedy(*words):
+    command = [sys.executable, "-m", "benchmarks.studies.evor_greedy", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+def test_a_second_call_keeps_the_rows_of_the_first(online_runs, tmp_path):
+    words = ("--run", online_runs["evor"], "--episodes", 1, "--no-cuda", "--output", tmp_path / "greedy", "--policies")
+    done = greedy(*words, "own", "cloning", "--num-actions", 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    path = tmp_path / "greedy.csv"
+    before = path.read_text()
+    assert (tmp_path / "greedy_ratings.csv").read_text().count("\n") == 3  # two seeds
+    done = greedy(*words, "cloning", "own", "--num-actions", 2, 3)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole = path.read_text()
+    assert whole.startswith(before) and done.stdout.count("candidates: success") == 2
+    columns = [tuple(row[name] for name in ("policy", "num_actions", "seed")) for row in tables.read_rows(path)]
+    pairs = [("own", "2"), ("cloning", "2"), ("cloning", "3"), ("own", "3")]
+    assert columns == [(*pair, seed) for pair in pairs for seed in "01"]
+
+    other_run = shutil.copytree(online_runs["evor"], tmp_path / "other")  # another run with as many updates
+    for others in (("--run", other_run, *words[2:], "own"), (*words, "own", "--episodes", 2)):
+        failed = greedy(*others)
+        assert failed.returncode == 2 and "greedy.csv has rows of another checkpoint or number" in failed.stderr
+    assert path.read_text() == whole
+
+
 def test_mistakes_are_refused(online_runs):
-    command = [sys.executable, "-m", "benchmarks.studies.evor_greedy", "--run"]
     for words, message in (
-        ([online_runs["floq"]], "is a run of floq.py, not of evor.py"),
-        ([online_runs["evor"], "--policies", "none"], "known are cloning, untrained"),
-        ([online_runs["evor"], "--num-actions", "0"], "must be above zero"),
+        (["floq"], "is a run of floq.py, not of evor.py"),
+        (["evor", "--policies", "none"], "known are cloning, untrained"),
+        (["evor", "--num-actions", "0"], "must be above zero"),
     ):
-        failed = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
+        failed = greedy("--run", online_runs[words[0]], *words[1:])
         assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr

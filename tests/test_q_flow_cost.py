@@ -43,13 +43,20 @@ def command(*words):
 
 
 def test_the_command_prints_and_writes_a_row_per_method(tmp_path):
-    done = command("--quick", "--repeats", 2, "--no-cuda", "--output", tmp_path / "cost.csv")
+    done = command("--quick", "--repeats", 2, "--no-cuda", "--output", tmp_path / "new" / "cost.csv")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("GFLOP") == 4 and "q_flow takes 1.00 times as long" in done.stdout
-    with open(tmp_path / "cost.csv", newline="") as file:
+    with open(tmp_path / "new" / "cost.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["q_flow", "actor_critic", "one_step", "backprop"]
     assert set(rows[0]) == {"method", "gflop", "seconds", "low", "high", "q_flow_is"}
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    for output, message in ((tmp_path / "file" / "a.csv", "file is not writable"), (tmp_path, "is a directory")):
+        failed = command("--quick", "--repeats", 2, "--no-cuda", "--output", output)
+        assert failed.returncode == 2 and message in failed.stderr
 
 
 def test_one_repeat_is_refused():

@@ -1,10 +1,13 @@
 """The study of variants on the quick task: commands, restarts, runs that end at a non-finite loss, the rule."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT, wait_for
 
 from benchmarks import tables
 from benchmarks.studies import quick_task as study
@@ -17,8 +20,9 @@ SUCCESS = {"value_flows": (0.5, 0.7), "bcfm_lambda=0": (0.1, 0.2), "num_samples=
 def program(monkeypatch):
     """Stands in for the main programs: each call's words, and what the next ones do ("die", "diverge", "at once")."""
     calls, moods = [], []
+    ended = lambda code: SimpleNamespace(wait=lambda: code)
 
-    def run(command, cwd, env, stdout, stderr, check):
+    def start(command, cwd, env, stdout, stderr):
         words = command[3:]
         calls.append((command[2], words))
         mood = moods.pop(0) if moods else ""
@@ -36,19 +40,19 @@ def program(monkeypatch):
         ]
         if mood == "at once":
             stdout.write("error: critic/critic_loss is nan at step 1 (seed 0); training stops; a checkpoint in x\n")
-            return subprocess.CompletedProcess(command, 1)
+            return ended(1)
         tables.write(run_dir / "eval.csv", rows)
         tables.write(run_dir / "timing.csv", [{"updates_per_second": speed} for speed in ("0", "10", "20", "40")])
         if mood == "die":
             stdout.write("error: the disk is full\n")
-            return subprocess.CompletedProcess(command, 1)
+            return ended(1)
         if mood == "diverge":
             stdout.write("error: critic/critic_loss is nan at step 5000 (seed 1); training stops; a checkpoint in x\n")
-            return subprocess.CompletedProcess(command, 1)
+            return ended(1)
         (run_dir / "policy").mkdir()
-        return subprocess.CompletedProcess(command, 0)
+        return ended(0)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=start))
     return calls, moods
 
 
@@ -98,6 +102,33 @@ def test_a_run_that_failed_is_continued_and_one_that_diverged_is_not(program, tm
     assert first[0] == "--quick" and again[0] == "--resume" and "--bcfm-lambda" in diverged
 
 
+PROGRAM = """#!{python}
+import pathlib, signal, sys, time
+def save(number, frame):
+    time.sleep(1)  # a checkpoint takes longer than the 0.25 s that subprocess.run waits after Ctrl-C
+    pathlib.Path({saved!r}).touch()
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path({started!r}).touch()
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_that_is_stopped_lets_the_training_save(tmp_path, number):
+    saved, started, program = (tmp_path / name for name in ("saved", "started", "program"))
+    program.write_text(PROGRAM.format(python=sys.executable, saved=str(saved), started=str(started)))
+    program.chmod(0o755)
+    words = ["quick_task", "--variants", "floq", "--runs-dir", str(tmp_path / "runs")]
+    code = f"import runpy, sys; sys.executable, sys.argv = {str(program)!r}, {words!r}; "
+    code += "runpy.run_module('benchmarks.studies.quick_task', run_name='__main__')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(process, started.exists)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number and saved.exists() and "Traceback" not in error
+
+
 def test_a_run_without_any_evaluation_is_left_out(program, tmp_path, monkeypatch, capsys):
     _, moods = program
     moods += ["", "at once"]
@@ -111,10 +142,22 @@ def test_a_run_without_any_evaluation_is_left_out(program, tmp_path, monkeypatch
     assert stop.value.code == 2 and "no variant has an evaluation" in capsys.readouterr().err
 
 
+def test_nothing_is_compared_with_another_variant_than_the_first(program, tmp_path, monkeypatch, capsys):
+    _, moods = program
+    moods += ["at once"]
+    variants = ("value_flows", "value_flows:bcfm_lambda=0", "value_flows:num_samples=1")
+    main(monkeypatch, "--variants", *variants, "--seeds", 2, "--runs-dir", tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| variant | success, 2 seeds | ")
+    assert lines[2] == "| `value_flows:bcfm_lambda=0` | 16.0% +- 63.5 |  |  | 50 |"
+    assert lines[3] == "| `value_flows:num_samples=1` | 62.5% +- 120.7 |  |  | 50 |"
+    assert lines[5] == "No differences: the first variant, `value_flows`, is left out."
+
+
 def test_one_seed_has_no_interval():
     shared = {"stopped": "", "milliseconds": "5"}
     rows = [{"variant": name, "success": success} | shared for name, success in (("a", "40"), ("b", "60"))]
-    lines = study.summary(rows).splitlines()
+    lines = study.summary(rows, "a").splitlines()
     assert lines[2:] == ["| `a` | 40.0% |  |  | 5 |", "| `b` | 60.0% | +20.0 | not resolved | 5 |"]
 
 

@@ -71,17 +71,26 @@ def test_variants_are_changes_to_an_algorithms_arguments(capsys):
 
 def test_the_script_writes_a_table_and_a_picture(tmp_path):
     words = "--mdps coin chain --gammas 0.9 --variants evor value_flows:bcfm_lambda=0".split()
-    words += ["--seeds", "2", "--updates", "20", "--no-compile", "--output", str(tmp_path / "a.png")]
+    words += ["--seeds", "2", "--updates", "20", "--no-compile", "--output", str(tmp_path / "new" / "a.png")]
     command = [sys.executable, "-m", "benchmarks.studies.return_accuracy", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    header, *rows = (tmp_path / "a.csv").read_text().splitlines()
+    header, *rows = (tmp_path / "new" / "a.csv").read_text().splitlines()
     assert header.startswith("mdp,gamma,variant,state,seed_index,wasserstein,mean_error,") and len(rows) == 2 * 2 * (
         3 + 4
     )
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "a.partial").exists() and "| variant | coin, 0.9 | chain, 0.9 |" in done.stdout
+    assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "new" / "a.partial").exists() and "| variant | coin, 0.9 | chain, 0.9 |" in done.stdout
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["return_accuracy", "--output", str(tmp_path / "file" / "a")])
+    monkeypatch.setattr(return_accuracy, "train", None)
+    with pytest.raises(SystemExit) as stop:
+        return_accuracy.main()
+    assert stop.value.code == 2 and "file is not writable" in capsys.readouterr().err
 
 
 def test_a_study_continues_with_what_it_has_finished(tmp_path, monkeypatch):

@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_agents, small_args
+from matplotlib.figure import Figure
 
 from benchmarks.studies import return_figures
 from common.returns import reward_to_go
@@ -36,6 +38,23 @@ def test_reward_to_go_by_hand():
 def test_longest_way_to_success_stays_within_a_trajectory():
     data = chain([0.0] * 10, [1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0], starts=[0, 5])
     assert return_figures.longest_way_to_success(data).tolist() == [5, 6, 7]
+
+
+@pytest.mark.parametrize("success", [True, False])
+def test_the_figure_shows_one_trajectory_and_says_whether_it_succeeds(success, monkeypatch):
+    masks = [1.0] * 500
+    masks[249] = 0.0 if success else 1.0
+    data = chain([-1.0] * 500, masks, starts=[0, 200])
+    way = return_figures.longest_way_to_success(data).tolist()
+    assert way == (list(range(200, 250)) if success else list(range(200)))
+
+    figures, args = [], small_args("value_flows", gamma=0.9)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *words, **options: figures.append(figure))
+    agents = make_agents(args, obs_dim=1, action_dim=1)
+    return_figures.draw(agents, 0, data, 20, "title", "a.png")
+    axes = figures[0].axes[4]
+    assert axes.get_xlabel() == f"step of one trajectory, {'until its success' if success else 'without a success'}"
+    assert len(axes.lines[0].get_xdata()) == len(way)
 
 
 def test_nearest_rows_include_the_row_itself():

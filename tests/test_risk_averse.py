@@ -42,11 +42,20 @@ def test_trained_agents_take_a_high_stake_by_the_mean_and_a_low_one_by_the_lower
 
 def test_the_script_writes_a_table_and_a_picture(tmp_path):
     words = "--levels 0.2 1 --states 5 --seeds 2 --updates 2 --no-compile --output".split()
-    command = [sys.executable, "-m", "benchmarks.studies.risk_averse", *words, str(tmp_path / "a")]
+    command = [sys.executable, "-m", "benchmarks.studies.risk_averse", *words, str(tmp_path / "new" / "a")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    header, *rows = (tmp_path / "a.csv").read_text().splitlines()
+    header, *rows = (tmp_path / "new" / "a.csv").read_text().splitlines()
     assert header == "level,seed,stake,lowest,highest,place" and len(rows) == 4
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
+    words = [
+        "--updates",
+        "2",
+        "--no-compile",
+        "--output",
+        str(tmp_path / "new" / "a.csv" / "b"),
+    ]  # refused before it trains
+    refused = subprocess.run([*command[:3], *words], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert refused.returncode == 2 and "a.csv is not writable" in refused.stderr
     refused = subprocess.run([*command[:3], "--levels", "0"], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert refused.returncode == 2 and "must lie above 0" in refused.stderr and "Traceback" not in refused.stderr

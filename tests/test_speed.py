@@ -89,6 +89,47 @@ def test_stored_rows_read_back_as_written(tmp_path):
     assert "| quick | evor | 8 | highest | compile | 100 (90 to 110) |" in speed.table(rows)
 
 
+@pytest.fixture
+def main(monkeypatch, tmp_path):
+    """main(*words), with a results directory of the test's own; rows are made up, and the third setting is Ctrl-C."""
+    measured = []
+
+    def measure_apart(kind, words):
+        measured.append(words)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        names = ("algorithm", "num_seeds", "precision", "variant")
+        return ROW | {"machine": speed.machine_name(torch.device("cpu"))} | {name: words[name] for name in names}
+
+    def main(*words):
+        monkeypatch.setattr("sys.argv", ["speed", "--no-cuda", *map(str, words)])
+        speed.main()
+
+    monkeypatch.setattr(speed, "measure_apart", measure_apart)
+    monkeypatch.setattr(speed, "RESULTS", tmp_path)
+    return main
+
+
+def test_rows_are_stored_as_they_are_measured(main, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        main("--algorithms", "floq", "evor", "--store")
+    (path,) = tmp_path.glob("speed_*.csv")
+    assert [(row["algorithm"], row["num_seeds"]) for row in speed.read_rows(path)] == [("floq", 1), ("floq", 8)]
+    main("--algorithms", "evor", "--num-seeds", 8, "--store")
+    main("--algorithms", "floq", "--num-seeds", 8, "--store")
+    rows = [(row["algorithm"], row["num_seeds"]) for row in speed.read_rows(path)]
+    assert rows == [("evor", 8), ("floq", 1), ("floq", 8)] and path.with_suffix(".png").exists()
+
+
+def test_output_goes_to_a_new_folder_or_is_refused_before_the_work(main, tmp_path, monkeypatch, capsys):
+    main("--algorithms", "evor", "--num-seeds", 1, "--output", tmp_path / "new" / "a")
+    assert len(speed.read_rows(tmp_path / "new" / "a.csv")) == 1 and (tmp_path / "new" / "a.png").exists()
+    monkeypatch.setattr(speed, "measure_apart", None)
+    with pytest.raises(SystemExit) as stop:
+        main("--algorithms", "evor", "--output", tmp_path / "new" / "a.csv" / "b")
+    assert stop.value.code == 2 and "a.csv is not writable" in capsys.readouterr().err
+
+
 def test_precisions_of_the_cpu(same_precision, capsys):
     """A product at the default is float32's to the bit or nearly; TF32 is refused, and bfloat16 where there is none."""
     cpu = torch.device("cpu")

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,9 +113,22 @@ def test_rows_after_the_agents_step_are_written_again(options):
     assert not rows.published.exists()
 
 
-@pytest.mark.parametrize("method", twins.METHODS)
-def test_every_loss_of_the_rule_is_logged(method, tmp_path):
-    """Our side logs what the rule names, trains, and continues after a save to the same numbers."""
+def test_an_evaluation_that_was_published_in_part_is_not_there_twice(options):
+    """A kill between two seeds: the first one's rows are there when the quarter is evaluated again."""
+    every_rows = [(seed, twins.Rows(options, "ours", seed)) for seed in (0, 1)]
+    for _, rows in every_rows:
+        rows.add(3000, {"critic/outer_loss": 1.0})
+        rows.save()
+    twins.publish(every_rows[:1], [{"success": 0.25, "episode_length": 9.0}], 3000)
+    every_rows = [(seed, twins.Rows(options, "ours", seed)) for seed in (0, 1)]
+    twins.publish(every_rows, 2 * [{"success": 0.5, "episode_length": 8.0}], 3000)
+    expected = [(3000, "critic/outer_loss", 1.0), (3000, "success", 0.5), (3000, "episode_length", 8.0)]
+    for _, rows in every_rows:
+        assert rows.rows == twins.read_rows(rows.published) == expected
+
+
+def make_dataset():
+    """600 made-up transitions."""
     torch.manual_seed(0)
     dataset = {
         "observations": torch.randn(600, 28),
@@ -124,8 +138,110 @@ def test_every_loss_of_the_rule_is_logged(method, tmp_path):
         "masks": torch.ones(600),
     }
     dataset["rewards"][0] = 0
-    settings = {"compile": False, "batch_size": 8, "value_hidden_dims": (8,), "actor_hidden_dims": (8,)}
-    args = replace(twins.settings_of(method), **settings)
+    return dataset
+
+
+SMALL = {"compile": False, "batch_size": 8, "value_hidden_dims": (8,), "actor_hidden_dims": (8,)}
+
+
+class FakeAuthors:
+    """Stands in for the authors' process: its state is the number of updates."""
+
+    policy = None
+
+    def __init__(self, twins, args, data):
+        self.step = 0
+
+    def ask(self, kind, **words):
+        if kind == "begin":
+            self.step = int(Path(words["state"]).read_text()) if words["state"] else 0
+        elif kind == "save":
+            Path(words["state"]).write_text(str(self.step))
+        elif kind == "train":
+            self.step += words["updates"]
+            return {"actor/total_loss": 1.0}
+        return self.step
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def small_sides(monkeypatch):
+    """train(side, options, sha256="a", **changes of the settings) to `options.until`: quarters of two updates."""
+    base = replace(twins.settings_of("q_flow"), total_timesteps=8, **SMALL)
+    monkeypatch.setattr(twins, "settings_of", lambda method, size="quick": base)
+    monkeypatch.setattr(twins, "WINDOW", 1)
+    monkeypatch.setattr(twins, "Authors", FakeAuthors)
+    monkeypatch.setattr(twins, "commit_of", lambda directory: "first")
+    results = lambda seeds: [{"success": 0.5, "episode_length": 9.0} for _ in seeds]
+    monkeypatch.setattr(twins, "play", lambda args, seeds, *others: results(seeds))
+
+    def train(side, options, sha256="a", **changes):
+        args, identity = replace(base, **changes), {"file": "data.npz", "sha256": sha256}
+        if side == "ours":
+            twins.train_ours(options, args, identity, make_dataset())
+        else:
+            twins.train_authors(options, args, identity, Path("data.npz"))
+
+    return train
+
+
+@pytest.mark.parametrize("side", ["ours", "authors"])
+def test_a_side_continues_with_the_settings_and_data_that_it_began_with(
+    side, options, small_sides, monkeypatch, capsys
+):
+    options = replace(options, num_seeds=2, until=1)
+    small_sides(side, options)
+    about = Path(options.results_dir) / f"q_flow_{side}.json"
+    first = about.read_text()
+    for changes, message in (
+        ({"alpha": 7.0}, "began with alpha 5.0 (now 7.0), see"),
+        ({"sha256": "b"}, "began with the dataset's sha256 a (now b), see"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            small_sides(side, replace(options, until=2), **changes)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and message in error and "--results-dir begin anew" in error
+        assert error.count("\n") == 1
+
+    monkeypatch.setattr(twins, "commit_of", lambda directory: "second")
+    small_sides(side, options)  # nothing is left to train
+    assert about.read_text() == first
+    small_sides(side, replace(options, until=2))
+    assert json.loads(about.read_text()) == json.loads(first) | {"commit": "second"}
+    assert twins.Rows(options, side, 1).done(2)
+
+    fresh = {"state_dir": f"{options.state_dir}_b", "results_dir": f"{options.results_dir}_b"}
+    small_sides(side, replace(options, **fresh), sha256="b", alpha=7.0)
+
+
+@pytest.mark.parametrize("side", ["ours", "authors"])
+def test_states_from_before_settings_were_kept_continue(side, options, small_sides, capsys):
+    """The json in the results has what they began with, and may lack settings."""
+    options = replace(options, num_seeds=1, until=1)
+    small_sides(side, options)
+    kept, about = (Path(path) / f"q_flow_{side}.json" for path in (options.state_dir, options.results_dir))
+    older = json.loads(about.read_text())
+    del older["settings"]["alpha"]
+    about.write_text(json.dumps(older))
+    kept.unlink()
+    with pytest.raises(SystemExit):
+        small_sides(side, options, tau=0.5)
+    assert "began with tau 0.01 (now 0.5), see" in capsys.readouterr().err
+    small_sides(side, replace(options, until=2), alpha=7.0)
+
+    kept.unlink()
+    about.unlink()
+    small_sides(side, replace(options, until=3), alpha=7.0)
+    assert json.loads(kept.read_text())["settings"]["alpha"] == 7
+
+
+@pytest.mark.parametrize("method", twins.METHODS)
+def test_every_loss_of_the_rule_is_logged(method, tmp_path):
+    """Our side logs what the rule names, trains, and continues after a save to the same numbers."""
+    dataset = make_dataset()
+    args = replace(twins.settings_of(method), **SMALL)
     options = twins.TwinsArgs("ours", method)
     side = twins.Ours(options, args, dataset, [0, 1])
     first = side.train(3)

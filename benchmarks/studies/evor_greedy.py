@@ -19,7 +19,8 @@ mild preference) are better than many.
 At states of the cloning episodes it also measures, over the candidates of one state: the spread of the ratings, the
 correlation of two seeds' ratings (1: they agree), the correlation of a rating with the candidate's distance from the
 candidates' mean (above 0: unusual actions are preferred), and how equal the preferred direction is in all these states
-(1: the same everywhere). Writes OUTPUT.csv, one row per policy and seed as it goes, and OUTPUT_ratings.csv.
+(1: the same everywhere). Writes OUTPUT.csv, one row per policy and seed as it goes, and OUTPUT_ratings.csv, of the last
+cloning episodes. A policy whose rows are there already is not evaluated again.
 """
 
 import itertools
@@ -31,6 +32,7 @@ import tyro
 from tqdm import tqdm
 
 import evor
+from benchmarks import tables
 from common import checkpoint, fail, policies, rollout, runs
 from common.device import setup_torch
 from common.stacked import Stacked
@@ -91,6 +93,23 @@ def make_policy(name, agents, untrained):
     return policy
 
 
+def recording(policy, visited):
+    """The policy, which also adds the states of each KEEP_EVERY-th step to `visited`, a list for each seed.
+
+    Slots whose episodes have ended are left out: their observations are old ones (and their noise is zero, see
+    rollout.Evaluator).
+    """
+    steps = itertools.count()
+
+    def watched(observations, noise):
+        if next(steps) % KEEP_EVERY == 0:
+            for of_seed, states, playing in zip(visited, observations, noise.any(dim=-1)):
+                of_seed.append(states[playing])  # (n, D), a copy: the evaluator writes over its observations
+        return policy(observations, noise)
+
+    return watched
+
+
 def compare_ratings(agents, observations, generator):
     """Spread and agreement of ratings over the candidates of single states.
 
@@ -129,6 +148,33 @@ def compare_ratings(agents, observations, generator):
     return {s: {name: value[s].item() for name, value in columns.items()} for s in range(S)}
 
 
+def stored_policies(path, identity):
+    """{(policy, number of candidates)} that have rows in an earlier call's csv file; all seeds' are written at once.
+
+    Args:
+        path: the csv file; a missing one has no rows.
+        identity: {column: value} that each row must have. Other rows end the program with exit code 2, since they would
+            be mixed with new ones.
+    """
+    rows = tables.read_rows(path)
+    if any({name: str(value) for name, value in identity.items()}.items() - row.items() for row in rows):
+        fail(f"--output: {path} has rows of another checkpoint or number of episodes; name another file")
+    return {(row["policy"], int(row["num_actions"])) for row in rows}
+
+
+def store_ratings(path, agents, visited, seeds, step):
+    """Compares ratings at the states `visited`, see `recording`, and writes and prints a row per seed."""
+    states = [torch.cat(of_seed) for of_seed in visited]
+    N = min(512, *map(len, states))
+    observations = torch.stack([of_seed[:N] for of_seed in states])  # (S, N, D)
+    generator = torch.Generator(observations.device).manual_seed(0)
+    compared = compare_ratings(agents, observations, generator)
+    path.unlink(missing_ok=True)
+    runs.append_rows(path, [{"step": step, "seed": seeds[s]} | row for s, row in compared.items()])
+    for s, row in compared.items():
+        tqdm.write(f"seed {seeds[s]}: " + ", ".join(f"{column} {value:.2f}" for column, value in row.items()))
+
+
 if __name__ == "__main__":
     options = tyro.cli(GreedyArgs, description=__doc__)
     known = GreedyArgs.policies
@@ -140,42 +186,28 @@ if __name__ == "__main__":
     if saved["algorithm"] != "evor":
         fail(f"--run {options.run} is a run of {saved['algorithm']}.py, not of evor.py")
     args = replace(evor.Args(**saved["args"]), eval_episodes=options.episodes, capture_video=False)
+    output = Path(options.output) if options.output else Path(options.run) / "greedy"
+    csv_path, run = output.with_suffix(".csv"), {"run": Path(options.run).resolve().name}  # whose rows, in each of them
+    stored = stored_policies(csv_path, run | {"step": saved["step"], "episodes": options.episodes})
     device = setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available(), matmul_precision=None))
     seeds = list(range(args.seed, args.seed + args.num_seeds))
     agents = policies.rebuild(evor.Agent, args, saved, device, options.run)
     other_seeds = [1000 + seed for seed in seeds]
     untrained = Stacked(lambda: evor.Agent(args, **saved["agent_inputs"]), other_seeds, device, args.learning_rate)
-    output = Path(options.output) if options.output else Path(options.run) / "greedy"
-    output.with_suffix(".csv").unlink(missing_ok=True)
-
     evaluator = rollout.Evaluator(args, seeds, device, Path(options.run))
-    visited = []
     numbers = options.num_actions or (args.num_actions,)
     for name, number in tqdm(list(itertools.product(options.policies, numbers)), unit=" policies"):
-        agents.agent.args = replace(args, num_actions=number)
-        policy, steps = make_policy(name, agents, untrained), 0
-
-        def watched(observations, noise):
-            global steps
-            if name == "cloning" and steps % KEEP_EVERY == 0:
-                visited.append(observations)
-            steps += 1
-            return policy(observations, noise)
-
-        rows = evaluator(watched, agents.agent.draw_act_noise, saved["step"])
-        rows = [{"policy": name, "num_actions": number} | row for row in rows]
-        runs.append_rows(output.with_suffix(".csv"), rows)
+        if (name, number) in stored:
+            continue
+        agents.agent.args, visited = replace(args, num_actions=number), [[] for _ in seeds]
+        policy = make_policy(name, agents, untrained)
+        policy = recording(policy, visited) if name == "cloning" else policy
+        rows = evaluator(policy, agents.agent.draw_act_noise, saved["step"])
+        if name == "cloning":  # before its rows: where those are stored, nothing is missing
+            agents.agent.args = args
+            store_ratings(output.with_name(output.name + "_ratings.csv"), agents, visited, seeds, saved["step"])
+        rows = [{"policy": name, "num_actions": number} | row | run for row in rows]
+        runs.append_rows(csv_path, rows)
         success = " ".join(f"{row['success']:.2f}" for row in rows)
         tqdm.write(f"{name}, {number} candidates: success {success}")
-
-    agents.agent.args = args
-    if visited:
-        generator = torch.Generator(device).manual_seed(0)
-        observations = torch.cat(visited, dim=1)[:, :512]  # (S, N, D)
-        compared = compare_ratings(agents, observations, generator)
-        path = output.with_name(output.name + "_ratings.csv")
-        path.unlink(missing_ok=True)
-        runs.append_rows(path, [{"step": saved["step"], "seed": seeds[s]} | row for s, row in compared.items()])
-        for s, row in compared.items():
-            print(f"seed {seeds[s]}: " + ", ".join(f"{column} {value:.2f}" for column, value in row.items()))
-    print(f"saved {output.with_suffix('.csv')}")
+    print(f"saved {csv_path}")

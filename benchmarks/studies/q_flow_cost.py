@@ -15,6 +15,7 @@ are timed in turn (q_flow, actor_critic, ..., q_flow, ...), so that a busy machi
 import statistics
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import tyro
@@ -26,6 +27,7 @@ from benchmarks import tables
 from benchmarks.studies import toy_2d
 from common import fail, graphs
 from common.device import setup_torch
+from common.files import check_writable
 from common.stacked import Stacked
 
 OBS_DIM, ACTION_DIM = 28, 5  # cube-single's
@@ -145,6 +147,11 @@ if __name__ == "__main__":
     options = tyro.cli(CostArgs, description=__doc__)
     if options.repeats < 2 or options.num_seeds < 1:
         fail("--repeats must be at least 2, --num-seeds at least 1")
+    if options.output:
+        if Path(options.output).is_dir():
+            fail(f"--output {options.output} is a directory; name a csv file")
+        check_writable(Path(options.output).parent, "--output")
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     table = measure(options)
     for row in table:
         print(

@@ -22,10 +22,11 @@ one by the differences of equal seeds, which have the same data and batches: the
     not resolved   anything else, and where there is one seed only
 
 A run that ends at a non-finite loss has the success of its evaluations before it, and is marked; one that has none is
-left out.
+left out. If that is the first variant, nothing is compared.
 """
 
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -110,8 +111,14 @@ def run(variant, options):
         words = ["--resume", run_dir]
     command = [sys.executable, "-m", export.module_path(module.Agent), *map(str, words)]
     with open(log, "a") as file:
-        done = subprocess.run(command, cwd=export.ROOT, env=python_environment(), stdout=file, stderr=file, check=False)
-    if done.returncode and not stopped_at():
+        process = subprocess.Popen(command, cwd=export.ROOT, env=python_environment(), stdout=file, stderr=file)
+        try:
+            code = process.wait()
+        except BaseException:  # Ctrl-C or SIGTERM: the training saves before this study ends
+            process.terminate()
+            process.wait()
+            raise
+    if code and not stopped_at():
         last = (log.read_text().splitlines() or [""])[-1]
         fail(f"{' '.join(command)} failed ({last}); see {log}. Mended, the same command of this study continues")
     return latest(), stopped_at()
@@ -149,19 +156,25 @@ def verdict(difference, half):
     return "alike" if abs(difference) + half < MARGIN else "not resolved"
 
 
-def summary(rows):
-    """A markdown table of the variants: success, the difference to the first, its verdict, milliseconds per update."""
+def summary(rows, first):
+    """A markdown table of the variants: success, the difference to `first`, its verdict, milliseconds per update.
+
+    Without rows of `first` there are no differences, and a line says so.
+    """
     names = list(dict.fromkeys(row["variant"] for row in rows))
-    base, lines = success_of(rows, names[0]), []
+    base, lines = success_of(rows, first), []
     for name in names:
         of_variant = [row for row in rows if row["variant"] == name]
         success, row = success_of(rows, name), of_variant[0]
-        difference = success - base
-        compared = ["", ""] if name == names[0] else [interval_text(difference, "+.1f"), verdict(*interval(difference))]
+        compared = ["", ""]
+        if len(base) and name != first:
+            difference = success - base
+            compared = [interval_text(difference, "+.1f"), verdict(*interval(difference))]
         ended = f", non-finite at {row['stopped']}" if row["stopped"] else ""
         lines.append([f"`{name}`", interval_text(success, ".1f", "%") + ended, *compared, row["milliseconds"]])
-    header = ["variant", f"success, {len(base)} seeds", "minus the first", "verdict", "ms per update"]
-    return tables.markdown(header, lines)
+    header = ["variant", f"success, {len(success)} seeds", "minus the first", "verdict", "ms per update"]
+    left_out = "" if len(base) else f"\nNo differences: the first variant, `{first}`, is left out.\n"
+    return tables.markdown(header, lines) + left_out
 
 
 def draw(path, rows):
@@ -202,10 +215,12 @@ def main():
             runs.write_text(Path(f"{options.output}.csv"), tables.csv_text(rows))
     if not rows:
         fail("no variant has an evaluation")
-    print(summary(rows))
+    print(summary(rows, variants[0]))
     if options.output:
         draw(f"{options.output}.png", rows)
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT):  # as exceptions, which `run` waits at
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     main()

@@ -6,10 +6,10 @@
 
 Above, the learned return distribution at four state-action pairs of the validation data, with Monte-Carlo returns of
 the data beside it (of the pair's nearest neighbours, since a state occurs once). Below left, learned returns against
-the Monte-Carlo return along one validation trajectory that reaches the goal. Below right, for Value Flows the
-confidence weights of that trajectory; for EVOR the mean learned return against the Monte-Carlo return of many pairs,
-with their rank correlation. The data's returns are those of the behaviour policy. EVOR's should agree with them; Value
-Flows' are those of the improved policy and may lie higher.
+the Monte-Carlo return along one validation trajectory that reaches the goal, if one does. Below right, for Value Flows
+the confidence weights of that trajectory; for EVOR the mean learned return against the Monte-Carlo return of many
+pairs, with their rank correlation. The data's returns are those of the behaviour policy. EVOR's should agree with them;
+Value Flows' are those of the improved policy and may lie higher.
 """
 
 import importlib
@@ -119,7 +119,9 @@ def cut_off_discounts(data, gamma):
 
 
 def longest_way_to_success(data):
-    """Row numbers of the validation trajectory's part that ends with the first success after the longest way."""
+    """Row numbers of the validation trajectory's part that ends with the first success after the longest way; of the
+    first trajectory where the data hold no success.
+    """
     ends = returns_of.trajectory_ends(data)
     start, best = 0, range(0)
     for i, mask in enumerate(data["masks"].tolist()):
@@ -127,7 +129,7 @@ def longest_way_to_success(data):
             best = max(best, range(start, i + 1), key=len)
         if mask == 0 or ends[i]:
             start = i + 1
-    return np.array(best) if len(best) else np.arange(min(1000, len(data["masks"])))
+    return np.array(best) if len(best) else np.arange(ends.argmax() + 1)
 
 
 def draw(agents, s, data, num_samples, title, output):
@@ -167,7 +169,8 @@ def draw(agents, s, data, num_samples, title, output):
     axes.fill_between(range(len(way)), *np.quantile(learned, (0.05, 0.95), axis=1), alpha=0.3, label="learned, 5-95%")
     axes.plot(learned.mean(axis=1), label="learned, mean")
     axes.plot(returns[way], color="black", linewidth=1, linestyle="--", label="Monte-Carlo")
-    axes.set(xlabel="step of one trajectory, until its success", ylabel="return")
+    end = "until its success" if data["masks"][way[-1]] == 0 else "without a success"
+    axes.set(xlabel=f"step of one trajectory, {end}", ylabel="return")
     axes.legend(fontsize="x-small")
     axes = figure.add_subplot(grid[1, 2:])
     if weights.any():

@@ -231,14 +231,15 @@ def draw_keys(generator, num_steps):
 
 def train_authors(twins, args, identity, data):
     """Trains every seed of the authors' agent, quarter by quarter."""
+    what = {"settings": config_of(twins.method, args), "dataset": identity}
+    paths = [Path(twins.state_dir) / f"{twins.method}_authors_seed{seed}.pkl" for seed in range(twins.num_seeds)]
+    check_continues(twins, "authors", what, paths)
     side = Authors(twins, args, data)
-    about = {"versions": side.ask("versions"), "commit": commit_of(twins.authors)}
-    write_about(twins, "authors", about | {"settings": config_of(twins.method, args), "dataset": identity})
+    about = {"versions": side.ask("versions"), "commit": commit_of(twins.authors)} | what
     quarter_length = args.total_timesteps // QUARTERS
     for quarter in range(1, twins.until + 1):
         pending, states = [], []  # seeds that are not evaluated at the quarter's end
-        for seed in range(twins.num_seeds):
-            state = Path(twins.state_dir) / f"{twins.method}_authors_seed{seed}.pkl"
+        for seed, state in enumerate(paths):
             rows = Rows(twins, "authors", seed)
             if state.exists() and rows.done(quarter):
                 continue
@@ -257,6 +258,7 @@ def train_authors(twins, args, identity, data):
             side.ask("take", states=states)
             seeds = [seed for seed, _ in pending]
             played = play(args, seeds, EPISODES[quarter], side.policy, draw_keys, quarter * quarter_length)
+            write_about(twins, "authors", about)
             publish(pending, played, quarter * quarter_length)
             print(f"{twins.method} authors seeds {seeds}: {[row['success'] for row in played]}", flush=True)
     side.close()
@@ -345,16 +347,15 @@ VALUES_OF = {"floq": floq_values, "value_flows": value_flows_values, "q_flow": q
 
 def train_ours(twins, args, identity, dataset):
     """Trains every seed of our agent, side by side."""
-    seeds = list(range(twins.num_seeds))
-    side = Ours(twins, args, dataset, seeds)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     settings = {
         name: value for name, value in asdict(args).items() if name not in ("runs_dir", "dataset_dir", "resume")
     }
-    write_about(
-        twins, "ours", {"versions": versions, "commit": commit_of(ROOT), "settings": settings, "dataset": identity}
-    )
-    state = Path(twins.state_dir) / f"{twins.method}_ours.pt"
+    what, state = {"settings": settings, "dataset": identity}, Path(twins.state_dir) / f"{twins.method}_ours.pt"
+    check_continues(twins, "ours", what, [state])
+    seeds = list(range(twins.num_seeds))
+    side = Ours(twins, args, dataset, seeds)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    about = {"versions": versions, "commit": commit_of(ROOT)} | what
     every_rows = [Rows(twins, "ours", seed) for seed in seeds]
     if state.exists():
         side.restore(state)
@@ -370,6 +371,7 @@ def train_ours(twins, args, identity, dataset):
                 rows.save()
             side.save(state)
         played = play(args, seeds, EPISODES[quarter], side.policy, side.draw_act_noise, side.step)
+        write_about(twins, "ours", about)
         publish(list(zip(seeds, every_rows)), played, side.step)
         print(f"{twins.method} ours step {side.step}: {[row['success'] for row in played]}", flush=True)
 
@@ -410,8 +412,9 @@ class Rows:
         self.rows = [row for row in self.rows if row[0] <= step]
 
     def add(self, step, values):
-        """Adds {quantity: value}."""
-        self.rows += [(step, name, value) for name, value in values.items()]
+        """Adds {quantity: value}, in place of the step's values of the same name: it may be evaluated again."""
+        kept = [row for row in self.rows if row[0] != step or row[1] not in values]
+        self.rows = kept + [(step, name, value) for name, value in values.items()]
 
     def save(self, publish=False):
         """Writes the rows, whole or not at all."""
@@ -435,10 +438,36 @@ def commit_of(directory):
     return found.stdout.strip() if is_root.stdout.strip() == str(Path(directory).resolve()) else None
 
 
+def check_continues(twins, side, what, states):
+    """Ends with exit code 2 where a side continues with other settings or data than it began with.
+
+    They are kept beside its states. Of states from before they were, the side's json in the results has them, if any.
+
+    Args:
+        what: {settings, dataset} of now.
+        states: files that the side continues from; it begins where none is there.
+    """
+    name, what = f"{twins.method}_{side}.json", json.loads(json.dumps(what))  # as it is read: tuples are lists
+    kept = Path(twins.state_dir) / name
+    continues = any(state.exists() for state in states)
+    found = next((path for path in (kept, Path(twins.results_dir) / name) if path.exists()), None)
+    if continues and found:
+        before = json.loads(found.read_text())
+        flat = lambda about: about["settings"] | {"the dataset's sha256": about["dataset"]["sha256"]}
+        old, new = flat(before), flat(what)
+        others = [f"{key} {old[key]} (now {new[key]})" for key in old if key in new and old[key] != new[key]]
+        if others:
+            began = f"{twins.method} {side} began with {', '.join(others)}, see {found}"
+            fail(f"--state-dir {twins.state_dir}: {began}; another --state-dir and --results-dir begin anew")
+    if not (continues and kept.exists()):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_text(kept, json.dumps(what, indent=1) + "\n")
+
+
 def write_about(twins, side, about):
-    """Writes METHOD_SIDE.json: versions, commit, settings, dataset."""
+    """Writes METHOD_SIDE.json of a quarter that was trained: versions, commit, settings, dataset."""
     Path(twins.results_dir).mkdir(parents=True, exist_ok=True)
-    (Path(twins.results_dir) / f"{twins.method}_{side}.json").write_text(json.dumps(about, indent=1) + "\n")
+    runs.write_text(Path(twins.results_dir) / f"{twins.method}_{side}.json", json.dumps(about, indent=1) + "\n")
 
 
 # --- Comparison ---
