@@ -40,7 +40,6 @@ from benchmarks import tables
 from common import fail, graphs, num_cores, rollout, runs, warn
 from common.device import setup_torch
 from common.draws import CHUNK, Draws
-from common.files import check_writable
 from common.replay import Replay
 from common.stacked import Stacked
 from common.workers import Workers
@@ -491,8 +490,7 @@ def main():
         if not settings:
             fail(f"--check: none of the settings asked for is in {stored_path.name}")
     if options.output:
-        check_writable(Path(options.output).parent, "--output")
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        tables.output_path(options.output)
     rows = []
     for words in tqdm(settings, unit=" settings"):
         common = dict(cuda=options.cuda, repeats=options.repeats, quick=options.quick)

@@ -2,8 +2,17 @@
 
 import csv
 import io
+from pathlib import Path
 
 from common import fail
+from common.files import check_writable
+
+
+def output_path(path, flag="--output"):
+    """The Path of a file to be written, its folder made; where that cannot be written, the program ends with code 2."""
+    check_writable(Path(path).parent, flag)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return Path(path)
 
 
 def read_rows(path):

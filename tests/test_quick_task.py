@@ -196,7 +196,7 @@ def test_the_grids_are_arguments_of_their_files(grid):
         ("--grid floq --seeds 0", "must be above zero"),
         ("--variants floq --updates 0", "must be above zero"),
         ("--variants floq --runs-dir {}/file", "file is not writable"),
-        ("--variants floq --output {}/file/a", "--output {}/file/a is not writable"),
+        ("--variants floq --output {}/file/a", "--output {}/file is not writable"),
     ],
 )
 def test_bad_arguments(tmp_path, monkeypatch, capsys, words, message):

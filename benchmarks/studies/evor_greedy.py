@@ -186,7 +186,7 @@ if __name__ == "__main__":
     if saved["algorithm"] != "evor":
         fail(f"--run {options.run} is a run of {saved['algorithm']}.py, not of evor.py")
     args = replace(evor.Args(**saved["args"]), eval_episodes=options.episodes, capture_video=False)
-    output = Path(options.output) if options.output else Path(options.run) / "greedy"
+    output = tables.output_path(options.output or Path(options.run) / "greedy")
     csv_path, run = output.with_suffix(".csv"), {"run": Path(options.run).resolve().name}  # whose rows, in each of them
     stored = stored_policies(csv_path, run | {"step": saved["step"], "episodes": options.episodes})
     device = setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available(), matmul_precision=None))

@@ -158,7 +158,7 @@ def main(options):
     args = evor.Args(**payload["args"])
     args = replace(args, eval_episodes=options.episodes or args.eval_episodes, capture_video=False)
     base = {name: getattr(args, name, 0.0) for name in SWEEPS}  # no run has action noise
-    output = Path(options.output) if options.output else Path(options.run) / "inference_scaling"
+    output = tables.output_path(options.output or Path(options.run) / "inference_scaling")
     csv_path = output.with_suffix(".csv")
     identity = {"run": Path(options.run).resolve().name}  # whose rows, in each of them
     stored = stored_rows(csv_path, SWEEPS, identity | {"step": payload["step"], "episodes": args.eval_episodes})

@@ -27,7 +27,6 @@ from benchmarks import tables
 from benchmarks.studies import toy_2d
 from common import fail, graphs
 from common.device import setup_torch
-from common.files import check_writable
 from common.stacked import Stacked
 
 OBS_DIM, ACTION_DIM = 28, 5  # cube-single's
@@ -150,8 +149,7 @@ if __name__ == "__main__":
     if options.output:
         if Path(options.output).is_dir():
             fail(f"--output {options.output} is a directory; name a csv file")
-        check_writable(Path(options.output).parent, "--output")
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        tables.output_path(options.output)
     table = measure(options)
     for row in table:
         print(

@@ -206,8 +206,7 @@ def main():
         parse_variant(variant, FILES)
     check_writable(options.runs_dir, "--runs-dir")
     if options.output:
-        check_writable(options.output, "--output")
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        tables.output_path(options.output)
     rows = []
     for variant in tqdm(variants, unit=" runs"):
         rows += measure(variant, *run(variant, options))

@@ -34,7 +34,7 @@ from benchmarks.speed import module_of
 from benchmarks.studies.return_figures import return_samples
 from common import fail
 from common.draws import CHUNK, Draws
-from common.files import check_writable, written_whole
+from common.files import written_whole
 from common.stacked import Stacked
 
 VARIANTS = (
@@ -292,8 +292,7 @@ def main():
     variants = {variant: parse_variant(variant) for variant in options.variants}
     trainings = list(itertools.product(mdps, options.gammas, variants))
     if options.output:
-        check_writable(Path(options.output).parent, "--output")
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        tables.output_path(options.output)
     stem, settings = options.output and Path(options.output), (options.seeds, options.updates)
     partial = stem and stem.with_suffix(".partial")
     finished = read_partial(partial, settings)

@@ -23,6 +23,7 @@ import tyro
 
 import evor
 import value_flows
+from benchmarks import tables
 from common import checkpoint, datasets, envs, fail, generate, policies
 from common import returns as returns_of
 from common.device import setup_torch
@@ -211,6 +212,7 @@ if __name__ == "__main__":
         fail(f"--seed {seed}: the run in {options.run} has the seeds {seeds}")
     if options.samples < 10:
         fail(f"--samples {options.samples}: at least 10")
+    output = tables.output_path(options.output or Path(options.run) / "figures.png")
     path = datasets.find_dataset(replace(args, dataset_dir=options.dataset_dir or args.dataset_dir))
     _, identity = datasets.load_dataset(path, args.env_id, "cpu", args.dataset_path is None)
     if identity["sha256"] != payload["dataset"]["sha256"]:
@@ -219,7 +221,6 @@ if __name__ == "__main__":
     validation, _ = datasets.load_dataset(validation_path, args.env_id, "cpu", args.dataset_path is None)
     setup_torch(module.Args(cuda=False))
     agents = policies.rebuild(module.Agent, args, payload, torch.device("cpu"), options.run)
-    output = Path(options.output or Path(options.run) / "figures.png")
     title = f"{options.algorithm} on {args.env_id}, seed {seed}, after {payload['step']:,} updates"
     for own, near, mean, std in draw(agents, seeds.index(seed), validation, options.samples, title, output):
         print(f"Monte-Carlo return {own:8.2f}, of the nearest pairs {near:8.2f}; learned {mean:8.2f} +- {std:.2f}")

@@ -25,7 +25,6 @@ from benchmarks import tables
 from benchmarks.scores import interval
 from benchmarks.studies import return_accuracy
 from common import fail
-from common.files import check_writable
 
 WIN = 0.7  # probability of winning a bet
 TURN = 2 * (1 - WIN)  # the level above which the full stake has the largest CVaR
@@ -117,8 +116,7 @@ if __name__ == "__main__":
     if min(options.states, options.seeds, options.updates) < 1 or options.candidates < 2:
         fail("--states, --seeds and --updates must be above zero, --candidates above one")
     if options.output:
-        check_writable(Path(options.output).parent, "--output")
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        tables.output_path(options.output)
     agents, rows, lines = train(options.updates, list(range(options.seeds)), options.compile), [], []
     for level in options.levels:
         chosen, lowest, highest = (x.mean(axis=1) for x in stakes(agents, level, options.candidates, options.states))
