@@ -129,18 +129,18 @@ def main(args):
     for run_dir in args.run_dirs:
         try:
             info, evaluations = read_run(run_dir)
+            seeds = range(info["args"]["seed"], info["args"]["seed"] + info["args"]["num_seeds"])
+            others = [claimed[key] for seed in seeds if (key := (scores.experiment(info), seed)) in claimed]
+            for other, numbers in others:
+                if numbers != evaluations:
+                    same = f"{run_dir} claims the same settings, data and seeds as {other}"
+                    fail(f"{same}, with other numbers; keep one of them")
         except SystemExit:
             if not args.skip:
                 raise
             print(f"{run_dir}: left out")
             continue
-        seeds = range(info["args"]["seed"], info["args"]["seed"] + info["args"]["num_seeds"])
-        others = [claimed[key] for seed in seeds if (key := (scores.experiment(info), seed)) in claimed]
         path = output / info["algorithm"] / scores.canonical(info["args"]["env_id"]) / f"{run_name(info)}.csv"
-        for other, numbers in others:
-            if numbers != evaluations:
-                same = f"{run_dir} claims the same settings, data and seeds as {other}"
-                fail(f"{same}, with other numbers; keep one of them")
         claimed |= {(scores.experiment(info), seed): (path, evaluations) for seed in seeds}
         if others:
             print(f"{run_dir}: there already, {others[0][0]}")

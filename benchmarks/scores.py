@@ -296,7 +296,8 @@ def difference(values, reported):
     """Measured minus published score and half of its 95% interval (Welch's t); NaN where there is none.
 
     The published deviation is taken as numpy's default (over n, as the authors' scripts compute it); where a paper
-    gives none, or no number of seeds, the measured one stands in for it.
+    gives none, or no number of seeds, the measured one stands in for it. An environment's deviation counts as one of m
+    seeds, although those of five tasks tell a little more.
 
     Args:
         values: scores, a seed each.
@@ -313,7 +314,9 @@ def difference(values, reported):
     theirs = reported["std"] ** 2 / (m - 1) if known else np.var(values, ddof=1) / m
     if ours + theirs == 0:
         return distance, 0.0
-    freedom = (ours + theirs) ** 2 / (ours**2 / (n - 1) + theirs**2 / max(m - 1, 1))
+    freedom = n - 1  # where the one measured estimate stands in for both
+    if known:
+        freedom = (ours + theirs) ** 2 / (ours**2 / (n - 1) + theirs**2 / (m - 1))
     return distance, t.ppf(0.975, freedom) * np.sqrt(ours + theirs)
 
 

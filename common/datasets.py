@@ -35,13 +35,7 @@ def find_dataset(args, make=True):
         return path
     name = envs.dataset_name(args.env_id)
     if args.dataset_source == "official":
-        directory = Path(args.dataset_dir).expanduser()
-        for path in (directory / f"{name}-val.npz", directory / f"{name}.npz"):
-            if make and not path.exists():
-                with only_one(path):
-                    if not path.exists():  # else another process made it while this one waited
-                        download(path.name, directory)
-        return path
+        return fetch(name, args.dataset_dir) if make else official_path(name, args.dataset_dir)
 
     generate.check_collectable(name)
     episodes = args.generated_episodes or generate.OFFICIAL_SIZES[name][0]
@@ -55,6 +49,21 @@ def find_dataset(args, make=True):
             if status != 0:
                 kept = "its finished parts are kept, run again to continue"
                 fail(f"collecting {name} failed (exit code {status}); {kept}")
+    return path
+
+
+def official_path(name, directory):
+    """Path of the official training file of a dataset, `cube-double-play-v0` for example."""
+    return Path(directory).expanduser() / f"{name}.npz"
+
+
+def fetch(name, directory):
+    """Like `official_path`; the file, and its validation file, are downloaded where they are missing."""
+    path = official_path(name, directory)
+    for missing in (file for file in (generate.val_path(path), path) if not file.exists()):
+        with only_one(missing):
+            if not missing.exists():  # else another process made it while this one waited
+                download(missing.name, missing.parent)
     return path
 
 
@@ -175,3 +184,18 @@ def check_file(path, env, advice):
             refuse(f": a row of {key} has shape {arrays[key].shape[1:]}, {env.spec.id} needs {space.shape}")
     if rows < 2 or not arrays["terminals"][-1] or arrays["terminals"].all():
         refuse(": key terminals must mark each trajectory's last row, the file's last row among them")
+
+
+def download_sets(
+    names: tuple[str, ...],
+    dataset_dir: str = "~/.ogbench/data",
+):
+    """Downloads official datasets (`cube-double-play-v0`) and their validation files, where they are missing."""
+    for name in names:
+        print(fetch(name, dataset_dir))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(download_sets))

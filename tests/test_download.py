@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -9,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from conftest import parse
+from conftest import ROOT, parse
 
 from common import datasets, download, files
 
@@ -174,6 +176,18 @@ def test_find_dataset_downloads_what_is_missing_and_only_that(tmp_path, monkeypa
     assert [request[0] for request in server.requests] == ["/cube-single-play-v0.npz"]
     datasets.find_dataset(args)
     assert len(server.requests) == 1
+
+
+def test_files_can_be_fetched_before_a_run(tmp_path, monkeypatch):
+    """As on a cluster whose compute nodes have no internet."""
+    server = Server()
+    use(monkeypatch, server)
+    command = [sys.executable, "-m", "common.datasets", "toy-v0", "--dataset-dir", str(tmp_path)]
+    for _ in range(2):  # the second time everything is there
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0 and done.stdout.endswith(f"{tmp_path}/toy-v0.npz\n"), done.stderr
+    assert [path for path, _ in server.requests] == ["/toy-v0-val.npz", "/toy-v0.npz"]
+    assert {path.name for path in tmp_path.iterdir()} == {"toy-v0-val.npz", "toy-v0.npz"}
 
 
 # --- Mirrors that serve something else ---

@@ -95,7 +95,7 @@ def test_intervals_are_students_and_welchs():
     # Without a published deviation the measured one stands in; without a number of seeds the measured number.
     np.testing.assert_allclose(
         scores.difference(ours, {"mean": 70.0, "std": None, "num_seeds": 4})[1],
-        t.ppf(0.975, 6) * (np.var(ours, ddof=1) / 2) ** 0.5,
+        t.ppf(0.975, 3) * (np.var(ours, ddof=1) / 2) ** 0.5,
     )
     without = scores.difference(ours, {"mean": 70.0, "std": 6.0, "num_seeds": None})
     assert without == scores.difference(ours, {"mean": 70.0, "std": 6.0, "num_seeds": 4})
@@ -108,6 +108,14 @@ def test_interval_covers_the_truth_as_often_as_it_says():
         mean, half = scores.interval(rng.normal(60, 8, 5))
         inside.append(abs(mean - 60) <= half)
     assert abs(np.mean(inside) - 0.95) < 0.015
+    for n, m, std in ((3, 3, None), (8, 3, None), (8, 8, 1.0)):  # also of a difference
+        inside = []
+        for _ in range(2000):
+            ours, theirs = rng.normal(60, 8, n), rng.normal(60, 8, m)
+            reported = {"mean": theirs.mean(), "std": std and theirs.std(), "num_seeds": m}
+            distance, half = scores.difference(ours, reported)
+            inside.append(abs(distance) <= half)
+        assert abs(np.mean(inside) - 0.95) < 0.015, (n, m)
 
 
 def test_verdicts_have_the_rates_that_the_docs_state():
@@ -276,6 +284,9 @@ def test_collected_run_and_its_identity(tmp_path, capsys):
     # In one call too: nothing is written then.
     twice = write_run(tmp_path / "d", [0.1], task=2), write_run(tmp_path / "e", [0.2], task=2)
     assert "claims the same" in refused(capsys, collect, tmp_path / "results", *twice)
+    skipping = collect_results.CollectResultsArgs((str(tmp_path / "c"),), str(tmp_path / "results"), skip=True)
+    collect_results.main(skipping)
+    assert f"{tmp_path / 'c'}: left out" in capsys.readouterr().out
     assert len(scores.read_results(tmp_path / "results")) == 2
 
 

@@ -5,7 +5,8 @@
     python -m benchmarks.studies.toy_2d --full                          # the paper's size: for a GPU
 
 Actions are points of the plane, every point of a data set carries a reward, and there is one state and one step. Each
-method improves a flow policy u on the rewards while it stays near the data, with lambda as the strength of staying:
+method improves a flow policy u on the rewards while it stays near the data, the more so the larger lambda is (an equal
+lambda is not an equal push, see docs/q_flow.md):
 
     q_flow     the losses of q_flow.py: u follows the data's velocity plus grad V / lambda, V on the flow's latents
     backprop   flow matching - Q(end point of the flow) / lambda, differentiated through every step of the solver
