@@ -117,8 +117,8 @@ def small_set(shared, dataset, num_episodes):
     return generate.generated_path(dataset, directory, num_episodes, seed=0)
 
 
-ONLINE_LENGTHS = (  # 230 updates
-    "--total-timesteps 70 --online-timesteps 160 --eval-interval 115 "
+ONLINE_LENGTHS = (  # 230 updates; both phases end between two intervals
+    "--total-timesteps 70 --online-timesteps 160 --eval-interval 120 "
     "--log-interval 10 --save-interval 35 --eval-episodes 1"
 ).split()
 
@@ -156,21 +156,20 @@ def run(algorithm, *flags, env=None, check=True, **kwargs):
     return process
 
 
-def assert_refused(algorithm, words, *messages, env=None):
+def assert_refused(algorithm, words, *messages):
     """An algorithm's file ends with code 2 and the messages, without a traceback; words: a list, or one text.
 
-    A mistake that `parse_args` finds is looked for in this process; any other, or one that needs `env`, in a run.
+    A mistake that `parse_args` finds is looked for in this process, any other in a run.
     """
     words = [*(words.split() if isinstance(words, str) else map(str, words)), "--no-cuda"]
     text, code = io.StringIO(), None
-    if env is None:
-        with contextlib.redirect_stderr(text), contextlib.redirect_stdout(io.StringIO()):
-            try:
-                parse(Path(algorithm).stem, *words)
-            except SystemExit as stop:
-                code = stop.code
+    with contextlib.redirect_stderr(text), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            parse(Path(algorithm).stem, *words)
+        except SystemExit as stop:
+            code = stop.code
     if code is None:
-        failed = run(algorithm, *words, check=False, env=env)
+        failed = run(algorithm, *words, check=False)
         text, code = io.StringIO(failed.stderr), failed.returncode
     assert code == 2, text.getvalue()[-2000:]
     for message in messages:
