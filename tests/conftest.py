@@ -81,6 +81,21 @@ def same_numbers_every_time():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def torch_as_before(monkeypatch):
+    """What common/device.py sets up for a whole process is after a test as it was before."""
+    precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    for owner, name in (
+        (sys, "excepthook"),
+        (torch.utils.deterministic, "fill_uninitialized_memory"),
+        (torch.backends.cudnn, "allow_tf32"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(deterministic)
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
     """shared(name, make): a directory that one of pytest's processes fills by make(directory), the same for all."""
