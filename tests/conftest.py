@@ -161,6 +161,15 @@ def online_runs(online_flags, shared):
     return Runs()
 
 
+@pytest.fixture(scope="session")
+def opengl():
+    """Skips a test on a machine that cannot render: MuJoCo's own renderer fails there, without this project."""
+    code = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).render()"
+    environment = os.environ | {"MUJOCO_GL": envs.RENDERER}
+    if subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode:
+        pytest.skip("no OpenGL on this machine")
+
+
 def run(algorithm, *flags, env=None, check=True, **kwargs):
     """Runs an algorithm's file as a user does; returns the finished process with its output as text."""
     command = [sys.executable, str(ROOT / f"{algorithm}.py"), *map(str, flags)]
