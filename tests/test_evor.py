@@ -3,12 +3,15 @@
 import csv
 import functools
 import math
+import runpy
 import shutil
+import sys
 
 import pytest
 import torch
 from conftest import (
     ENV_ID,
+    ROOT,
     SMALL_FLAGS,
     assert_refused,
     make_agent,
@@ -21,6 +24,7 @@ from conftest import (
 )
 from conftest import small_args as small_args_of
 
+from common import returns
 from evor import soft_maximum, softmax_choice
 
 small_args = functools.partial(small_args_of, "evor")
@@ -322,6 +326,21 @@ def test_phases_in_one_update_each_equal_an_update_of_both():
     for name, value in agents[0].parameters.items():
         other = agents[1 if name.startswith("actor_flow") else 2].parameters[name]
         assert torch.equal(value, other), name
+
+
+def test_the_published_latents_are_the_runs_discounted_returns(maze_data, tmp_path, monkeypatch):
+    asked = []
+
+    def reward_to_go(data, gamma):
+        asked.append((len(data["rewards"]), gamma))
+        raise InterruptedError
+
+    monkeypatch.setattr(returns, "reward_to_go", reward_to_go)
+    words = ["--env-id", ENV_ID, "--dataset-path", maze_data, "--td-target", "published", "--gamma", 0.9]
+    monkeypatch.setattr(sys, "argv", ["evor.py", *map(str, words), *SMALL_FLAGS["evor"], "--runs-dir", str(tmp_path)])
+    with pytest.raises(InterruptedError):
+        runpy.run_path(str(ROOT / "evor.py"), run_name="__main__")
+    assert asked == [(10_000, 0.9)]
 
 
 def test_a_run_with_phases_resumes_and_freezes_the_policy(maze_data, tmp_path):

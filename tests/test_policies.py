@@ -167,13 +167,30 @@ def test_one_seed_of_many(exported, tmp_path):
         q_flow.load(tmp_path / "one", seed=0)
 
 
+def make_saved(agents, name, args):
+    """What a checkpoint has of agents in a maze."""
+    saved = agents.state_dict() | {"algorithm": name, "args": vars(args), "step": args.total_timesteps}
+    saved["agent_inputs"] = {"obs_dim": 2, "action_dim": 2, "min_reward": -1.0, "max_reward": 0.0}
+    saved["dataset"] = {"file": "x.npz", "source": "generated", "transitions": 1, "sha256": "0"}
+    return saved
+
+
+def test_a_run_exports_the_evaluation_of_its_last_step_alone(tmp_path):
+    args = small_args("q_flow", env_id=ENV_ID, num_seeds=2, total_timesteps=20)
+    checkpoint.save(tmp_path, make_saved(make_agents(args, (0, 1), obs_dim=2, action_dim=2), "q_flow", args))
+    rows = [f"{step},{seed},offline,0.{step + seed},-9.0,8.0,7\n" for step in (10, 20, 120) for seed in (0, 1)]
+    header = "step,seed,phase,success,episode_return,episode_length,episodes\n"
+    (tmp_path / "eval.csv").write_text("".join([header, *rows]))
+    export.write_run(tmp_path, ALGORITHMS["q_flow"].Agent)
+    config = json.loads((tmp_path / "policy/config.json").read_text())
+    assert [(row["step"], row["seed"], row["success"]) for row in config["evaluation"]] == [(20, 0, 0.2), (20, 1, 0.21)]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_of_eight_seeds_acts_as_itself(name, tmp_path):
     args = small_args(name, env_id=ENV_ID, num_seeds=8, seed=3)
     agents = make_agents(args, range(3, 11), obs_dim=2, action_dim=2)
-    saved = agents.state_dict() | {"algorithm": name, "args": vars(args), "step": args.total_timesteps}
-    saved["agent_inputs"] = {"obs_dim": 2, "action_dim": 2, "min_reward": -1.0, "max_reward": 0.0}
-    saved["dataset"] = {"file": "x.npz", "source": "generated", "transitions": 1, "sha256": "0"}
+    saved = make_saved(agents, name, args)
     export.write(tmp_path, ALGORITHMS[name].Agent, saved, [])
     obs = observations()
     noise = agents.agent.draw_act_noise(torch.Generator().manual_seed(0), len(obs))

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -511,6 +512,44 @@ def test_the_seconds_of_a_run_continue(tmp_path):
     assert runs.seconds_so_far(tmp_path) == {"training": 0.0, "evaluating": 0.0}
     runs.append_rows(tmp_path / "timing.csv", [{"step": 9, "seconds_training": "1.5", "seconds_evaluating": "2.0"}] * 2)
     assert runs.seconds_so_far(tmp_path) == {"training": 1.5, "evaluating": 2.0}
+
+
+def test_the_pace_of_a_run_is_without_warm_up_and_evaluations(tmp_path, monkeypatch):
+    """By a clock that is two seconds later at each look."""
+    looks = itertools.count()
+    monkeypatch.setattr(log.time, "perf_counter", lambda: 2.0 * next(looks))
+    args = parse("floq", "--no-cuda", "--log-interval", "10", "--runs-dir", str(tmp_path))
+    identity = {"file": "x.npz", "source": "generated", "transitions": 1}
+    written = log.Log(args, None, torch.device("cpu"), identity, columns=["a", "b"])
+    for step in range(1, 31):
+        name = "a" if step < 25 else "b"  # the losses change, so that it compiles again
+        written.training(step, {name: torch.full((1,), 0.5 * step)}, warm_up=step in (1, 25))
+        if step == 10:
+            written.evaluation(None, "offline")  # given up: no rows
+    written.bar.close()
+    train = (written.run_dir / "train.csv").read_text().splitlines()
+    assert train == ["step,seed,a,b", "10,0,5.0,", "20,0,10.0,", "30,0,,15.0"]
+    timing = (written.run_dir / "timing.csv").read_text().splitlines()
+    assert timing[0] == "step,updates_per_second,seconds_training,seconds_evaluating"
+    # 9 updates in 2 s; 10 in 2 s; 5 in 2 s, since the four before the second warm-up are left out with it
+    assert timing[1:] == ["10,4.5,2.0,0.0", "20,5,4.0,2.0", "30,2.5,6.0,2.0"]
+    assert not (written.run_dir / "eval.csv").exists()
+
+
+def test_the_result_of_a_run_is_the_published_statistic(tmp_path):
+    success = {1: (0.0, 1.0), 2: (0.5, 0.8), 3: (0.6, 0.7), 4: (0.7, 0.6), 5: (0.1, 0.2), 6: (0.2, 0.4)}
+
+    def result(**steps):
+        lines = ["step,seed,phase,success,episode_return,episode_length,episodes"]
+        for phase in steps:
+            for step in steps[phase]:
+                lines += [f"{step},{seed},{phase},{success[step][seed]},-1.0,9.0,50" for seed in (0, 1)]
+        (tmp_path / "eval.csv").write_text("\n".join(lines) + "\n")
+        return log.result(tmp_path)
+
+    assert result(offline=(1, 2, 3, 4)) == "success, mean of the evaluations at [2, 3, 4]: 65.0% +- 7.1 over 2 seeds"
+    before, after = "65.0% +- 7.1 over 2 seeds at 4", "30.0% +- 14.1 over 2 seeds at 6"
+    assert result(offline=(2, 4), online=(5, 6)) == f"success: {before}, where the online phase begins, {after}"
 
 
 def test_wandb_is_asked_for_before_the_data_are(monkeypatch, capsys):
