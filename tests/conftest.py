@@ -81,6 +81,21 @@ def same_numbers_every_time():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def torch_as_before(monkeypatch):
+    """What common/device.py sets up for a whole process is after a test as it was before."""
+    precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    for owner, name in (
+        (sys, "excepthook"),
+        (torch.utils.deterministic, "fill_uninitialized_memory"),
+        (torch.backends.cudnn, "allow_tf32"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(deterministic)
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
     """shared(name, make): a directory that one of pytest's processes fills by make(directory), the same for all."""
@@ -117,8 +132,8 @@ def small_set(shared, dataset, num_episodes):
     return generate.generated_path(dataset, directory, num_episodes, seed=0)
 
 
-ONLINE_LENGTHS = (  # 230 updates
-    "--total-timesteps 70 --online-timesteps 160 --eval-interval 115 "
+ONLINE_LENGTHS = (  # 230 updates; both phases end between two intervals
+    "--total-timesteps 70 --online-timesteps 160 --eval-interval 120 "
     "--log-interval 10 --save-interval 35 --eval-episodes 1"
 ).split()
 
@@ -146,6 +161,15 @@ def online_runs(online_flags, shared):
     return Runs()
 
 
+@pytest.fixture(scope="session")
+def opengl():
+    """Skips a test on a machine that cannot render: MuJoCo's own renderer fails there, without this project."""
+    code = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).render()"
+    environment = os.environ | {"MUJOCO_GL": envs.RENDERER}
+    if subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode:
+        pytest.skip("no OpenGL on this machine")
+
+
 def run(algorithm, *flags, env=None, check=True, **kwargs):
     """Runs an algorithm's file as a user does; returns the finished process with its output as text."""
     command = [sys.executable, str(ROOT / f"{algorithm}.py"), *map(str, flags)]
@@ -156,21 +180,20 @@ def run(algorithm, *flags, env=None, check=True, **kwargs):
     return process
 
 
-def assert_refused(algorithm, words, *messages, env=None):
+def assert_refused(algorithm, words, *messages):
     """An algorithm's file ends with code 2 and the messages, without a traceback; words: a list, or one text.
 
-    A mistake that `parse_args` finds is looked for in this process; any other, or one that needs `env`, in a run.
+    A mistake that `parse_args` finds is looked for in this process, any other in a run.
     """
     words = [*(words.split() if isinstance(words, str) else map(str, words)), "--no-cuda"]
     text, code = io.StringIO(), None
-    if env is None:
-        with contextlib.redirect_stderr(text), contextlib.redirect_stdout(io.StringIO()):
-            try:
-                parse(Path(algorithm).stem, *words)
-            except SystemExit as stop:
-                code = stop.code
+    with contextlib.redirect_stderr(text), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            parse(Path(algorithm).stem, *words)
+        except SystemExit as stop:
+            code = stop.code
     if code is None:
-        failed = run(algorithm, *words, check=False, env=env)
+        failed = run(algorithm, *words, check=False)
         text, code = io.StringIO(failed.stderr), failed.returncode
     assert code == 2, text.getvalue()[-2000:]
     for message in messages:

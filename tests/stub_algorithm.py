@@ -23,6 +23,7 @@ class Args:
     dataset_dir: str = ""
     total_timesteps: int = 20
     online_timesteps: int = 0
+    log_interval: int = 1
     die_at: int = 0
 
 

@@ -92,6 +92,52 @@ def test_every_collector_makes_official_rows(dataset, monkeypatch):
     assert (moved > 0).all()
 
 
+@pytest.mark.parametrize(
+    "dataset, share",
+    [("cube-single-noisy-v0", 0.1), ("scene-noisy-v0", 0.1), ("puzzle-3x3-noisy-v0", 0.2), ("scene-play-v0", 0.0)],
+)
+def test_a_share_of_the_actions_of_noisy_data_is_random(dataset, share, monkeypatch):
+    class Oracle:
+        number, done = 0, False
+
+        def reset(self, ob, info):
+            pass
+
+        def select_action(self, ob, info):
+            self.number += 1
+            return np.full(5, 0.5)
+
+    class Env:
+        def reset(self, seed):
+            self.number = 0
+            return np.zeros(3), {}
+
+        def step(self, action):
+            self.number += 1
+            return np.zeros(3), 0.0, False, self.number == 4000, {}
+
+    oracle = Oracle()
+    monkeypatch.setattr(generate, "make_oracles", lambda env, dataset: {"button": oracle})
+    np.random.seed(0)
+    rows = generate.collect_manipulation(Env(), dataset, 0)
+    assert len(rows) == 4000 and abs(1 - oracle.number / 4000 - share) < 0.02
+    assert all((row["actions"] == 0.5).all() for row in rows) == (share == 0)
+
+
+def test_scenes_cube_stays_on_the_table_or_in_the_drawer():
+    on_the_table = [0.4, 0.0, 0.02]
+    for xyz, stays in (
+        ([0.4, 0.28, 0.02], True),
+        ([0.4, 0.29, 0.02], False),  # too far right, at any height
+        ([0.4, 0.29, 0.07], False),
+        ([0.4, -0.29, 0.02], True),
+        ([0.4, -0.3, 0.02], False),  # too far left, below the drawer or above it
+        ([0.4, -0.3, 0.09], False),
+        ([0.4, -0.3, 0.07], True),  # in the drawer
+    ):
+        assert generate.cube_stays_in_reach(np.array([on_the_table, xyz, on_the_table])) == stays, xyz
+
+
 def test_stitch_goals_are_four_cells_away(monkeypatch):
     monkeypatch.setitem(generate.OFFICIAL_SIZES, "pointmaze-large-stitch-v0", (1, 201))
     env = generate.make_collection_env("pointmaze-large-stitch-v0")

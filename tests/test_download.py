@@ -166,6 +166,15 @@ def test_failure_names_every_answer_and_three_ways_out_and_leaves_no_file(tmp_pa
     assert len(dropping.requests) == download.ATTEMPTS
 
 
+def test_a_run_whose_mirrors_are_unreachable_ends_with_the_ways_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("CLEANFLOW_DATASET_MIRRORS", raising=False)
+    monkeypatch.setattr(download, "MIRRORS", ("http://127.0.0.1:9",))
+    with pytest.raises(SystemExit) as stop:
+        datasets.find_dataset(parse("floq", "--dataset-dir", str(tmp_path / "data")))
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "Three ways out: (1) --dataset-source generated" in message
+
+
 def test_find_dataset_downloads_what_is_missing_and_only_that(tmp_path, monkeypatch):
     server = Server()
     use(monkeypatch, server)

@@ -3,11 +3,15 @@
 import csv
 import functools
 import math
+import runpy
+import shutil
+import sys
 
 import pytest
 import torch
 from conftest import (
     ENV_ID,
+    ROOT,
     SMALL_FLAGS,
     assert_refused,
     make_agent,
@@ -20,6 +24,7 @@ from conftest import (
 )
 from conftest import small_args as small_args_of
 
+from common import returns
 from evor import soft_maximum, softmax_choice
 
 small_args = functools.partial(small_args_of, "evor")
@@ -323,6 +328,21 @@ def test_phases_in_one_update_each_equal_an_update_of_both():
         assert torch.equal(value, other), name
 
 
+def test_the_published_latents_are_the_runs_discounted_returns(maze_data, tmp_path, monkeypatch):
+    asked = []
+
+    def reward_to_go(data, gamma):
+        asked.append((len(data["rewards"]), gamma))
+        raise InterruptedError
+
+    monkeypatch.setattr(returns, "reward_to_go", reward_to_go)
+    words = ["--env-id", ENV_ID, "--dataset-path", maze_data, "--td-target", "published", "--gamma", 0.9]
+    monkeypatch.setattr(sys, "argv", ["evor.py", *map(str, words), *SMALL_FLAGS["evor"], "--runs-dir", str(tmp_path)])
+    with pytest.raises(InterruptedError):
+        runpy.run_path(str(ROOT / "evor.py"), run_name="__main__")
+    assert asked == [(10_000, 0.9)]
+
+
 def test_a_run_with_phases_resumes_and_freezes_the_policy(maze_data, tmp_path):
     lengths = "--total-timesteps 60 --bc-timesteps 25 --eval-interval 60 --log-interval 10 --save-interval 20".split()
     flags = [
@@ -385,8 +405,8 @@ def test_evor_learns_a_two_mode_return_distribution():
 # --- Evaluation only ---
 
 
-def test_evaluate_changes_the_choice_alone_and_repeats(online_runs):
-    run_dir = online_runs["evor"]
+def test_evaluate_changes_the_choice_alone_and_repeats(online_runs, tmp_path):
+    run_dir = shutil.copytree(online_runs["evor"], tmp_path / "run")  # others evaluate theirs at the same time
     before = {name: (run_dir / name).read_bytes() for name in ("eval.csv", "train.csv", "checkpoint.pt")}
     words = ("--evaluate", run_dir, "--num-actions", 2, "--tau-q", 0.1, "--eval-episodes", 2)
     done = [run("evor", *words) for _ in range(2)]
@@ -397,7 +417,6 @@ def test_evaluate_changes_the_choice_alone_and_repeats(online_runs):
         ("2", "0.1", "0", "2"), ("2", "0.1", "1", "2"),
     ]  # fmt: skip
     assert {name: (run_dir / name).read_bytes() for name in before} == before
-    (run_dir / "inference.csv").unlink()
 
 
 def test_evaluate_refuses_what_is_not_an_evor_run_or_would_need_training(online_runs, tmp_path):

@@ -269,7 +269,7 @@ def test_a_job_that_always_dies_is_given_up(tmp_path):
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
-    words = stub_sweep(tmp_path, "--", "--total-timesteps", 100, env_ids="cube-single-play-singletask-task{1,2}-v0")
+    words = stub_sweep(tmp_path, "--", "--total-timesteps", 200, env_ids="cube-single-play-singletask-task{1,2}-v0")
     process = start_launch(*words)
     wait_for(process, lambda: len([d for d in stub_runs(tmp_path) if (d / "eval.csv").exists()]) == 4)
     process.send_signal(signal.SIGINT)
@@ -277,10 +277,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     assert "continue with the same command: python -m benchmarks.launch --methods" in out and "done" not in out
     assert not trainers(tmp_path)
     out, _ = finish_launch(start_launch(*words))
-    assert out.count("done, step 100/100") == 4
+    assert out.count("done, step 200/200") == 4
     assert len(stub_runs(tmp_path)) == 4
     for run_dir in stub_runs(tmp_path):
-        assert_each_step_once(run_dir, 100)
+        assert_each_step_once(run_dir, 200)
 
 
 def test_two_launchers_share_the_jobs(tmp_path):
@@ -296,27 +296,27 @@ def test_two_launchers_share_the_jobs(tmp_path):
 
 def test_a_machine_that_vanishes(tmp_path):
     """Everything is killed at once, and the files are left as a power cut leaves them: half a row, zeros, no state."""
-    words = stub_sweep(tmp_path, env_ids="cube-single-play-singletask-task{1,2}-v0")
+    words = stub_sweep(tmp_path, "--", "--total-timesteps", 100, env_ids="cube-single-play-singletask-task{1,2}-v0")
     process = start_launch(*words)
     wait_for(process, lambda: len([d for d in stub_runs(tmp_path) if (d / "checkpoint.pt").exists()]) == 4)
     process.kill()
     for pid in trainers(tmp_path):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
-    for run_dir, torn in zip(stub_runs(tmp_path), (b"1", b"19,0,0.", b"\0" * 100, b"\0" * 100 + b"\n")):
+    for run_dir, torn in zip(stub_runs(tmp_path), (b"1", b"99,0,0.", b"\0" * 100, b"\0" * 100 + b"\n")):
         with open(run_dir / "eval.csv", "ab") as file:
             file.write(torn)
     for path in tmp_path.glob("launch/*/state.json"):
         path.write_bytes(b"")
     finish_launch(start_launch("--status", *words))
     out, _ = finish_launch(start_launch(*words))
-    assert out.count("done, step 20/20") == 4 and len(stub_runs(tmp_path)) == 4
+    assert out.count("done, step 100/100") == 4 and len(stub_runs(tmp_path)) == 4
     for run_dir in stub_runs(tmp_path):
-        assert_each_step_once(run_dir)
+        assert_each_step_once(run_dir, 100)
 
 
 def test_jobs_outlive_their_launcher(tmp_path):
-    words = stub_sweep(tmp_path, "--", "--total-timesteps", 100, env_ids="cube-single-play-singletask-task{1,2}-v0")
+    words = stub_sweep(tmp_path, "--", "--total-timesteps", 200, env_ids="cube-single-play-singletask-task{1,2}-v0")
     process = start_launch(*words)
     wait_for(process, lambda: len(trainers(tmp_path)) == 4)
     process.kill()
@@ -325,9 +325,9 @@ def test_jobs_outlive_their_launcher(tmp_path):
     process = start_launch(*words)
     out, _ = finish_launch(process)
     assert before and not trainers(tmp_path)
-    assert out.count("step 100/100") == 4 and len(stub_runs(tmp_path)) == 4
+    assert out.count("step 200/200") == 4 and len(stub_runs(tmp_path)) == 4
     for run_dir in stub_runs(tmp_path):
-        assert_each_step_once(run_dir, 100)
+        assert_each_step_once(run_dir, 200)
 
 
 def test_a_stopped_process_is_waited_for_and_woken_to_save(tmp_path):

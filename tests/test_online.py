@@ -156,7 +156,7 @@ def rows_of(path):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_run_has_both_phases(online_runs, algorithm):
     evaluations = [row for row in rows_of(online_runs[algorithm] / "eval.csv") if row["seed"] == "1"]
-    phases = [("1", "offline"), ("70", "offline"), ("115", "online"), ("230", "online")]
+    phases = [("1", "offline"), ("70", "offline"), ("120", "online"), ("230", "online")]
     assert [(row["step"], row["phase"]) for row in evaluations] == phases
     train = rows_of(online_runs[algorithm] / "train.csv")
     assert [row["step"] for row in train if row["seed"] == "0"] == [str(step) for step in range(10, 231, 10)]

@@ -65,21 +65,27 @@ def test_evaluating_a_run_repeats_its_last_evaluation(name, exported, tmp_path):
     assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
 
 
-def test_seed_is_that_of_the_episodes_and_videos_are_in_the_folder(exported, tmp_path, monkeypatch):
-    folder = tmp_path / "folder"
-    shutil.copytree(exported["floq"][1], folder, ignore=shutil.ignore_patterns("inference.csv"))
-    played = []
+@pytest.fixture
+def played(monkeypatch):
+    """[(seeds, step, name of the policy, folder of videos)] of the evaluations, none of which takes place."""
+    asked = []
 
     def play(evaluator, policy, draw_noise, step):
-        played.append((evaluator.seeds, step, evaluator.video_dir))
+        asked.append((evaluator.seeds, step, policy.__name__, evaluator.video_dir))
         result = {"success": 0.5, "episode_return": -1.0, "episode_length": 2.0, "episodes": 3}
         return [{"step": step, "seed": seed} | result for seed in evaluator.seeds]
 
     monkeypatch.setattr(rollout.Evaluator, "__call__", play)
+    return asked
+
+
+def test_seed_is_that_of_the_episodes_and_videos_are_in_the_folder(exported, tmp_path, played):
+    folder = tmp_path / "folder"
+    shutil.copytree(exported["floq"][1], folder, ignore=shutil.ignore_patterns("inference.csv"))
     args, saved = ALGORITHMS["floq"].parse_args(["--evaluate", str(folder), "--seed", "7", "--capture-video"])
     policies.evaluate(ALGORITHMS["floq"].Agent, args, saved, (), torch.device("cpu"))
     rows = read_csv(folder / "inference.csv")
-    assert played == [([7, 8], 230, folder / "videos")]
+    assert played == [([7, 8], 230, "act", folder / "videos")]
     assert [(row["seed"], row["episodes_seed"]) for row in rows] == [("0", "7"), ("1", "8")]
 
 
@@ -104,6 +110,15 @@ def test_value_flows_plays_either_policy(exported, tmp_path):
     assert not np.array_equal(by_phase.act(observations().numpy()), chosen.act(observations().numpy()))
     assert value_flows.acting(value_flows.Args(total_timesteps=5), 5) == "act"
     assert value_flows.acting(value_flows.Args(total_timesteps=5), 6) == "act_online"
+
+
+def test_evaluating_value_flows_plays_the_policy_of_its_phase_or_the_one_asked_for(exported, tmp_path, played):
+    module, folder = ALGORITHMS["value_flows"], tmp_path / "folder"
+    shutil.copytree(exported["value_flows"][1], folder, ignore=shutil.ignore_patterns("inference.csv"))
+    for words in ([], ["--eval-policy", "act"]):
+        args, saved = module.parse_args(["--evaluate", str(folder), *words])
+        policies.evaluate(module.Agent, args, saved, module.INFERENCE, torch.device("cpu"), module.acting)
+    assert [policy for _, _, policy, _ in played] == ["act_online", "act"]  # the run ended online
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -152,13 +167,30 @@ def test_one_seed_of_many(exported, tmp_path):
         q_flow.load(tmp_path / "one", seed=0)
 
 
+def make_saved(agents, name, args):
+    """What a checkpoint has of agents in a maze."""
+    saved = agents.state_dict() | {"algorithm": name, "args": vars(args), "step": args.total_timesteps}
+    saved["agent_inputs"] = {"obs_dim": 2, "action_dim": 2, "min_reward": -1.0, "max_reward": 0.0}
+    saved["dataset"] = {"file": "x.npz", "source": "generated", "transitions": 1, "sha256": "0"}
+    return saved
+
+
+def test_a_run_exports_the_evaluation_of_its_last_step_alone(tmp_path):
+    args = small_args("q_flow", env_id=ENV_ID, num_seeds=2, total_timesteps=20)
+    checkpoint.save(tmp_path, make_saved(make_agents(args, (0, 1), obs_dim=2, action_dim=2), "q_flow", args))
+    rows = [f"{step},{seed},offline,0.{step + seed},-9.0,8.0,7\n" for step in (10, 20, 120) for seed in (0, 1)]
+    header = "step,seed,phase,success,episode_return,episode_length,episodes\n"
+    (tmp_path / "eval.csv").write_text("".join([header, *rows]))
+    export.write_run(tmp_path, ALGORITHMS["q_flow"].Agent)
+    config = json.loads((tmp_path / "policy/config.json").read_text())
+    assert [(row["step"], row["seed"], row["success"]) for row in config["evaluation"]] == [(20, 0, 0.2), (20, 1, 0.21)]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_of_eight_seeds_acts_as_itself(name, tmp_path):
     args = small_args(name, env_id=ENV_ID, num_seeds=8, seed=3)
     agents = make_agents(args, range(3, 11), obs_dim=2, action_dim=2)
-    saved = agents.state_dict() | {"algorithm": name, "args": vars(args), "step": args.total_timesteps}
-    saved["agent_inputs"] = {"obs_dim": 2, "action_dim": 2, "min_reward": -1.0, "max_reward": 0.0}
-    saved["dataset"] = {"file": "x.npz", "source": "generated", "transitions": 1, "sha256": "0"}
+    saved = make_saved(agents, name, args)
     export.write(tmp_path, ALGORITHMS[name].Agent, saved, [])
     obs = observations()
     noise = agents.agent.draw_act_noise(torch.Generator().manual_seed(0), len(obs))
@@ -182,10 +214,17 @@ def test_a_policy_of_a_gpu_run_is_written_for_any_device(online_runs, tmp_path, 
     assert "has not been evaluated" in (tmp_path / "README.md").read_text()
 
 
-def test_a_folder_holds_no_place_of_the_machine_and_is_small(exported):
-    for name, (run_dir, folder) in exported.items():
-        text = (folder / "config.json").read_text() + (folder / "README.md").read_text()
-        assert str(run_dir.parent.parent) not in text and "dataset_path" not in text
+OF_THE_MACHINE = set(
+    "resume evaluate export export_seed runs_dir dataset_dir dataset_path track wandb_entity wandb_project_name "
+    "eval_workers".split()
+)
+
+
+def test_a_folder_holds_no_place_of_the_machine(exported):
+    for name, (_, folder) in exported.items():
+        args = json.loads((folder / "config.json").read_text())["args"]
+        assert not OF_THE_MACHINE & set(args) and "/" not in "".join(map(str, args.values()))
+        assert not any(f"{argument} =" in (folder / "README.md").read_text() for argument in OF_THE_MACHINE)
         assert {path.name for path in folder.iterdir()} >= {"policy.safetensors", "config.json", "README.md"}
         card = (folder / "README.md").read_text()
         assert f"{name}.load(" in card and "2 episodes per seed" in card and ENV_ID in card

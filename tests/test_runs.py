@@ -1,7 +1,10 @@
 """Runs as a user starts them: equal csv files, resume after SIGKILL and SIGTERM, bad input, faults while training."""
 
+import contextlib
 import dataclasses
+import difflib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -31,8 +34,9 @@ from conftest import (
     wait_for_row,
 )
 
-from common import checkpoint, export, files, log, python_environment, runs
+from common import checkpoint, datasets, export, files, log, python_environment, runs
 from common.arguments import algorithm
+from common.signals import StopRequest
 from common.stacked import Stacked
 
 LENGTHS = "--total-timesteps 420 --eval-interval 210 --log-interval 20 --save-interval 90".split()
@@ -177,6 +181,37 @@ def test_a_copy_is_an_algorithm_of_its_own(name, tmp_path, monkeypatch):
     assert not own_name  # a copy that imports the original would train that
 
 
+OWN_LINES = {  # of the main programs, that floq's has not
+    "q_flow": "",
+    "value_flows": """
+        raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device, acting))
+        act, draw_act_noise = agents.function("act_online"), agents.agent.draw_act_noise  # the policy that explores
+        rows = evaluator(agents.function(acting(args, step)), draw_act_noise, step, stop)
+    """,
+    "evor": """
+        if args.td_target == "published" and args.latents == "data":
+        dataset["returns"] = torch.as_tensor(reward_to_go(dataset, args.gamma), dtype=torch.float32, device=device)
+        log = Log(args, resumed, device, identity, Agent.METRICS)
+        one_update = lambda draws, losses: update(agents, *replay.inputs(draws), losses)  # the batch, and noise
+        losses = ("critic_loss", "actor_loss")
+        if args.bc_timesteps:  # the base policy first, then its returns
+        losses = losses[1:] if step < args.bc_timesteps else losses[:1]
+        metrics = fast_update(draws, losses)
+    """,
+}
+
+
+@pytest.mark.parametrize("name", OWN_LINES)
+def test_the_main_programs_differ_in_a_few_lines(name):
+    """What a test of one finds, of resuming or evaluating, then holds for the four."""
+    texts = [(ROOT / f"{which}.py").read_text() for which in ("floq", name)]
+    both = [text.split('\nif __name__ == "__main__":\n')[1].splitlines() for text in texts]
+    different = [line for line in difflib.ndiff(*both) if line[0] in "+-"]
+    own = [line[2:].strip() for line in different if line[0] == "+"]
+    assert own == [line.strip() for line in OWN_LINES[name].strip().splitlines()]
+    assert len(different) - len(own) == (0 if name == "q_flow" else 3), different
+
+
 def test_a_copied_file_trains_resumes_evaluates_and_launches(maze_data, tmp_path):
     """`cp floq.py my_floq.py` and start: killed and resumed, its run equals the uninterrupted and the original's.
 
@@ -249,8 +284,8 @@ def test_a_checkpoint_of_another_device_goes_on_with_this_devices_adam(finished,
 # --- Checkpoints ---
 
 
-def payload(step):
-    return {"algorithm": "floq", "args": {}, "step": step, "agent": {"w": torch.full((1000,), float(step))}}
+def payload(step, size=1000):
+    return {"algorithm": "floq", "args": {}, "step": step, "agent": {"w": torch.full((size,), float(step))}}
 
 
 def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, capsys):
@@ -289,6 +324,39 @@ def test_non_finite_weights_are_not_saved(tmp_path):
     assert checkpoint.load(tmp_path)["step"] == 1
 
 
+@contextlib.contextmanager
+def full_disk(size):
+    """No file of this process can be longer than `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def save_and_fail(file):
+    file.write(b"part")
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("reported_by", ["torch", "Python"])
+def test_full_disk_keeps_both_checkpoints(tmp_path, monkeypatch, reported_by):
+    """torch reports a failed write as a RuntimeError, Python as an OSError."""
+    for step in (1, 2):
+        checkpoint.save(tmp_path, payload(step, size=20_000))
+    content = lambda: {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = content()
+    assert set(before) == {"checkpoint.pt", "checkpoint_previous.pt"} and len(before["checkpoint.pt"]) > 80_000
+    if reported_by == "Python":
+        monkeypatch.setattr(torch, "save", lambda payload, file: save_and_fail(file))
+    with full_disk(size=20_000), pytest.raises(SystemExit) as stop:
+        checkpoint.save(tmp_path, payload(3, size=20_000))
+    assert str(stop.value.code).startswith(f"error: could not save a checkpoint in {tmp_path} (")
+    assert str(stop.value.code).endswith(f"; the last checkpoint is kept: {tmp_path}/checkpoint.pt")
+    assert content() == before
+
+
 # --- Faults while training ---
 
 
@@ -310,19 +378,6 @@ def test_diverging_training_stops_and_keeps_the_last_checkpoint(flags, tmp_path)
     assert all(torch.isfinite(value).all() for value in agent.values())
 
 
-def test_full_disk_keeps_the_last_checkpoint(flags, tmp_path):
-    code = (
-        "import resource, sys, runpy; sys.argv = sys.argv[1:];"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000));"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    small = [*flags, "--runs-dir", tmp_path]
-    command = [sys.executable, "-c", code, ROOT / "floq.py", *small, "--block-width", 64]
-    failed = subprocess.run([str(w) for w in command], capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert failed.returncode == 1 and "could not save a checkpoint" in failed.stderr, failed.stderr[-2000:]
-    assert not list(tmp_path.glob("*/*.part"))
-
-
 def test_a_dead_evaluation_worker_ends_the_run_with_its_updates_saved(flags, tmp_path):
     process = start("floq", [*flags, "--eval-episodes", 200], tmp_path)
     first, *_ = wait_for(process, lambda: list(tmp_path.glob("*/checkpoint.pt")) and children(process))
@@ -331,6 +386,33 @@ def test_a_dead_evaluation_worker_ends_the_run_with_its_updates_saved(flags, tmp
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "died with exit code -9" in err
     assert checkpoint.load(only_run(tmp_path))["step"] == 1
+
+
+def test_sigterm_while_evaluating_ends_the_run_without_rows(flags, tmp_path):
+    process = start("floq", [*flags, "--eval-episodes", 200], tmp_path)
+    wait_for(process, lambda: list(tmp_path.glob("*/checkpoint.pt")) and children(process))
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "stopped by SIGTERM at step 1" in out, err[-2000:]
+    saved = checkpoint.load(only_run(tmp_path))
+    assert (saved["step"], saved["evaluated"]) == (1, 0) and not (only_run(tmp_path) / "eval.csv").exists()
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path, capsys):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = StopRequest()
+        assert not stop
+        signal.raise_signal(signal.SIGINT)
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    with pytest.raises(SystemExit) as left:
+        stop.leave(tmp_path, step=3)
+    assert left.value.code == 130 and "stopped by SIGINT at step 3" in capsys.readouterr().out
 
 
 # --- Bad input ---
@@ -420,13 +502,9 @@ def test_a_run_that_was_trained_between_reading_and_locking_is_refused(tmp_path,
 def test_a_row_that_a_full_disk_cuts_off_is_taken_back(tmp_path):
     path = tmp_path / "inference.csv"
     runs.append_rows(path, [{"step": 1, "success": 0.5}])
-    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 3, limits[1]))  # three bytes of the row fit
-    try:
-        with pytest.raises(SystemExit) as stop:
-            runs.append_rows(path, [{"step": 2, "success": 0.5}])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    before = path.read_bytes()
+    with full_disk(len(before) + 3), pytest.raises(SystemExit) as stop:  # three bytes of the row fit
+        runs.append_rows(path, [{"step": 2, "success": 0.5}])
     assert "could not write" in str(stop.value.code) and path.read_bytes() == before
 
 
@@ -436,17 +514,49 @@ def test_the_seconds_of_a_run_continue(tmp_path):
     assert runs.seconds_so_far(tmp_path) == {"training": 1.5, "evaluating": 2.0}
 
 
+def test_the_pace_of_a_run_is_without_warm_up_and_evaluations(tmp_path, monkeypatch):
+    """By a clock that is two seconds later at each look."""
+    looks = itertools.count()
+    monkeypatch.setattr(log.time, "perf_counter", lambda: 2.0 * next(looks))
+    args = parse("floq", "--no-cuda", "--log-interval", "10", "--runs-dir", str(tmp_path))
+    identity = {"file": "x.npz", "source": "generated", "transitions": 1}
+    written = log.Log(args, None, torch.device("cpu"), identity, columns=["a", "b"])
+    for step in range(1, 31):
+        name = "a" if step < 25 else "b"  # the losses change, so that it compiles again
+        written.training(step, {name: torch.full((1,), 0.5 * step)}, warm_up=step in (1, 25))
+        if step == 10:
+            written.evaluation(None, "offline")  # given up: no rows
+    written.bar.close()
+    train = (written.run_dir / "train.csv").read_text().splitlines()
+    assert train == ["step,seed,a,b", "10,0,5.0,", "20,0,10.0,", "30,0,,15.0"]
+    timing = (written.run_dir / "timing.csv").read_text().splitlines()
+    assert timing[0] == "step,updates_per_second,seconds_training,seconds_evaluating"
+    # 9 updates in 2 s; 10 in 2 s; 5 in 2 s, since the four before the second warm-up are left out with it
+    assert timing[1:] == ["10,4.5,2.0,0.0", "20,5,4.0,2.0", "30,2.5,6.0,2.0"]
+    assert not (written.run_dir / "eval.csv").exists()
+
+
+def test_the_result_of_a_run_is_the_published_statistic(tmp_path):
+    success = {1: (0.0, 1.0), 2: (0.5, 0.8), 3: (0.6, 0.7), 4: (0.7, 0.6), 5: (0.1, 0.2), 6: (0.2, 0.4)}
+
+    def result(**steps):
+        lines = ["step,seed,phase,success,episode_return,episode_length,episodes"]
+        for phase in steps:
+            for step in steps[phase]:
+                lines += [f"{step},{seed},{phase},{success[step][seed]},-1.0,9.0,50" for seed in (0, 1)]
+        (tmp_path / "eval.csv").write_text("\n".join(lines) + "\n")
+        return log.result(tmp_path)
+
+    assert result(offline=(1, 2, 3, 4)) == "success, mean of the evaluations at [2, 3, 4]: 65.0% +- 7.1 over 2 seeds"
+    before, after = "65.0% +- 7.1 over 2 seeds at 4", "30.0% +- 14.1 over 2 seeds at 6"
+    assert result(offline=(2, 4), online=(5, 6)) == f"success: {before}, where the online phase begins, {after}"
+
+
 def test_wandb_is_asked_for_before_the_data_are(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:
         parse("floq", "--track")
     assert stop.value.code == 2 and "--track: wandb is not installed" in capsys.readouterr().err
-
-
-def test_unreachable_host_names_the_ways_out(tmp_path):
-    env = {"CLEANFLOW_DATASET_MIRRORS": "http://127.0.0.1:9", "CLEANFLOW_DOWNLOAD_BACKOFF": "0.01", "no_proxy": "*"}
-    words = ["--dataset-dir", tmp_path / "data"]
-    assert_refused("floq", words, "Three ways out", "--dataset-source generated", env=env)
 
 
 def test_resume_with_contradicting_arguments_lists_them(finished, tmp_path):
@@ -462,7 +572,36 @@ def test_resume_refuses_another_dataset(finished, tmp_path):
     from common.generate import generate
 
     other = generate("pointmaze-medium-navigate-v0", tmp_path, num_episodes=1, seed=5)
-    assert_refused("floq", ["--resume", finished, "--dataset-path", other], "dataset")
+    messages = ("the run's dataset is {'source': 'generated'", "found here: {'source': 'generated'")
+    assert_refused("floq", ["--resume", finished, "--dataset-path", other], *messages)
+
+
+def test_resume_accepts_the_same_dataset_at_another_place(finished, maze_data, tmp_path):
+    moved = shutil.copy(maze_data, tmp_path / "moved-generated-set.npz")
+    _, identity = datasets.load_dataset(moved, ENV_ID, "cpu")
+    run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = {path.name: path.read_bytes() for path in run_dir.glob("*.csv")}
+    resumed = checkpoint.load(run_dir)
+    assert identity != resumed["dataset"]
+    runs._cut_back(run_dir, parse("floq", "--num-seeds", "2"), resumed, identity)
+    assert {path.name: path.read_bytes() for path in run_dir.glob("*.csv")} == before
+
+
+def test_resume_refuses_a_csv_file_that_has_lost_rows(tmp_path, capsys):
+    identity = {"sha256": "0" * 64}
+    path = tmp_path / "train.csv"
+    path.write_text("step,seed,loss\n10,0,0.5\n20,0,0.25\n")
+    origin = {"agent": {}, "args": {}, "step": 20, "dataset": identity, "csv_sizes": runs.csv_sizes(tmp_path)}
+    checkpoint.save(tmp_path, origin)
+    resumed = checkpoint.load(tmp_path)
+    runs._cut_back(tmp_path, None, resumed, identity)  # which leaves what is whole
+    assert path.stat().st_size == origin["csv_sizes"]["train.csv"] > 0
+    for damage in (lambda: os.truncate(path, 24), path.unlink):
+        damage()
+        with pytest.raises(SystemExit) as stop:
+            runs._cut_back(tmp_path, None, resumed, identity)
+        message = "train.csv has lost rows that were written before the checkpoint"
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_cuda_without_cuda_warns_and_trains_on_the_cpu(flags, tmp_path):
@@ -500,6 +639,13 @@ def test_tuned_values_apply_and_a_flag_wins():
     assert parse("floq", "--env-id", "puzzle-4x4-play-singletask-v0").noise_coverage == 0.25
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_quick_is_its_own_values_and_else_the_defaults(algorithm):
+    """No published setting is of its environment, and those of the default environment do not apply."""
+    module = ALGORITHMS[algorithm]
+    assert parse(algorithm, "--quick") == module.Args(**module.QUICK, quick=True)
+
+
 def test_quick_wins_over_tuned_and_a_flag_over_quick():
     import floq
 
@@ -521,7 +667,7 @@ def test_wandb_is_imported_only_when_asked(flags, tmp_path):
     short = [*flags, "--total-timesteps", 2, "--runs-dir", tmp_path]
     command = [sys.executable, "-c", code, ROOT / "floq.py", *short]
     shown = subprocess.run([str(w) for w in command], capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert shown.stdout.rstrip().endswith("False"), shown.stderr[-2000:]
+    assert shown.returncode == 0 and shown.stdout.rstrip().endswith("False"), shown.stderr[-2000:]
 
 
 def test_tracking_offline_makes_one_run_a_seed(flags, tmp_path):

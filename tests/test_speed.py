@@ -1,5 +1,10 @@
 """The speed benchmark: operations by hand, what --check refuses, the precision flag, missing compilers and GPUs."""
 
+import functools
+import os
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import ALGORITHMS, make_agents, small_args, stacked_inputs, update
@@ -16,15 +21,7 @@ ROW = dict(
 )  # fmt: skip
 
 
-@pytest.fixture
-def same_precision():
-    """The precision of matrix products is torch's own again after the test."""
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-def test_operations_are_those_counted_by_hand(same_precision):
+def test_operations_are_those_counted_by_hand():
     """EVOR at the size of --quick: 5 Euler steps, 2 fields, 256 rows, widths 256; 2 operations a weight and row."""
     row = speed.measure("evor", 1, "highest", "eager", repeats=2, quick=True)
     K, E, B, H, D, A = 5, 2, 256, 256, 28, 5
@@ -39,21 +36,21 @@ def test_operations_are_those_counted_by_hand(same_precision):
     backward += 2 * B * (2 * sum(policy) - policy[0] - policy[1])
     expected = (next_action + next_return + regression + cloning + backward) / 1e9
     assert abs(row["gflop_per_update"] - expected) < 1e-3 * expected, (row["gflop_per_update"], expected)
-    assert row["updates_per_second"] > 0 and 0 < row["efficiency"] < 1.5 and 0.1 < row["peak_memory_gib"] < 20
+    assert row["updates_per_second"] > 0 and 0 < row["efficiency"] < 10 and 0.1 < row["peak_memory_gib"] < 20
     assert row["quartile_low"] <= row["updates_per_second"] <= row["quartile_high"]
 
 
 @pytest.mark.parametrize("algorithm", ["value_flows", "fql", "iqn"])
-def test_value_flows_and_the_baselines_are_measured_too(same_precision, algorithm):
+def test_value_flows_and_the_baselines_are_measured_too(algorithm):
     row = speed.measure(algorithm, 1, "highest", "eager", repeats=1, quick=True)
     assert (row["algorithm"], row["size"], row["num_seeds"]) == (algorithm, "quick", 1)
-    assert row["gflop_per_update"] > 0.1 and 0 < row["efficiency"] < 1.5
+    assert row["gflop_per_update"] > 0.1 and 0 < row["efficiency"] < 10
 
 
-def test_a_profile_divides_the_whole_time_of_an_update(same_precision):
+def test_a_profile_divides_the_whole_time_of_an_update():
     row = speed.profile("evor", 1, "highest", "eager", repeats=3, quick=True)
     shares = [row[name] for name in (*speed.GROUPS, "gaps")]
-    assert abs(sum(shares) - 1) < 0.01 and min(shares) >= 0 and row["products"] > 0.1 and row["the rest"] > 0.1
+    assert abs(sum(shares) - 1) < 0.01 and min(shares) >= 0 and row["products"] > 0.01 and row["the rest"] > 0.01
     assert row["operations"]["Adam"] >= 1 and row["operations"]["compiled loops"] == 0
     agents = make_agents(small_args("evor", flow_steps=5, value_hidden_dims=(8,) * 3, actor_hidden_dims=(8,) * 3))
     with torch.profiler.profile() as profiler:  # as many products as an update of as many layers and steps has
@@ -63,11 +60,22 @@ def test_a_profile_divides_the_whole_time_of_an_update(same_precision):
     assert speed.profile_table([row]).splitlines()[2].startswith("| quick | evor | 1 | eager, highest | ")
 
 
-def test_stacked_seeds_against_one_seed(same_precision):
-    row = speed.against_one_seed("evor", 3, "highest", "eager", repeats=3, quick=True)
-    assert row["num_seeds"] == 3 and 0.5 < row["times_one_seed"] < 6
-    assert row["quartile_low"] <= row["times_one_seed"] <= row["quartile_high"]
-    assert row["milliseconds"] / row["milliseconds_one_seed"] == pytest.approx(row["times_one_seed"], rel=0.5)
+def test_stacked_seeds_against_one_seed(monkeypatch):
+    """By a clock that does not depend on the machine: a warm-up of three rounds, then 2 ms beside 5, 5, 6 ms."""
+    counts = []
+
+    def timed(action, count, synchronize):
+        action()
+        counts.append(count)
+        if len(counts) <= 6:
+            return 1.0
+        return 0.002 if count == 3 else 0.006 if len(counts) == 12 else 0.005
+
+    monkeypatch.setattr(speed, "timed", timed)
+    row = speed.against_one_seed("evor", 3, "highest", "eager", cuda=False, repeats=3, quick=True)
+    assert counts == [3, 1] * 6  # as many updates of a seed in both
+    assert (row["num_seeds"], row["milliseconds"], row["milliseconds_one_seed"]) == (3, 5.0, 2.0)
+    assert (row["times_one_seed"], row["quartile_low"], row["quartile_high"]) == (2.5, 2.5, 3.0)
     assert "| quick | evor | eager, highest | 3 | " in speed.against_table([row])
 
 
@@ -130,20 +138,88 @@ def test_output_goes_to_a_new_folder_or_is_refused_before_the_work(main, tmp_pat
     assert stop.value.code == 2 and "a.csv is not writable" in capsys.readouterr().err
 
 
-def test_precisions_of_the_cpu(same_precision, capsys):
-    """A product at the default is float32's to the bit or nearly; TF32 is refused, and bfloat16 where there is none."""
-    cpu = torch.device("cpu")
-    refused = {"high": "--matmul-precision high: the CPU has no TF32"}
+def test_a_product_at_the_cpus_default_is_exact(capsys):
+    """To the bit or nearly; TF32 is refused."""
+    cpu, (a, b) = torch.device("cpu"), torch.randn(2, 4, 300, 300)
     for precision in (None, "highest"):
         devices.set_matmul_precision(precision, cpu)
+        torch.testing.assert_close(a @ b, (a.double() @ b.double()).float(), rtol=1e-4, atol=1e-4)
         assert devices.onednn_is_exact()
-    torch.set_float32_matmul_precision("medium")
-    if devices.onednn_is_exact():
-        refused["medium"] = "--matmul-precision medium: this CPU does not multiply in bfloat16"
-    for precision, message in refused.items():
+    with pytest.raises(SystemExit) as stopped:
+        devices.set_matmul_precision("high", cpu)
+    assert stopped.value.code == 2 and "--matmul-precision high: the CPU has no TF32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_precisions_of_a_cpu(tmp_path, monkeypatch, capsys, vendor, bfloat16):
+    """With a product that at "medium" rounds to bfloat16, as on CPUs with units for it, or is exact."""
+    bmm, cpu = torch.bmm, torch.device("cpu")
+
+    def product(a, b):
+        if bfloat16 and a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium":
+            a, b = a.bfloat16(), b.bfloat16()
+        return bmm(a.double(), b.double())
+
+    monkeypatch.setattr(torch, "bmm", product)
+    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\n")
+    monkeypatch.setattr(devices, "Path", lambda path: tmp_path / Path(path).name)
+    for precision in (None, "highest"):
+        devices.set_matmul_precision(precision, cpu)
+        through_onednn = vendor == "AuthenticAMD" and not bfloat16
+        assert torch.get_float32_matmul_precision() == ("medium" if through_onednn else "highest")
+        assert devices.onednn_is_exact()
+    if bfloat16:
+        devices.set_matmul_precision("medium", cpu)
+        assert torch.get_float32_matmul_precision() == "medium" and not devices.onednn_is_exact()
+    else:
         with pytest.raises(SystemExit) as stopped:
-            devices.set_matmul_precision(precision, cpu)
+            devices.set_matmul_precision("medium", cpu)
+        message = "--matmul-precision medium: this CPU does not multiply in bfloat16"
         assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "capability, precision, expected",
+    [
+        ((8, 0), None, "high"),
+        ((7, 5), None, "highest"),
+        ((8, 0), "highest", "highest"),
+        ((9, 0), "medium", "medium"),
+        ((7, 5), "high", "refused"),
+        ((7, 5), "medium", "refused"),
+    ],
+)
+def test_precisions_of_a_gpu(monkeypatch, capsys, capability, precision, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Abacus 3")
+    if expected == "refused":
+        with pytest.raises(SystemExit) as stopped:
+            devices.set_matmul_precision(precision, torch.device("cuda"))
+        message = f"--matmul-precision {precision}: Abacus 3 has no units for it"
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    else:
+        devices.set_matmul_precision(precision, torch.device("cuda"))
+        assert torch.get_float32_matmul_precision() == expected
+        assert torch.backends.cudnn.allow_tf32 == (expected != "highest")
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_torch_is_set_up_deterministic_and_explains_a_lack_of_memory(monkeypatch, deterministic):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    args = small_args("evor", cuda=False, num_seeds=3, torch_deterministic=deterministic)
+    device = devices.setup_torch(args)
+    assert device == torch.device("cpu")
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
+    assert torch.utils.deterministic.fill_uninitialized_memory != deterministic  # which would cost time
+    assert (sys.excepthook.func, sys.excepthook.args) == (devices.explain_out_of_memory, (3, device))
+
+
+def test_no_test_leaves_torch_as_it_set_it_up():
+    """See torch_as_before in conftest.py: the tests above have called setup_torch in this process."""
+    assert not torch.are_deterministic_algorithms_enabled() and not isinstance(sys.excepthook, functools.partial)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_without_a_compiler_the_losses_stay_and_a_warning_says_so(monkeypatch, capsys):

@@ -214,7 +214,7 @@ def test_candidates_below_level_one_are_valued_by_the_lower_tail_of_their_return
     torch.testing.assert_close(agent.q_values(observations, actions, noise), expected)  # level 1: the mean, in a step
 
 
-def test_a_risk_averse_choice_is_another_than_the_means_and_training_does_not_see_it():
+def test_a_risk_averse_choice_is_another_than_the_means():
     observations = torch.randn(20, 5)
     chosen = {}
     for level in (1.0, 0.9, 0.1):
@@ -228,6 +228,15 @@ def test_a_risk_averse_choice_is_another_than_the_means_and_training_does_not_se
         assert (of_targets[both] > 0).all()
     assert (chosen[1.0] > 0).all() and (chosen[0.9] > 0).all()  # the CVaR of 1 + 2 z at 0.9 is 0.61
     assert (chosen[0.1] <= 0).all()
+
+
+def test_training_does_not_see_the_level_of_a_risk_averse_choice():
+    losses = {}
+    for level in (1.0, 0.1):
+        agent = make_agent(small_args(cvar_level=level, batch_size=64))
+        batch, noise = random_inputs(agent)
+        losses[level] = torch.stack([agent.critic_loss(batch, noise)[0], agent.actor_loss(batch, noise)[0]])
+    assert torch.equal(losses[1.0], losses[0.1])
 
 
 # --- Losses ---
