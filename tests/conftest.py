@@ -4,12 +4,15 @@ import contextlib
 import functools
 import io
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 # One thread a process where tests run side by side (pytest -n 2): more threads than cores are many times slower. Before
 # torch is imported, which reads it.
@@ -178,6 +181,21 @@ def run(algorithm, *flags, env=None, check=True, **kwargs):
     if check:
         assert process.returncode == 0, process.stderr[-3000:]
     return process
+
+
+def run_module(name, *words):
+    """Runs a module as `python -m` does, but in this process, without its imports: {returncode, stdout, stderr}."""
+    out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = [name, *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*found in sys.modules.*")  # runpy's
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = argv
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def assert_refused(algorithm, words, *messages):

@@ -1,13 +1,11 @@
 """The study of EVOR's greedy end: who rates whose candidates, what is chosen, how ratings are compared."""
 
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, make_agents, small_args
+from conftest import make_agents, run_module, small_args
 
 import evor
 from benchmarks import tables
@@ -100,8 +98,7 @@ def test_states_of_slots_without_an_episode_are_left_out(monkeypatch):
 
 
 def greedy(*words):
-    command = [sys.executable, "-m", "benchmarks.studies.evor_greedy", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return run_module("benchmarks.studies.evor_greedy", *words)
 
 
 def test_a_second_call_keeps_the_rows_of_the_first(online_runs, tmp_path):

@@ -1,14 +1,11 @@
 """EVOR's improvement at inference: means and intervals, action noise, and the sweeps of a run."""
 
 import csv
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import torch
-from conftest import ROOT, SMALL_ARGS
+from conftest import SMALL_ARGS, run_module
 
 import evor
 from benchmarks.studies import evor_inference
@@ -16,8 +13,7 @@ from common.stacked import Stacked
 
 
 def scale(*words):
-    command = [sys.executable, "-m", "benchmarks.studies.evor_inference", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
+    return run_module("benchmarks.studies.evor_inference", *words)
 
 
 def test_one_seed_has_a_mean_and_no_interval(tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_module
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.studies import floq_compute as study
@@ -274,5 +274,5 @@ def test_the_picture_is_drawn_from_parts(tmp_path):
 )
 def test_bad_arguments(words, message, tmp_path):
     (tmp_path / "file").touch()
-    failed = run([sys.executable, "-m", "benchmarks.studies.floq_compute", *words.format(tmp_path).split()])
+    failed = run_module("benchmarks.studies.floq_compute", *words.format(tmp_path).split())
     assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr

@@ -1,13 +1,11 @@
 """The known MDPs, the truth about their returns, and the measures, by hand."""
 
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import run_module
 
 from benchmarks.studies import return_accuracy
 
@@ -72,9 +70,7 @@ def test_variants_are_changes_to_an_algorithms_arguments(capsys):
 def test_the_script_writes_a_table_and_a_picture(tmp_path):
     words = "--mdps coin chain --gammas 0.9 --variants evor value_flows:bcfm_lambda=0".split()
     words += ["--seeds", "2", "--updates", "20", "--no-compile", "--output", str(tmp_path / "new" / "a.png")]
-    command = [sys.executable, "-m", "benchmarks.studies.return_accuracy", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    done = run_module("benchmarks.studies.return_accuracy", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     header, *rows = (tmp_path / "new" / "a.csv").read_text().splitlines()
     assert header.startswith("mdp,gamma,variant,state,seed_index,wasserstein,mean_error,") and len(rows) == 2 * 2 * (

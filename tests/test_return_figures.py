@@ -1,13 +1,9 @@
 """The figures of returns: Monte-Carlo returns by hand, neighbours, and a picture from a run's checkpoint."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_agents, small_args
+from conftest import make_agents, run_module, small_args
 from matplotlib.figure import Figure
 
 from benchmarks.studies import return_figures
@@ -70,8 +66,7 @@ def test_agreement_of_learned_and_monte_carlo_returns():
 
 
 def draw(*words):
-    command = [sys.executable, "-m", "benchmarks.studies.return_figures", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
+    return run_module("benchmarks.studies.return_figures", *words)
 
 
 def test_figure_of_a_run(online_runs, tmp_path):

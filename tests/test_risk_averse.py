@@ -1,13 +1,12 @@
 """The bet where a risk-averse choice differs from the mean's: its table, the truth, and what trained agents choose."""
 
-import subprocess
-import sys
-
 import pytest
-from conftest import ROOT
+from conftest import run_module
 
 from benchmarks.studies import risk_averse
 from common.returns import cvar
+
+STUDY = "benchmarks.studies.risk_averse"
 
 
 def test_the_bet_holds_each_stake_with_seven_wins_in_ten():
@@ -42,20 +41,13 @@ def test_trained_agents_take_a_high_stake_by_the_mean_and_a_low_one_by_the_lower
 
 def test_the_script_writes_a_table_and_a_picture(tmp_path):
     words = "--levels 0.2 1 --states 5 --seeds 2 --updates 2 --no-compile --output".split()
-    command = [sys.executable, "-m", "benchmarks.studies.risk_averse", *words, str(tmp_path / "new" / "a")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = run_module(STUDY, *words, tmp_path / "new" / "a")
     assert done.returncode == 0, done.stderr[-2000:]
     header, *rows = (tmp_path / "new" / "a.csv").read_text().splitlines()
     assert header == "level,seed,stake,lowest,highest,place" and len(rows) == 4
     assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
-    words = [
-        "--updates",
-        "2",
-        "--no-compile",
-        "--output",
-        str(tmp_path / "new" / "a.csv" / "b"),
-    ]  # refused before it trains
-    refused = subprocess.run([*command[:3], *words], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    words = "--updates 2 --no-compile --output".split()  # refused before it trains
+    refused = run_module(STUDY, *words, tmp_path / "new" / "a.csv" / "b")
     assert refused.returncode == 2 and "a.csv is not writable" in refused.stderr
-    refused = subprocess.run([*command[:3], "--levels", "0"], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    refused = run_module(STUDY, "--levels", 0)
     assert refused.returncode == 2 and "must lie above 0" in refused.stderr and "Traceback" not in refused.stderr

@@ -2,16 +2,13 @@
 
 import csv
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, gradients, networks
+from conftest import gradients, networks, run_module
 
 from benchmarks.studies import toy_2d
 from common.draws import CHUNK
@@ -244,9 +241,7 @@ def test_a_data_set_where_cloning_is_off_the_data_is_marked(share, warned):
 
 
 def start(*words):
-    command = [sys.executable, "-m", "benchmarks.studies.toy_2d", *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    return run_module("benchmarks.studies.toy_2d", *words)
 
 
 def test_a_small_study_writes_pictures_and_the_same_summary_twice(tmp_path):

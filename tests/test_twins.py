@@ -2,15 +2,13 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import run_module
 from test_parity import PARITY_DIR, in_our_order, make_recorded_agent, parameter_of
 
 from benchmarks.studies import twins
@@ -288,8 +286,7 @@ def test_settings_under_the_authors_names():
 
 
 def run(*words):
-    command = [sys.executable, "-m", "benchmarks.studies.twins", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run_module("benchmarks.studies.twins", *words)
 
 
 def test_bad_input(tmp_path):
