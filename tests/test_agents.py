@@ -366,8 +366,8 @@ def test_graph_replay_equals_eager_updates_and_uses_fresh_noise(algorithm):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_losses_equal_eager_ones(algorithm):
-    few_steps = {
-        "floq": dict(critic_flow_steps=2, actor_flow_steps=2),
+    few_steps = {  # and one hidden layer: compiling takes long
+        "floq": dict(critic_flow_steps=2, actor_flow_steps=2, block_depth=1),
         "value_flows": dict(num_flow_steps=2),
         "q_flow": dict(flow_steps=2),
         "evor": dict(flow_steps=2),
@@ -375,7 +375,8 @@ def test_compiled_losses_equal_eager_ones(algorithm):
         "c51": dict(num_flow_steps=1),
         "iqn": dict(num_flow_steps=1),
     }
-    args, seeds = small_args(algorithm, **few_steps[algorithm]), (0, 1)
+    layers = dict(value_hidden_dims=(16,), actor_hidden_dims=(16,))
+    args, seeds = small_args(algorithm, **few_steps[algorithm], **layers), (0, 1)
     eager, compiled = make_agents(args, seeds), make_agents(args, seeds)
     compiled.compiled = True
     for number in range(3):
