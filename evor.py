@@ -441,7 +441,7 @@ if __name__ == "__main__":
             draws["count"] = replay.append(transitions)
         losses = ("critic_loss", "actor_loss")
         if args.bc_timesteps:  # the base policy first, then its returns
-            losses = losses[1:] if step < args.bc_timesteps else losses[:1]
+            losses = ("actor_loss",) if step < args.bc_timesteps else ("critic_loss",)
         metrics = fast_update(draws, losses)
         step += 1
         log.training(step, metrics, warm_up=fast_update.new)

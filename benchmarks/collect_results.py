@@ -122,15 +122,15 @@ def main(args):
     output = Path(args.output)
     claimed = {}  # (experiment, seed) -> (where, evaluations)
     for run in scores.read_results(output):
-        claimed |= {
-            (scores.experiment(run["info"]), seed): (run["path"], run["path"].read_bytes()) for seed in run["seeds"]
-        }
+        identity, found = scores.experiment(run["info"]), (run["path"], run["path"].read_bytes())
+        claimed |= {(identity, seed): found for seed in run["seeds"]}
     new = {}
     for run_dir in args.run_dirs:
         try:
             info, evaluations = read_run(run_dir)
             seeds = range(info["args"]["seed"], info["args"]["seed"] + info["args"]["num_seeds"])
-            others = [claimed[key] for seed in seeds if (key := (scores.experiment(info), seed)) in claimed]
+            identity = scores.experiment(info)
+            others = [claimed[identity, seed] for seed in seeds if (identity, seed) in claimed]
             for other, numbers in others:
                 if numbers != evaluations:
                     same = f"{run_dir} claims the same settings, data and seeds as {other}"
@@ -141,7 +141,7 @@ def main(args):
             print(f"{run_dir}: left out")
             continue
         path = output / info["algorithm"] / scores.canonical(info["args"]["env_id"]) / f"{run_name(info)}.csv"
-        claimed |= {(scores.experiment(info), seed): (path, evaluations) for seed in seeds}
+        claimed |= {(identity, seed): (path, evaluations) for seed in seeds}
         if others:
             print(f"{run_dir}: there already, {others[0][0]}")
         else:

@@ -219,8 +219,9 @@ def read_results(directory=ROOT / "results"):
         if (method, env_id) != (path.parent.parent.name, path.parent.name):
             fail(f"{json_path} is a run of {method} on {env_id}, in the directory of another")
         seeds = range(info["args"]["seed"], info["args"]["seed"] + info["args"]["num_seeds"])
+        identity = experiment(info)
         for seed in seeds:
-            key = (experiment(info), seed)
+            key = identity, seed
             if key in claimed:
                 fail(f"{path} and {claimed[key]} claim the same identity: settings, data and seed {seed}; remove one")
             claimed[key] = path

@@ -1,5 +1,6 @@
 """Tables in files and in text: csv files read and written, markdown, and plain columns."""
 
+import contextlib
 import csv
 import io
 from pathlib import Path
@@ -27,6 +28,32 @@ def read_rows(path):
     except OSError:
         return []
     return list(csv.DictReader(lines))
+
+
+def stored_rows(path, names, expected):
+    """{setting: rows} of an earlier call's csv file, numbers as numbers; all rows of a setting are written at once.
+
+    Args:
+        path: the csv file; a missing one has no rows.
+        names: of the columns that make a setting.
+        expected: {column: value} that each row must have. Other rows end the program with exit code 2, since they would
+            be mixed with new ones.
+    """
+    found = {}
+    for row in read_rows(path):
+        values = {name: number(value) for name, value in row.items()}
+        if not (set(names) < values.keys() and expected.items() <= values.items()):
+            fail(f"--output: {path} has rows of another checkpoint or number of episodes; name another file")
+        found.setdefault(tuple(values[name] for name in names), []).append(values)
+    return found
+
+
+def number(text):
+    """A csv cell as int or float, as it was if it is written again; any other text as it is."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def read_exactly(path, columns):

@@ -113,11 +113,11 @@ def append_rows(path, rows):
     """
     text, size = io.StringIO(), os.path.getsize(path) if os.path.exists(path) else 0
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    if size == 0:
+        writer.writeheader()
+    writer.writerows(rows)
     try:
         with open(path, "ab") as file:
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerows(rows)
             file.write(text.getvalue().encode())
     except OSError as error:
         with contextlib.suppress(OSError):

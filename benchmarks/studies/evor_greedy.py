@@ -148,20 +148,6 @@ def compare_ratings(agents, observations, generator):
     return {s: {name: value[s].item() for name, value in columns.items()} for s in range(S)}
 
 
-def stored_policies(path, identity):
-    """{(policy, number of candidates)} that have rows in an earlier call's csv file; all seeds' are written at once.
-
-    Args:
-        path: the csv file; a missing one has no rows.
-        identity: {column: value} that each row must have. Other rows end the program with exit code 2, since they would
-            be mixed with new ones.
-    """
-    rows = tables.read_rows(path)
-    if any({name: str(value) for name, value in identity.items()}.items() - row.items() for row in rows):
-        fail(f"--output: {path} has rows of another checkpoint or number of episodes; name another file")
-    return {(row["policy"], int(row["num_actions"])) for row in rows}
-
-
 def store_ratings(path, agents, visited, seeds, step):
     """Compares ratings at the states `visited`, see `recording`, and writes and prints a row per seed."""
     states = [torch.cat(of_seed) for of_seed in visited]
@@ -169,8 +155,7 @@ def store_ratings(path, agents, visited, seeds, step):
     observations = torch.stack([of_seed[:N] for of_seed in states])  # (S, N, D)
     generator = torch.Generator(observations.device).manual_seed(0)
     compared = compare_ratings(agents, observations, generator)
-    path.unlink(missing_ok=True)
-    runs.append_rows(path, [{"step": step, "seed": seeds[s]} | row for s, row in compared.items()])
+    tables.write(path, [{"step": step, "seed": seeds[s]} | row for s, row in compared.items()])
     for s, row in compared.items():
         tqdm.write(f"seed {seeds[s]}: " + ", ".join(f"{column} {value:.2f}" for column, value in row.items()))
 
@@ -188,7 +173,8 @@ if __name__ == "__main__":
     args = replace(evor.Args(**saved["args"]), eval_episodes=options.episodes, capture_video=False)
     output = tables.output_path(options.output or Path(options.run) / "greedy")
     csv_path, run = output.with_suffix(".csv"), {"run": Path(options.run).resolve().name}  # whose rows, in each of them
-    stored = stored_policies(csv_path, run | {"step": saved["step"], "episodes": options.episodes})
+    identity = run | {"step": saved["step"], "episodes": options.episodes}
+    stored = tables.stored_rows(csv_path, ("policy", "num_actions"), identity)
     device = setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available(), matmul_precision=None))
     seeds = list(range(args.seed, args.seed + args.num_seeds))
     agents = policies.rebuild(evor.Agent, args, saved, device, options.run)

@@ -96,25 +96,6 @@ def success_text(rows):
     return interval_text([100 * row["success"] for row in rows], ".1f", "%")
 
 
-def stored_rows(path, names, expected):
-    """{setting: rows} of an earlier call's csv file; all seeds' rows of a setting are written at once.
-
-    Args:
-        path: the csv file; a missing one has no rows.
-        names: of the columns that make a setting.
-        expected: {column: value} that each row must have. Other rows end the program with exit code 2, since they would
-            be mixed with new ones.
-    """
-    number = lambda text: int(text) if text.isdigit() else float(text)  # as they were, if they are written again
-    found = {}
-    for row in tables.read_rows(path):
-        values = {name: value if name in ("sweep", "run") else number(value) for name, value in row.items()}
-        if not (set(names) < values.keys() and expected.items() <= values.items()):
-            fail(f"--output: {path} has rows of another checkpoint or number of episodes; name another file")
-        found.setdefault((values["sweep"], *(values[name] for name in names)), []).append(values)
-    return found
-
-
 def draw(path, rows, base):
     """Saves the picture of the rows; `base` are the run's own settings, which the sweeps share."""
     from matplotlib.figure import Figure
@@ -161,7 +142,9 @@ def main(options):
     output = tables.output_path(options.output or Path(options.run) / "inference_scaling")
     csv_path = output.with_suffix(".csv")
     identity = {"run": Path(options.run).resolve().name}  # whose rows, in each of them
-    stored = stored_rows(csv_path, SWEEPS, identity | {"step": payload["step"], "episodes": args.eval_episodes})
+    stored = tables.stored_rows(
+        csv_path, ("sweep", *SWEEPS), identity | {"step": payload["step"], "episodes": args.eval_episodes}
+    )
 
     device = setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available(), matmul_precision=None))
     agents = policies.rebuild(evor.Agent, args, payload, device, options.run)

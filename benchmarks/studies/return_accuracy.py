@@ -21,7 +21,6 @@ import ast
 import itertools
 import time
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -291,9 +290,7 @@ def main():
     mdps = {name: make_mdp(name) for name in options.mdps}
     variants = {variant: parse_variant(variant) for variant in options.variants}
     trainings = list(itertools.product(mdps, options.gammas, variants))
-    if options.output:
-        tables.output_path(options.output)
-    stem, settings = options.output and Path(options.output), (options.seeds, options.updates)
+    stem, settings = options.output and tables.output_path(options.output), (options.seeds, options.updates)
     partial = stem and stem.with_suffix(".partial")
     finished = read_partial(partial, settings)
     bar = tqdm(trainings, unit=" trainings")
