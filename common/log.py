@@ -29,7 +29,7 @@ class Log:
     def __init__(self, args, resumed, device, identity, columns=None):
         self.args, self.columns, self.identity = args, columns, identity
         self.seeds = list(range(args.seed, args.seed + args.num_seeds))
-        self.run_dir = runs.start_run(args, resumed, device, identity)
+        self.run_dir, self.lock = runs.start_run(args, resumed, device, identity)
         for name, value in dataclasses.asdict(args).items():
             print(f"  {name} = {value}")
         print(f"dataset: {identity['file']} ({identity['source']}, {identity['transitions']:,} transitions)")

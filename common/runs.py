@@ -19,14 +19,15 @@ from common.files import try_lock, written_whole
 
 
 def start_run(args, resumed, device, identity):
-    """Makes the run directory and its args.json, or takes a resumed run's csv files back to its checkpoint.
+    """Makes the run directory and its args.json, or takes a resumed run's csv files back to its checkpoint; returns the
+    directory and its lock (see `hold`).
 
     An evaluation comes after the checkpoint of its step: where all its rows are there, they stay, and
     resumed["evaluated"] becomes that step. An unwritable directory, a dataset different from the checkpoint's, and csv
     files that have lost rows since end the program with exit code 2. So does a run that another process is training.
     """
     run_dir = _new_directory(args) if resumed is None else Path(args.resume)
-    hold(run_dir)
+    lock = hold(run_dir)
     if resumed is not None:
         _cut_back(run_dir, args, resumed, identity)
     command = ["git", "rev-parse", "HEAD"]
@@ -40,7 +41,7 @@ def start_run(args, resumed, device, identity):
         "dataset": identity,
     }
     write_text(run_dir / "args.json", json.dumps(info, indent=2))
-    return run_dir
+    return run_dir, lock
 
 
 def _new_directory(args):
@@ -58,17 +59,18 @@ def _new_directory(args):
 
 
 def hold(run_dir):
-    """Locks a run's directory for as long as this process lives: two that train one run would mix their files.
+    """Locks a run's directory until the returned file is closed: two processes that train one run would mix its files.
 
     Where another process has it, the program ends with exit code 2.
     """
     path = Path(run_dir) / "lock"  # a file of its own: NFS does not lock directories
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT)  # a number, which is not closed before the process ends
+        file = open(path, "a")
     except OSError as error:
         fail(f"{path} cannot be written ({error.strerror})")
     if not try_lock(file, path):
         fail(f"--resume {run_dir}: another process is training this run; let it end first")
+    return file
 
 
 def _cut_back(run_dir, args, resumed, identity):

@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import gc
 import io
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,10 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # One thread a process where tests run side by side (pytest -n 2): more threads than cores are many times slower. Before
-# torch is imported, which reads it.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
-THREADS = os.environ.get("OMP_NUM_THREADS", "2")
+# torch is imported, which reads it. The same number here and in the runs that tests start: their numbers are compared.
+THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else os.environ.get("OMP_NUM_THREADS", "2")
+os.environ["OMP_NUM_THREADS"] = THREADS
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -173,28 +174,46 @@ def opengl():
         pytest.skip("no OpenGL on this machine")
 
 
-def run(algorithm, *flags, env=None, check=True, **kwargs):
-    """Runs an algorithm's file as a user does; returns the finished process with its output as text."""
-    command = [sys.executable, str(ROOT / f"{algorithm}.py"), *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": THREADS} | (env or {})
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
+def run(algorithm, *flags, check=True, env=None, cwd=None):
+    """Runs an algorithm's file with the flags: {returncode, stdout, stderr}, the outputs as text.
+
+    In this process, which has imported torch (3 of such a run's 9 seconds), unless an environment or a directory of its
+    own is asked for. The tests that stop or kill a run start theirs as a user does.
+    """
+    file, flags = str(ROOT / f"{algorithm}.py"), [str(flag) for flag in flags]
+    if env or cwd:
+        environment = os.environ | {"OMP_NUM_THREADS": THREADS} | (env or {})
+        command = [sys.executable, file, *flags]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=cwd)
+    else:
+        done = in_this_process(lambda: runpy.run_path(file, run_name="__main__"), [file, *flags])
     if check:
-        assert process.returncode == 0, process.stderr[-3000:]
-    return process
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def run_module(name, *words):
     """Runs a module as `python -m` does, but in this process, without its imports: {returncode, stdout, stderr}."""
+    return in_this_process(lambda: runpy.run_module(name, run_name="__main__", alter_sys=True), [name, *words])
+
+
+def in_this_process(main, words):
+    """{returncode, stdout, stderr} of main() with the command line `words`; then signals are handled as before."""
     out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
-    sys.argv = [name, *map(str, words)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = list(map(str, words))
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*found in sys.modules.*")  # runpy's
-            runpy.run_module(name, run_name="__main__", alter_sys=True)
-    except SystemExit as stop:
-        code = stop.code or 0
+            main()
+    except SystemExit as stop:  # as Python ends: a text goes to stderr, and the code is 1
+        message, code = (stop.code, 1) if isinstance(stop.code, str) else ("", stop.code or 0)
+        err.write(message)
     finally:
         sys.argv = argv
+        gc.collect()  # a run's lock is held for as long as its log lives
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 

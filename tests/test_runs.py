@@ -195,7 +195,7 @@ OWN_LINES = {  # of the main programs, that floq's has not
         one_update = lambda draws, losses: update(agents, *replay.inputs(draws), losses)  # the batch, and noise
         losses = ("critic_loss", "actor_loss")
         if args.bc_timesteps:  # the base policy first, then its returns
-        losses = losses[1:] if step < args.bc_timesteps else losses[:1]
+        losses = ("actor_loss",) if step < args.bc_timesteps else ("critic_loss",)
         metrics = fast_update(draws, losses)
     """,
 }
@@ -478,15 +478,15 @@ def test_a_directory_is_looked_at_before_it_is_needed(tmp_path, monkeypatch, cap
 
 
 def test_two_processes_do_not_train_one_run(tmp_path, capsys):
-    code = f"import sys; from common import runs; runs.hold({str(tmp_path)!r}); print(1, flush=True); sys.stdin.read()"
+    code = f"from common import runs; lock = runs.hold({str(tmp_path)!r}); print(1, flush=True); input()"
     command = [sys.executable, "-c", code]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "1\n"
     with pytest.raises(SystemExit) as stop:
         runs.hold(tmp_path)
     assert stop.value.code == 2 and "another process is training this run" in capsys.readouterr().err
-    process.communicate()
-    runs.hold(tmp_path)
+    process.communicate("\n")
+    runs.hold(tmp_path).close()
 
 
 def test_a_run_that_was_trained_between_reading_and_locking_is_refused(tmp_path, capsys):
