@@ -2,15 +2,13 @@
 
 import csv
 import math
-import os
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_module
+from conftest import in_this_process, run_module
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.studies import floq_compute as study
@@ -205,32 +203,20 @@ def test_comparisons_without_their_variants_are_not_run():
 # --- The program ---
 
 
-def command(*words):
-    """The program in a process of its own, with its variants made few."""
-    few = f"[{', '.join(f'study.Variant(**{asdict(v)})' for v in FEW)}]"
-    code = f"""
-import sys, runpy
-import numpy as np
-from benchmarks.studies import floq_compute as study
-sys.argv = ["floq_compute", *{list(map(str, words))}]
-study.VARIANTS = {few}
-error = lambda of, i: of(study.VARIANTS[i], "error")
-study.comparisons = lambda of: [("noise", "one", lambda: error(of, 0) - error(of, 1))]
-study.draw = lambda path, parts: open(path, "wb").close()
-study.main()
-"""
-    return run([sys.executable, "-c", code])
-
-
-def run(words):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def command(monkeypatch):
+    """The program, with its variants made few."""
+    error = lambda of, i: of(FEW[i], "error")
+    monkeypatch.setattr(study, "VARIANTS", FEW)
+    monkeypatch.setattr(study, "comparisons", lambda of: [("noise", "one", lambda: error(of, 0) - error(of, 1))])
+    monkeypatch.setattr(study, "draw", lambda path, parts: Path(path).touch())
+    return lambda *words: in_this_process(study.main, ["floq_compute", *words])
 
 
 TINY = "--seeds 2 --updates 4 --width 8 --batch-size 8 --transitions 50".split()
 
 
-def test_a_small_study_repeats_and_continues_after_an_interruption(tmp_path):
+def test_a_small_study_repeats_and_continues_after_an_interruption(command, tmp_path):
     for name in ("a", "b"):
         done = command(*TINY, "--output", tmp_path / name)
         assert done.returncode == 0, done.stderr[-2000:]

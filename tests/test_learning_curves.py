@@ -1,10 +1,7 @@
 """Learning curves: what is drawn of several runs' evaluations, and the command that draws a picture."""
 
-import subprocess
-import sys
-
 import pytest
-from conftest import ROOT
+from conftest import run_module
 from matplotlib.figure import Figure
 
 from common import curves
@@ -35,10 +32,7 @@ def test_a_thin_line_per_seed_and_their_mean_where_all_have_one(evaluations):
 
 
 def test_the_command_draws_several_runs(evaluations, tmp_path):
-    def command(*words):
-        words = [sys.executable, "-m", "benchmarks.studies.learning_curves", *map(str, words)]
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-
+    command = lambda *words: run_module("benchmarks.studies.learning_curves", *words)
     done = command(tmp_path / "a.png", f"floq={tmp_path}", f"cloning (alpha 1e6)={evaluations}")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

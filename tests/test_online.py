@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +9,6 @@ import torch
 from conftest import (
     ALGORITHMS,
     ENV_ID,
-    ROOT,
     assert_refused,
     assert_same_csv,
     children,
@@ -184,23 +181,23 @@ def test_the_same_seeds_give_the_same_files_and_online_follows_an_unchanged_offl
 
 
 @pytest.mark.parametrize("algorithm, online_policy", [("value_flows", "act_online"), ("q_flow", "act")])
-def test_each_phase_acts_with_its_own_policy(online_flags, tmp_path, algorithm, online_policy):
-    code = (
-        "import runpy, sys; from common import rollout\n"
-        "evaluate, explore = rollout.Evaluator.__call__, rollout.Explorer.__call__\n"
-        "def spy_evaluate(evaluator, policy, draw, step, *rest):\n"
-        "    print('evaluate', step, policy.__name__); return evaluate(evaluator, policy, draw, step, *rest)\n"
-        "def spy_explore(explorer, policy, *rest, **named):\n"
-        "    print('explore', policy.__name__); return explore(explorer, policy, *rest, **named)\n"
-        "rollout.Evaluator.__call__, rollout.Explorer.__call__ = spy_evaluate, spy_explore\n"
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
+def test_each_phase_acts_with_its_own_policy(online_flags, tmp_path, monkeypatch, algorithm, online_policy):
+    evaluate, explore, acted = rollout.Evaluator.__call__, rollout.Explorer.__call__, []
+
+    def spy_evaluate(evaluator, policy, draw_noise, step, stop):
+        acted.append(("evaluate", step, policy.__name__))
+        return evaluate(evaluator, policy, draw_noise, step, stop)
+
+    def spy_explore(explorer, policy, noise, step, on_failure):
+        acted.append(("explore", step, policy.__name__))
+        return explore(explorer, policy, noise, step, on_failure)
+
+    monkeypatch.setattr(rollout.Evaluator, "__call__", spy_evaluate)
+    monkeypatch.setattr(rollout.Explorer, "__call__", spy_explore)
     short = ["--total-timesteps", 2, "--online-timesteps", 2, "--runs-dir", tmp_path]
-    command = [sys.executable, "-c", code, ROOT / f"{algorithm}.py", *online_flags[algorithm], *short]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=200, cwd=ROOT)
-    shown = [line for line in done.stdout.splitlines() if line.startswith(("evaluate", "explore"))]
-    offline = ["evaluate 1 act", "evaluate 2 act"]
-    assert shown == [*offline, *[f"explore {online_policy}"] * 2, f"evaluate 4 {online_policy}"], done.stderr[-2000:]
+    run(algorithm, *online_flags[algorithm], *short)
+    offline, online = [("evaluate", 1, "act"), ("evaluate", 2, "act")], ("evaluate", 4, online_policy)
+    assert acted == [*offline, ("explore", 2, online_policy), ("explore", 3, online_policy), online]
 
 
 def test_a_run_killed_online_goes_on_with_its_replay(online_flags, online_runs, tmp_path):

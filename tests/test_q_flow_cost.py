@@ -1,12 +1,10 @@
 """What an update of Q-Flow costs beside other ways: operations by hand and in order, and the table of the command."""
 
 import csv
-import os
-import subprocess
-import sys
+import functools
 
 import pytest
-from conftest import ROOT
+from conftest import run_module
 
 import q_flow
 from benchmarks.studies import q_flow_cost
@@ -36,10 +34,7 @@ def test_operations_of_an_actor_critic_by_hand(monkeypatch):
     assert measured == pytest.approx(2 * B * (next_value + regression + improvement) / 1e9, abs=0.006)
 
 
-def command(*words):
-    words = [sys.executable, "-m", "benchmarks.studies.q_flow_cost", *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+command = functools.partial(run_module, "benchmarks.studies.q_flow_cost")
 
 
 def test_the_command_prints_and_writes_a_row_per_method(tmp_path):
