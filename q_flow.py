@@ -116,12 +116,13 @@ TUNED = {
     "puzzle-4x4-play": dict(alpha=20.0, q_agg="min", **EMBED),
 }
 
-# Where the paper goes online; it changes nothing further there.
+# Where the paper or its authors' commands go online; nothing further changes there.
 TUNED_ONLINE = {
     "antmaze-giant-navigate": {},
     "humanoidmaze-medium-navigate": {},
     "antsoccer-arena-navigate": {},
     "cube-double-play": {},
+    "scene-play": {},
     "puzzle-4x4-play": {},
 }
 

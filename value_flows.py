@@ -106,7 +106,7 @@ class Args:
     """float32 products: highest (exact), high (TF32), medium (bfloat16); default: high where a GPU has TF32"""
 
 
-# The paper's settings for each environment.
+# The paper's settings for each environment; on pixels with the number of updates of FQL's paper.
 TUNED = {
     "cube-double-play": dict(gamma=0.995, confidence_weight_temp=3.0),
     "cube-triple-play": dict(gamma=0.995, bcfm_lambda=3.0, confidence_weight_temp=0.03),

@@ -49,7 +49,7 @@ def settings(args):
 def changed_settings(info):
     """{name: value} of what differs from the method's published configuration of the environment, data included.
 
-    Where the method has none, `env_id` is among them. (EVOR's is the same for all environments.)
+    Where the method has none, `env_id` is among them: always for EVOR, most of whose settings are not known.
 
     Args:
         info: the content of a run's args.json.
@@ -60,8 +60,6 @@ def changed_settings(info):
     published |= module.TUNED_ONLINE.get(environment, {}) if args["online_timesteps"] else {}
     published = dataclasses.asdict(module.Args(**published))
     published["online_timesteps"] = ONLINE_STEPS[info["algorithm"]] if args["online_timesteps"] else 0
-    if info["algorithm"] == "evor":
-        published["td_target"] = "published"  # whatever the file's default is
     published = json.loads(json.dumps(published))  # tuples as the lists that args.json has
     changed = {name: value for name, value in settings(args).items() if value != published.get(name)}
     if info["dataset"]["source"] == "custom":
@@ -70,7 +68,7 @@ def changed_settings(info):
         official = generate.OFFICIAL_SIZES.get(envs.dataset_name(args["env_id"]), (None,))[0]
         changed |= {"generated_episodes": int(made[1])} if int(made[1]) != official else {}
     tuned = module.TUNED_ONLINE if args["online_timesteps"] else module.TUNED
-    if not changed and environment not in tuned and info["algorithm"] != "evor":
+    if not changed and environment not in tuned:
         changed["env_id"] = args["env_id"]
     return changed
 

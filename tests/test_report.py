@@ -359,7 +359,7 @@ def test_a_run_too_short_for_a_row_of_timing_is_collected(tmp_path):
 
 
 def test_evor_is_compared_with_nothing(tmp_path):
-    """Its one published number is of 25 unnamed tasks; another label than the paper's is no published setting."""
+    """Its one published number is of 25 unnamed tasks, and most of the paper's settings are not known."""
     run_dirs = [
         write_run(tmp_path / label, [0.9, 0.8], first_seed=2 * k, algorithm="evor", td_target=label, latents="data")
         for k, label in enumerate(("published", "exact"))
@@ -368,8 +368,7 @@ def test_evor_is_compared_with_nothing(tmp_path):
     rows = report.make_rows(scores.read_results(tmp_path / "results"), scores.read_reported())
     rows = [row for row in rows if row["method"] == "evor"]
     assert len(rows) == 2 and all(row["verdict"] is None and row["reported"] is None for row in rows)
-    changed = {row["members"][0]["info"]["args"]["td_target"]: "td_target" in row["changed"] for row in rows}
-    assert changed == {"published": False, "exact": True}
+    assert all(row["changed"] for row in rows)  # so both count as reduced
 
 
 def test_real_runs_are_collected(online_runs, tmp_path):

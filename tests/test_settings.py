@@ -149,6 +149,7 @@ ONLINE = {
         humanoidmaze-medium-navigate  1    0.995  mean  64  True
         antsoccer-arena-navigate      0.5  0.995  mean  64  True
         cube-double-play              2    0.99   mean  16  True
+        scene-play                    5    0.99   mean  64  True
         puzzle-4x4-play               20   0.99   min   64  True
     """,
     "fql": """
