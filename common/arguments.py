@@ -18,11 +18,8 @@ MAY_CHANGE = LENGTHS | set(
     "save_interval compile cudagraphs matmul_precision".split()
 )
 EVALUATING = {"evaluate", "export", "export_seed", "seed", "eval_episodes"}  # what --evaluate may change
-# What --help says of the defaults that it shows.
-DEFAULTS = (
-    "The defaults below are those of Args. --env-id (TUNED) and --quick (QUICK) change some: a run prints the values "
-    "that it takes and stores them in its args.json."
-)
+# In --help.
+DEFAULTS = "Defaults are those of Args. --env-id (TUNED) and --quick (QUICK) change some: a run prints what it takes."
 # The numbers that every algorithm has; a file checks its own by `check_numbers`.
 INTERVALS = ("total_timesteps", "eval_interval", "log_interval", "save_interval")
 ABOVE_ZERO = (*INTERVALS, "num_seeds", "generated_episodes", "eval_episodes", "batch_size", "learning_rate")
@@ -35,19 +32,15 @@ def parse(Args, tuned, tuned_online, quick, inference=(), words=None):
     Without it: with --resume or --evaluate the stored arguments; else Args' defaults, then
     `tuned` of the environment, then with --online-timesteps `tuned_online` of it, then with --quick `quick`.
 
+    Returns args, and the checkpoint to continue from or to evaluate (None for a new run). A flag that does not exist, a
+    value out of range, an unknown environment, or a run that cannot be continued or evaluated end the program with exit
+    code 2; the message lists the arguments that contradict the stored ones.
+
     Args:
-        Args: the algorithm's dataclass.
         tuned, tuned_online: {environment and dataset type: {field: value}}.
         quick: {field: value}.
         inference: the algorithm's own fields that training does not use: --evaluate may change them.
         words: of the command line; None for this program's.
-
-    Returns:
-        args, and the checkpoint to continue from or to evaluate (None for a new run).
-
-    Raises:
-        SystemExit: (code 2) for a flag that does not exist, a value out of range, an unknown environment, or a run
-            that cannot be continued or evaluated; the message lists the arguments that contradict the stored ones.
     """
     module = sys.modules[Args.__module__]
     if not Path(module.__file__).stem.isidentifier():  # other programs import the file
@@ -68,10 +61,8 @@ def parse(Args, tuned, tuned_online, quick, inference=(), words=None):
         if args.quick:
             args = read(Args(**quick))  # --quick may choose another environment, whose tuned values apply
         environment = args.env_id.split("-singletask")[0]
-        settings = tuned.get(environment, {})
-        if args.online_timesteps and environment in tuned_online:
-            settings = settings | tuned_online[environment]
-        elif args.online_timesteps:
+        settings = tuned.get(environment, {}) | (tuned_online.get(environment, {}) if args.online_timesteps else {})
+        if args.online_timesteps and environment not in tuned_online:
             print(f"note: no offline-to-online settings for {environment}: using the offline ones")
         args = read(Args(**settings | (quick if args.quick else {})))
 

@@ -31,12 +31,6 @@ def save(run_dir, payload):
         raise SystemExit(f"error: could not save a checkpoint in {run_dir} ({error}); {kept}") from None
 
 
-def stamp(run_dir):
-    """Changes when a checkpoint is saved: the time of the latest, 0 where there is none."""
-    latest = Path(run_dir) / LATEST
-    return latest.stat().st_mtime_ns if latest.exists() else 0
-
-
 def load(run_dir, flag="--resume"):
     """The latest whole checkpoint of a run; a damaged one is reported and the previous one used.
 
@@ -45,13 +39,14 @@ def load(run_dir, flag="--resume"):
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         fail(f"{flag} {run_dir} is not a directory")
-    problems, stamped = [], stamp(run_dir)
+    problems = []
     for name in (LATEST, PREVIOUS):
         try:
+            file = name, (run_dir / name).stat().st_mtime_ns
             check_zip(run_dir / name)  # torch.load does not look at checksums
             payload = torch.load(run_dir / name, map_location="cpu", weights_only=True)
             payload["args"], payload["step"]
-            payload["stamp"] = stamped
+            payload["file"] = file
         except FileNotFoundError:
             problems.append(f"{name} is missing")
         except DAMAGE as error:

@@ -35,7 +35,7 @@ def find_dataset(args, make=True):
         return path
     name = envs.dataset_name(args.env_id)
     if args.dataset_source == "official":
-        return fetch(name, args.dataset_dir) if make else official_path(name, args.dataset_dir)
+        return fetch(name, args.dataset_dir, make)
 
     generate.check_collectable(name)
     episodes = args.generated_episodes or generate.OFFICIAL_SIZES[name][0]
@@ -45,22 +45,15 @@ def find_dataset(args, make=True):
         flags = ["--dataset", name, "--dataset-dir", args.dataset_dir, "--num-episodes", str(episodes)]
         command = [sys.executable, "-m", "common.generate", *flags]
         with only_one(path):  # the second of two processes finds everything made
-            status = subprocess.run(command, env=python_environment()).returncode
-            if status != 0:
-                kept = "its finished parts are kept, run again to continue"
-                fail(f"collecting {name} failed (exit code {status}); {kept}")
+            if status := subprocess.run(command, env=python_environment()).returncode:
+                fail(f"collecting {name} failed (exit code {status}); run again: finished parts are kept")
     return path
 
 
-def official_path(name, directory):
-    """Path of the official training file of a dataset, `cube-double-play-v0` for example."""
-    return Path(directory).expanduser() / f"{name}.npz"
-
-
-def fetch(name, directory):
-    """Like `official_path`; the file, and its validation file, are downloaded where they are missing."""
-    path = official_path(name, directory)
-    for missing in (file for file in (generate.val_path(path), path) if not file.exists()):
+def fetch(name, directory, make=True):
+    """Path of a dataset's official training file; with `make`, it and its validation file are downloaded if missing."""
+    path = Path(directory).expanduser() / f"{name}.npz"
+    for missing in (file for file in (generate.val_path(path), path) if make and not file.exists()):
         with only_one(missing):
             if not missing.exists():  # else another process made it while this one waited
                 download(missing.name, missing.parent)
@@ -114,8 +107,7 @@ def load_dataset(path, env_id, device, replaceable=False):
     try:
         ogbench.relabel_utils.relabel_dataset(envs.gym_id(env_id), env, data)
     except (KeyError, ValueError, IndexError) as error:
-        unfit = f"its rows do not fit {env_id}, so that rewards cannot be computed ({error!r})"
-        fail(f"{path}: {unfit}; {advice}")
+        fail(f"{path}: its rows do not fit {env_id}: rewards cannot be computed ({error!r}); {advice}")
     env.close()
     if data["masks"].all():
         warn(f"{path.name} holds no success on {env_id}: there is nothing to learn but the negative rewards")
@@ -123,9 +115,7 @@ def load_dataset(path, env_id, device, replaceable=False):
     keys = ("observations", "next_observations", "actions", "rewards", "masks")
     try:
         dataset = {key: torch.as_tensor(data[key]).to(device) for key in keys}
-    except RuntimeError as error:
-        if "ried to allocate" not in str(error):
-            raise
+    except torch.OutOfMemoryError:
         size = sum(data[key].nbytes for key in keys) / 2**30
         fail(f"{path.name} takes {size:.1f} GiB, more than is free on {device}; take another GPU, or --no-cuda")
     dataset["actions"] = dataset["actions"].clamp(-1 + 1e-5, 1 - 1e-5)
@@ -165,15 +155,14 @@ def check_file(path, env, advice):
     if missing:
         refuse(f" lacks the key{'s' * (len(missing) > 1)} {', '.join(missing)} (it has: {', '.join(keys)})")
 
-    rows, arrays = None, {}
+    arrays = {}
     for key in needed:
         try:
             arrays[key] = array = file[key]
         except DAMAGE as error:
             refuse(f": key {key} is damaged ({error})")
-        rows = len(array) if rows is None and array.ndim else rows
-        if array.ndim == 0 or len(array) != rows:
-            refuse(f": key {key} has shape {array.shape}, observations have {rows} rows")
+        if array.ndim == 0 or len(array) != len(arrays["observations"]):
+            refuse(f": key {key} has shape {array.shape}, observations have {arrays['observations'].shape}")
         if array.dtype.kind not in "fiub":
             refuse(f": key {key} holds {array.dtype}, not numbers")
         if not np.isfinite(array).all():
@@ -182,7 +171,7 @@ def check_file(path, env, advice):
     for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if arrays[key].shape[1:] != space.shape:
             refuse(f": a row of {key} has shape {arrays[key].shape[1:]}, {env.spec.id} needs {space.shape}")
-    if rows < 2 or not arrays["terminals"][-1] or arrays["terminals"].all():
+    if len(array) < 2 or not arrays["terminals"][-1] or arrays["terminals"].all():
         refuse(": key terminals must mark each trajectory's last row, the file's last row among them")
 
 

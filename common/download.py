@@ -33,24 +33,18 @@ def download(file, directory):
     code 2, what each mirror answered, and the three ways out.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    own = os.environ.get("CLEANFLOW_DATASET_MIRRORS", "")
-    mirrors = [mirror.strip().rstrip("/") for mirror in own.split(",") if mirror.strip()]
-    answers = []
-    for mirror in (*mirrors, *MIRRORS):
+    own, answers = os.environ.get("CLEANFLOW_DATASET_MIRRORS", ""), []
+    for mirror in (*own.replace(",", " ").split(), *MIRRORS):
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(BACK_OFF * 2 ** (attempt - 1))
             try:
-                return _fetch(f"{mirror}/{file}", directory / file)
-            except urllib.error.HTTPError as error:
-                answer = f"HTTP {error.code} {error.reason}"
-                if error.code < 500 and error.code not in (408, 429):  # it does not have the file, and will not later
-                    break
-            except ValueError as error:  # another file under the name, or no address: to ask again would not help
+                return _fetch(f"{mirror.rstrip('/')}/{file}", directory / file)
+            except ValueError as error:  # to ask this mirror again would not help
                 answer = str(error)
                 break
             except (OSError, EOFError, http.client.HTTPException) as error:
-                answer = str(getattr(error, "reason", error)) or type(error).__name__
+                answer = str(error) or type(error).__name__
         answers.append(f"  {mirror}: {answer}\n")
     name = file.removesuffix(".npz").removesuffix("-val")
     fail(
@@ -67,7 +61,7 @@ def _fetch(url, path):
     Raises:
         OSError, EOFError, http.client.HTTPException: the connection broke (what came is kept), or what is there now is
             not whole, or a resumed part does not fit (it is deleted).
-        ValueError: the mirror has another file; of what it sent, nothing is kept.
+        ValueError: the mirror has another file, of which nothing is kept, or none; or it is no address.
     """
     part = path.with_name(path.name + ".part")
     done = part.stat().st_size if part.exists() else 0
@@ -75,15 +69,16 @@ def _fetch(url, path):
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:
-        if error.code != 416:
-            raise
-        part.unlink(missing_ok=True)  # nothing is left to send: the part is whole or another file's, so begin again
-        raise EOFError("the partial file did not fit the server's") from None
+        if error.code == 416:  # nothing is left to send: the part is whole or another file's, so begin again
+            part.unlink(missing_ok=True)
+        elif error.code < 500 and error.code not in (408, 429):  # it does not have the file, and will not later
+            raise ValueError(str(error)) from None
+        raise
     with response:
         if response.headers.get_content_type() == "text/html":
             raise ValueError("answered with a web page instead of the file")
         done = done if response.status == 206 else 0  # else the server sends everything again
-        size = KNOWN[path.name][0] if path.name in KNOWN else None
+        size, sha256 = KNOWN.get(path.name, (None, None))
         total = size if response.length is None else done + response.length
         if size is not None and total != size:
             raise ValueError(f"its file has {total:,} bytes, OGBench's has {size:,}")
@@ -94,25 +89,15 @@ def _fetch(url, path):
     if total is not None and received < total:
         raise EOFError(f"connection closed after {received} of {total} bytes")
     try:
-        _check_content(part, path.name)
-    except (ValueError, EOFError) as error:
+        if sha256 is None:
+            check_zip(part)
+        elif (found := sha256_of(part)) != sha256:
+            raise ValueError(f"its file has SHA-256 {found}, OGBench's has {sha256}")
+    except DAMAGE as error:
         part.unlink()
         if done:
             raise EOFError(f"its bytes do not continue the partial file ({error})") from None
+        if sha256 is None:
+            raise EOFError(f"what arrived is not a whole npz file ({error})") from None
         raise
     os.replace(part, path)
-
-
-def _check_content(part, file):
-    """Checks a whole download of the official `file`: by its SHA-256 if known (or ValueError), else by the checksums
-    within the npz file (or EOFError).
-    """
-    if file in KNOWN:
-        found, expected = sha256_of(part), KNOWN[file][1]
-        if found != expected:
-            raise ValueError(f"its file has SHA-256 {found}, OGBench's has {expected}")
-        return
-    try:
-        check_zip(part)
-    except DAMAGE as error:
-        raise EOFError(f"what arrived is not a whole npz file ({error})") from None

@@ -9,11 +9,7 @@ CHUNK = 50  # updates whose indices and noise are drawn at once
 class Draws:
     """The random numbers of each update: functions of seed and step alone, so a resumed run needs none of them saved.
 
-    Args:
-        agent: gives `draw_noise` and `draw_act_noise`.
-        args, seeds: the run's arguments and the S seeds.
-        num_transitions: of the offline dataset.
-        device: torch device.
+    The agent gives `draw_noise` and `draw_act_noise`; `num_transitions` are those of the offline dataset.
     """
 
     def __init__(self, agent, args, seeds, num_transitions, device):

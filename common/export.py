@@ -27,18 +27,16 @@ PRIVATE = set(
 
 
 def write(directory, Agent, saved, rows, seed=None):
-    """Writes a policy's folder; files of the same names are replaced.
+    """Writes a policy's folder, made if need be; files of the same names are replaced.
+
+    A seed that the run does not have, a folder that holds something else, or one that cannot be written end the program
+    with exit code 2.
 
     Args:
-        directory: the folder, made if need be.
         Agent: the algorithm's; its `ACTS` names the networks that acting needs.
         saved: a checkpoint, or what `read` returned.
         rows: of an evaluation, {seed, success, episode_return, episode_length, episodes, ...} for each seed.
         seed: the one seed to write; None for all.
-
-    Raises:
-        SystemExit: (code 2) for a seed that the run does not have, a folder that holds something else, or one that
-            cannot be written.
     """
     directory = Path(directory)
     seeds = check(directory, saved, seed)
@@ -91,8 +89,7 @@ def write_run(run_dir, Agent):
 def read(directory):
     """A policy's folder as a checkpoint that holds nothing but what acting needs, on the CPU.
 
-    Raises:
-        SystemExit: (code 2) for missing or damaged files, an unknown environment, or non-finite weights.
+    Missing or damaged files, an unknown environment, or non-finite weights end the program with exit code 2.
     """
     path = Path(directory) / CONFIG
     with_tuples = lambda entries: {name: tuple(v) if isinstance(v, list) else v for name, v in entries.items()}

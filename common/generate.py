@@ -73,9 +73,7 @@ def collect_episode(env, dataset, seed):
     """One episode: {observations (T, D), actions (T, A), qpos, qvel} float32, {terminals (T,)} bool, true in the last
     row, and for scene and puzzles {button_states} int64. Seeds numpy's global generator, which the oracles draw from.
 
-    Args:
-        env, dataset: of `make_collection_env`, and OGBench's name.
-        seed: sequence of ints (seed, split, episode); equal sequences give equal episodes.
+    The environment is of `make_collection_env`. Equal seeds, sequences (seed, split, episode), give equal episodes.
     """
     collect = collect_maze if "maze" in dataset else collect_manipulation
     for attempt in range(100):
@@ -130,16 +128,12 @@ def collect_manipulation(env, dataset, seed):
     xi = np.random.uniform(0, 0.1)
     noise_std = np.array([xi, xi, xi, 3 * xi, 10 * xi])
 
-    def next_oracle(ob, info):
-        """The oracle of the present target. Puzzles have buttons only, and no target_task that says so."""
-        oracle = oracles[info.get("privileged/target_task", "button")]
-        oracle.reset(ob, info)
-        return oracle
-
     ob, info = env.reset(seed=seed)
-    oracle = next_oracle(ob, info)
-    rows, done = [], False
+    rows, done, oracle = [], False, None
     while not done:
+        if oracle is None:  # a new target; puzzles have buttons only, and no target_task that says so
+            oracle = oracles[info.get("privileged/target_task", "button")]
+            oracle.reset(ob, info)
         if np.random.rand() < p_random:
             action = np.random.uniform(-1, 1, 5)
         else:
@@ -149,7 +143,7 @@ def collect_manipulation(env, dataset, seed):
         ob, info, done = _step(env, ob, action, rows)
         if oracle.done:
             ob, info = env.unwrapped.set_new_target(p_stack=p_stack)
-            oracle = next_oracle(ob, info)
+            oracle = None
     return rows
 
 
@@ -190,13 +184,12 @@ def collect_maze(env, dataset, seed):
 
 
 def _collect_part(dataset, seed, split, part_path, episodes):
-    """Worker: the given episodes of a split, concatenated in one file; returns the number of rows."""
+    """Worker: the given episodes of a split, concatenated in one file."""
     env = make_collection_env(dataset)
     parts = [collect_episode(env, dataset, [seed, split, episode]) for episode in episodes]
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     with written_whole(part_path) as file:
         np.savez(file, **arrays)
-    return len(arrays["terminals"])
 
 
 def _read(part):
@@ -224,8 +217,7 @@ def generate(
         num_workers: worker processes (0: one per core).
     """
     check_collectable(dataset)
-    official_episodes, length = OFFICIAL_SIZES[dataset]
-    num_episodes = official_episodes if num_episodes is None else num_episodes
+    num_episodes = OFFICIAL_SIZES[dataset][0] if num_episodes is None else num_episodes
     if num_episodes < 1 or num_workers < 0:
         fail(f"--num-episodes {num_episodes} --num-workers {num_workers}: at least 1 episode, and no negative number")
     train_path = generated_path(dataset, dataset_dir, num_episodes, seed)
@@ -243,10 +235,8 @@ def generate(
             parts = {directory / f"{i:06d}.npz": range(episodes)[i : i + EPISODES_PER_PART] for i in starts}
             todo = {part: numbers for part, numbers in parts.items() if not part.exists()}
             collect = functools.partial(_collect_part, dataset, seed, split)
-            rows = sum(map(len, todo.values())) * length
-            with tqdm(total=rows, unit=" transitions", desc=f"collecting {path.stem}") as bar:
-                for number in pool.map(collect, todo, todo.values()):  # what fails cancels the rest
-                    bar.update(number)
+            made = pool.map(collect, todo, todo.values())  # what fails cancels the rest
+            list(tqdm(made, f"collecting {path.stem}", len(todo), unit="part"))
             arrays = [_read(part) for part in parts]
             with written_whole(path) as file:
                 np.savez_compressed(file, **{k: np.concatenate([a[k] for a in arrays]) for k in arrays[0]})

@@ -8,23 +8,17 @@ from common import warn
 class FastUpdate:
     """An update of the agents, its losses compiled and, on a GPU, the whole of it replayed as one CUDA graph.
 
-    Where compiling or capturing fails, a warning says so and the updates continue without it.
-
-    Args:
-        agents: of common/stacked.py.
-        update: function of a dictionary of tensors and of options (strings, or tuples of them) that updates the agents
-            and returns a dictionary of tensors.
-        compile, cudagraphs: the run's flags.
+    Where compiling or capturing fails, a warning says so and the updates continue without it. `update` is a function of
+    a dictionary of tensors and of options (strings, or tuples of them) that updates the agents (of common/stacked.py)
+    and returns a dictionary of tensors.
     """
 
     def __init__(self, agents, update, compile, cudagraphs):
         self.agents, self.update = agents, update
-        device = agents.state_tensors()[0].device
         agents.compiled = compile
         if compile:  # later runs find torch's cache (TORCHINDUCTOR_CACHE_DIR, else in the system's temporary directory)
-            shorter = "up to two minutes, less in later runs (disable with --no-compile)"
-            print(f"compiling the losses in the first update: {shorter}", flush=True)
-        self.captured = cudagraphs and device.type == "cuda"
+            print("compiling the losses: up to two minutes, less in later runs (disable with --no-compile)", flush=True)
+        self.captured = cudagraphs and agents.state_tensors()[0].is_cuda
         self.known = {}  # an update for each set of inputs and options; of captured ones the last only
         self.new = False  # whether the last call compiled or captured, and so took longer than an update does
 

@@ -42,7 +42,8 @@ class Log:
         self.bar = tqdm(total=args.total_timesteps + args.online_timesteps, initial=self.step, **look)
         self.warming_up = False
         self.updates = 0  # of this process, without warm-up
-        self.seconds = runs.seconds_so_far(self.run_dir)  # of the run, without warm-up
+        zero = {"training": 0.0, "evaluating": 0.0}
+        self.seconds = zero if resumed is None else resumed.get("seconds", zero)  # of the run, without warm-up
         self.reported = 0, self.seconds["training"]  # updates and seconds of the last row of timing.csv
         self.last = time.perf_counter()
 
@@ -119,7 +120,7 @@ class Log:
         """What a checkpoint needs of the run: where it comes from, and the sizes of its csv files."""
         self.flush()  # ends the program at a non-finite loss
         origin = {"algorithm": algorithm(self.args), "args": dataclasses.asdict(self.args), "dataset": self.identity}
-        return origin | {"csv_sizes": runs.csv_sizes(self.run_dir)}
+        return origin | {"csv_sizes": runs.csv_sizes(self.run_dir), "seconds": self.seconds}
 
     def close(self):
         """Ends the bar and the Weights & Biases runs, and prints the run's result."""

@@ -11,21 +11,14 @@ from common.arguments import algorithm
 from common.files import check_writable
 from common.stacked import Stacked
 
-
-def always_act(args, step):
-    """The name of the method that acts, where an algorithm has one policy only."""
-    return "act"
+always_act = lambda args, step: "act"  # the name of the method that acts, where an algorithm has one policy only
 
 
 def rebuild(Agent, args, saved, device, directory):
     """The agents of a run's checkpoint or of an exported folder; the latter's have the networks that acting needs only.
 
-    Weights or a configuration that do not fit the algorithm end the program with exit code 2.
-
-    Args:
-        Agent, args: the algorithm's, and the arguments as trained.
-        saved, directory: what export.read_any returned, and of which folder.
-        device: torch device.
+    `args` are the arguments as trained, and `saved` is what export.read_any returned of the directory. Weights or a
+    configuration that do not fit the algorithm end the program with exit code 2.
     """
     try:
         seeds = range(args.seed, args.seed + args.num_seeds)
@@ -40,15 +33,10 @@ def rebuild(Agent, args, saved, device, directory):
 
 
 class Policy:
-    """A trained policy of one seed, on the CPU.
+    """A trained policy of one seed, on the CPU: the agents, of common/stacked.py, act by the method of this name.
 
-    Args:
-        agents: of one seed, see common/stacked.py.
-        method: name of the agent's method that acts.
-        args: the run's arguments; `args.env_id` is the environment.
-
-    Attributes:
-        generator: of the random numbers that a stochastic policy draws; `generator.manual_seed(n)` repeats them.
+    `args` are the run's arguments, `args.env_id` the environment. The `generator` is of the random numbers that a
+    stochastic policy draws; `generator.manual_seed(n)` repeats them.
     """
 
     def __init__(self, agents, method, args):
@@ -72,15 +60,12 @@ class Policy:
 def load(Agent, Args, directory, seed=None, acting=always_act):
     """The policy of a run directory or of an exported folder; it needs neither a dataset nor a GPU.
 
+    Another algorithm's folder, a seed that it does not hold, and what `export.read_any` and `rebuild` refuse end the
+    program with exit code 2.
+
     Args:
-        Agent, Args: the algorithm's.
-        directory: the run's, or the exported folder.
         seed: which of the seeds that were trained side by side; None for the first.
         acting: function (args, step) of the name of the agent's method that acts.
-
-    Raises:
-        SystemExit: (code 2) for another algorithm's folder, a seed that it does not hold, and what `export.read_any`
-            and `rebuild` refuse.
     """
     saved = export.read_any(directory, "load:")
     if saved["algorithm"] != algorithm(Args()):
@@ -98,15 +83,13 @@ def evaluate(Agent, args, saved, inference, device, acting=always_act):
     """Evaluates a run or an exported folder anew (`--evaluate`), and exports its policy (`--export`).
 
     The same `--seed` and step make the same episodes as in training. A row per seed is added to
-    inference.csv in the directory: the settings that may differ, the seed of the episodes, eval.csv's columns.
+    inference.csv in the directory: the settings that may differ, the seed of the episodes, eval.csv's columns. Where
+    that has other settings, or the export is refused, the program ends before the evaluation, with exit code 2.
 
     Args:
         Agent, saved, device, acting: see `rebuild` and `load`.
         args: of this program: `evaluate` is the directory, `seed` the episodes' first.
         inference: names of the settings that --evaluate may change.
-
-    Raises:
-        SystemExit: (code 2) before the evaluation, where inference.csv has other settings or the export is refused.
     """
     directory, step = Path(args.evaluate), saved["step"]
     check_writable(directory, "--evaluate")  # inference.csv and videos go there

@@ -8,16 +8,11 @@ CAPACITY = 2_000_000  # transitions, the offline ones included
 
 
 class Replay:
-    """A buffer that begins as the N offline transitions, on their device.
+    """A buffer of S seeds that begins as the N offline transitions {key: (N, ...)}, on their device.
 
     Slot i < N is offline transition i, and the n-th online transition goes to slot (N + n) mod capacity: a full buffer
     overwrites its oldest ones. The capacity is 2M, or N + 1 for a larger dataset. Offline transitions are stored once;
-    row n mod M of `rows` holds a seed's n-th online transition.
-
-    Args:
-        dataset: the offline transitions {key: (N, ...)}.
-        num_seeds: S.
-        online_timesteps: the most online transitions per seed.
+    row n mod M of `rows` holds a seed's n-th online transition, of which there are at most `online_timesteps`.
     """
 
     def __init__(self, dataset, num_seeds, online_timesteps):
@@ -58,9 +53,8 @@ class Replay:
     def batch(self, draws):
         """A batch {key: (S, B, ...)}, uniform over the offline and, in the online phase, the online transitions.
 
-        Args:
-            draws: offline {"indices" (S, B) of transitions}. Online "count" of `append` too; "indices" are then uniform
-                integers of a range far above the buffer's size.
+        Draws are offline {"indices" (S, B) of transitions}. Online they have "count" of `append` too, and "indices" are
+        uniform integers of a range far above the buffer's size.
         """
         indices = draws["indices"]
         if "starts" in self.dataset:

@@ -12,11 +12,7 @@ def trajectory_ends(data):
 
 def reward_to_go(data, gamma):
     """Discounted returns along the data's trajectories, G_t = r_t + gamma mask_t G_{t+1}, cut off at each one's end: a
-    float64 array (N,).
-
-    Args:
-        data: transitions {observations, next_observations (N, D), rewards, masks (N,)} in order of time.
-        gamma: discount factor.
+    float64 array (N,). The data are {observations, next_observations (N, D), rewards, masks (N,)} in order of time.
     """
     rewards, masks = (data[key].double().cpu().numpy() for key in ("rewards", "masks"))
     ends, returns, value = trajectory_ends(data), np.zeros_like(rewards), 0.0

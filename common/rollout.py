@@ -5,7 +5,7 @@ number of workers nor on which of them is faster, and a seed's result not on its
 """
 
 import contextlib
-from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -15,16 +15,6 @@ from common import envs, pixels, warn
 from common.workers import Workers
 
 EXPLORING = 2**32 - 1  # stands for the episode's number in the seeds of the online phase's episodes
-
-
-@dataclass
-class Episode:
-    """What has happened in an episode so far."""
-
-    success: float = 0.0
-    episode_return: float = 0.0
-    length: int = 0
-    frames: list = field(default_factory=list)  # of its video
 
 
 class Evaluator:
@@ -60,7 +50,7 @@ class Evaluator:
             self.workers = Workers(args, len(seeds), args.eval_episodes, frame_stack, render=args.capture_video)
         ask = self.workers.ask
         episodes = [[] for _ in seeds]  # of each seed, in the order of their numbers
-        playing = {}  # slot (s, p) -> its Episode, and the episode's noise (T, ...)
+        playing = {}  # slot (s, p) -> its episode so far, and the episode's noise (T, ...)
 
         def begin(slots):
             """Starts the next episode of each slot's seed, where one is left; returns {slot: first observation}."""
@@ -70,8 +60,9 @@ class Evaluator:
                 if len(episodes[s]) < args.eval_episodes:
                     words = np.random.SeedSequence([seeds[s], step, len(episodes[s])]).generate_state(2, np.uint32)
                     generator = torch.Generator().manual_seed(int(words[0]))
-                    playing[s, p] = Episode(), draw_noise(generator, self.workers.max_episode_steps)
-                    episodes[s].append(playing[s, p][0])
+                    episode = SimpleNamespace(success=0.0, episode_return=0.0, length=0, frames=[])  # frames of a video
+                    playing[s, p] = episode, draw_noise(generator, self.workers.max_episode_steps)
+                    episodes[s].append(episode)
                     resets[s, p] = int(words[1] >> 1)
             return ask("reset", resets)
 

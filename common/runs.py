@@ -7,13 +7,15 @@ import io
 import itertools
 import json
 import os
+import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
 
 import torch
 
-from common import checkpoint, fail, versions
+from common import fail, versions
 from common.arguments import algorithm
 from common.files import try_lock, written_whole
 
@@ -30,13 +32,13 @@ def start_run(args, resumed, device, identity):
     lock = hold(run_dir)
     if resumed is not None:
         _cut_back(run_dir, args, resumed, identity)
-    command = ["git", "rev-parse", "HEAD"]
-    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    command = [shutil.which("git"), "rev-parse", "HEAD"]
+    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True) if command[0] else None
     info = {
         "algorithm": algorithm(args),
         "args": dataclasses.asdict(args),
         "versions": versions(),
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": git.stdout.strip() or None if git else None,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
         "dataset": identity,
     }
@@ -46,16 +48,15 @@ def start_run(args, resumed, device, identity):
 
 def _new_directory(args):
     """A new directory, {env_id}__{exp_name}__{seed}__{unix time}, or a later second where that exists."""
-    for second in itertools.count(int(time.time())):
-        run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{second}"
-        try:
-            run_dir.mkdir(parents=True)
-            return run_dir
-        except FileExistsError:
-            if not run_dir.parent.is_dir():
-                fail(f"--runs-dir {args.runs_dir} is not a directory")
-        except OSError as error:
-            fail(f"--runs-dir {args.runs_dir} is not writable: {error}")
+    try:
+        Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
+        for second in itertools.count(int(time.time())):
+            run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{second}"
+            with contextlib.suppress(FileExistsError):
+                run_dir.mkdir()
+                return run_dir
+    except OSError as error:
+        fail(f"--runs-dir {args.runs_dir} is not writable: {error}")
 
 
 def hold(run_dir):
@@ -75,7 +76,8 @@ def hold(run_dir):
 
 def _cut_back(run_dir, args, resumed, identity):
     """Takes the csv files of --resume back to the checkpoint; later rows will be written again."""
-    if checkpoint.stamp(run_dir) != resumed["stamp"]:  # it was read before the lock was taken
+    name, saved_at = resumed["file"]
+    if (run_dir / name).stat().st_mtime_ns != saved_at:  # it was read before the lock was taken
         fail(f"--resume {run_dir}: another process has trained this run in the meantime; give the command again")
     if identity["sha256"] != resumed["dataset"]["sha256"]:
         fail(f"--resume {run_dir}: the run's dataset is {resumed['dataset']}, found here: {identity}")
@@ -91,11 +93,8 @@ def _cut_back(run_dir, args, resumed, identity):
 
 def evaluation_after(path, size, step, num_seeds):
     """Bytes of the evaluation of `step` after the first `size` bytes of an eval.csv; 0 unless its rows are whole."""
-    lines = path.read_bytes()[size:].splitlines(keepends=True)
-    header = lines[:1] if size == 0 else []
-    rows = lines[len(header) : len(header) + num_seeds]
-    whole = len(rows) == num_seeds and all(row.startswith(b"%d," % step) and row.endswith(b"\n") for row in rows)
-    return sum(map(len, header + rows)) if whole else 0
+    rows = re.match(rb"(step,.*\n)?(%d,.*\n){%d}" % (step, num_seeds), path.read_bytes()[size:])  # a header, if new
+    return rows.end() if rows else 0
 
 
 def write_text(path, text):
@@ -125,14 +124,6 @@ def append_rows(path, rows):
         with contextlib.suppress(OSError):
             os.truncate(path, size)  # a full disk may have taken a part of a row
         raise SystemExit(f"error: could not write {path} ({error}); the last checkpoint is kept") from None
-
-
-def seconds_so_far(run_dir):
-    """{"training", "evaluating": seconds} of a run by the last row of its timing.csv; zeros where there is none."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError), open(run_dir / "timing.csv") as file:
-        rows = list(csv.DictReader(file))
-    return {kind: float(rows[-1][f"seconds_{kind}"]) if rows else 0.0 for kind in ("training", "evaluating")}
 
 
 def csv_sizes(run_dir):

@@ -32,15 +32,12 @@ class Stacked:
                 torch.manual_seed(seed)
                 agents.append(make_agent())
         self.agent, self.compiled, self.functions = agents[0], False, {}
-        self.parameters = {}
-        for name, first in self.agent.named_parameters():
-            stack = torch.stack([agent.get_parameter(name).detach() for agent in agents]).to(device)  # (S, ...)
-            self.parameters[name] = nn.Parameter(stack, requires_grad=first.requires_grad)
+        stacks, _ = torch.func.stack_module_state(agents)  # {name: (S, ...)}
+        self.parameters = {name: nn.Parameter(p.detach().to(device), p.requires_grad) for name, p in stacks.items()}
         self.buffers = {name: buffer.to(device) for name, buffer in self.agent.named_buffers()}
 
         trained = [p for p in self.parameters.values() if p.requires_grad]
-        on_gpu = trained[0].is_cuda
-        self.optimizer = torch.optim.Adam(trained, lr=learning_rate, eps=1e-8, fused=True, capturable=on_gpu)
+        self.optimizer = torch.optim.Adam(trained, learning_rate, eps=1e-8, fused=True, capturable=trained[0].is_cuda)
         for p in trained:  # Adam makes its state in the first step, which a CUDA graph would repeat
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
@@ -98,9 +95,8 @@ class Stacked:
                 # torch keeps a few compiled forms per code object, so each loss has its own. An agent's code and
                 # settings do not change once it trains, so only tensors are checked for changes at each call.
                 code = stacked.__code__.replace(co_name=method)
-                options = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
                 own = types.FunctionType(code, globals(), method, None, stacked.__closure__)
-                stacked = torch.compile(own, options=options)
+                stacked = torch.compile(own, options={"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe})
             self.functions[method, compiled] = stacked
         return self.functions[method, compiled]
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import ogbench
 import pytest
+import torch
 from conftest import ALGORITHMS, assert_refused, parse
 
 import floq
@@ -242,7 +243,7 @@ def rewritten(source, target, **changes):
 
 def test_a_set_that_does_not_fit_on_the_device_is_refused(maze_data, monkeypatch, capsys):
     def no_memory(data):
-        raise RuntimeError("CUDA out of memory. Tried to allocate 11.44 GiB.")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11.44 GiB.")
 
     monkeypatch.setattr(datasets.torch, "as_tensor", no_memory)
     with pytest.raises(SystemExit) as stop:

@@ -508,10 +508,22 @@ def test_a_row_that_a_full_disk_cuts_off_is_taken_back(tmp_path):
     assert "could not write" in str(stop.value.code) and path.read_bytes() == before
 
 
-def test_the_seconds_of_a_run_continue(tmp_path):
-    assert runs.seconds_so_far(tmp_path) == {"training": 0.0, "evaluating": 0.0}
-    runs.append_rows(tmp_path / "timing.csv", [{"step": 9, "seconds_training": "1.5", "seconds_evaluating": "2.0"}] * 2)
-    assert runs.seconds_so_far(tmp_path) == {"training": 1.5, "evaluating": 2.0}
+def test_the_seconds_of_a_run_continue(tmp_path, monkeypatch):
+    """And a machine without git runs too."""
+    args = parse("floq", "--no-cuda", "--runs-dir", str(tmp_path))
+    identity = {"file": "x.npz", "source": "generated", "transitions": 1, "sha256": "0"}
+    first = log.Log(args, None, torch.device("cpu"), identity)
+    assert set(first.seconds.values()) == {0.0}
+    first.seconds |= {"training": 1.5, "evaluating": 2.0}
+    checkpoint.save(first.run_dir, first.state() | {"agent": {}, "step": 0})
+    first.bar.close()
+    first.lock.close()
+    monkeypatch.setattr(runs.shutil, "which", lambda name: None)
+    args, resumed = dataclasses.replace(args, resume=str(first.run_dir)), checkpoint.load(first.run_dir)
+    again = log.Log(args, resumed, torch.device("cpu"), identity)
+    again.bar.close()
+    assert again.seconds == {"training": 1.5, "evaluating": 2.0}
+    assert json.loads((first.run_dir / "args.json").read_text())["git_commit"] is None
 
 
 def test_the_pace_of_a_run_is_without_warm_up_and_evaluations(tmp_path, monkeypatch):
