@@ -25,6 +25,7 @@ from conftest import (
     only_run,
     random_inputs,
     run,
+    run_module,
     small_args,
     start,
     wait_for_row,
@@ -358,8 +359,7 @@ def test_killed_and_resumed_equals_uninterrupted(algorithm, maze_data, tmp_path)
     file = f"benchmarks/baselines/{algorithm}"
     flags = ["--env-id", ENV_ID, "--dataset-path", maze_data, "--num-seeds", 2, *SMALL_FLAGS[algorithm], *LENGTHS]
     if algorithm == "fql":
-        words = [sys.executable, "-m", "benchmarks.baselines.fql", *flags, "--runs-dir", tmp_path / "whole"]
-        done = subprocess.run([str(word) for word in words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = run_module("benchmarks.baselines.fql", *flags, "--runs-dir", tmp_path / "whole")
         assert done.returncode == 0, done.stderr[-2000:]
     else:
         run(file, *flags, "--runs-dir", tmp_path / "whole")

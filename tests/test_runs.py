@@ -29,6 +29,7 @@ from conftest import (
     only_run,
     parse,
     run,
+    run_module,
     start,
     wait_for,
     wait_for_row,
@@ -238,9 +239,8 @@ def test_a_copied_file_trains_resumes_evaluates_and_launches(maze_data, tmp_path
         assert_refused(name, ["--resume", run_dir], f"is a run of {copy.stem}.py")
         run(copy.stem, "--evaluate", run_dir, "--eval-episodes", 1)
         options = ["--methods", copy.stem, "--env-ids", ENV_ID, "--seeds", 1, "--runs-dir", tmp_path / "launched"]
-        words = [str(word) for word in (sys.executable, "-m", "benchmarks.launch", *options, "--", *flags[2:])]
         for _ in range(2):  # the second finds it finished
-            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            done = run_module("benchmarks.launch", *options, "--", *flags[2:])
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         launched = [path for path in (tmp_path / "launched").iterdir() if path.name != "launch"]
         assert len(launched) == 1
