@@ -96,7 +96,9 @@ class Stacked:
                 # settings do not change once it trains, so only tensors are checked for changes at each call.
                 code = stacked.__code__.replace(co_name=method)
                 own = types.FunctionType(code, globals(), method, None, stacked.__closure__)
-                stacked = torch.compile(own, options={"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe})
+                # On GPUs the fusion of row with column reductions can give wrong gradients (pytorch's issue 195845).
+                options = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+                stacked = torch.compile(own, options=options | {"triton.mix_order_reduction": False})
             self.functions[method, compiled] = stacked
         return self.functions[method, compiled]
 

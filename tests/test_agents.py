@@ -364,6 +364,28 @@ def test_graph_replay_equals_eager_updates_and_uses_fresh_noise(algorithm):
     assert any(not torch.equal(value, second[name]) for name, value in first.items())
 
 
+def test_the_compiler_leaves_out_a_fusion_that_can_give_wrong_gradients(algorithm, monkeypatch):
+    """pytorch's issues 193061 and 195845, of GPUs; with the option off no kernel has that fusion."""
+    taken = []
+    monkeypatch.setattr(torch, "compile", lambda function, options: taken.append(options) or function)
+    agents = make_agents(small_args(algorithm))
+    agents.compiled = True
+    update(agents, *stacked_inputs(agents))
+    assert len(taken) == 2 and all(options["triton.mix_order_reduction"] is False for options in taken)
+
+
+@pytest.mark.gpu
+def test_compiled_gradients_of_the_published_size_equal_eager_ones(algorithm, device="cuda"):
+    compiled, eager = (make_agents(EVERY[algorithm].Args(), (0, 1), device) for _ in range(2))
+    compiled.compiled = True
+    inputs = [{name: value.to(device) for name, value in part.items()} for part in stacked_inputs(eager, (0, 1))]
+    for agents in (compiled, eager):
+        update(agents, *inputs)
+    assert gradients(compiled).keys() == gradients(eager).keys()
+    for name, expected in gradients(eager).items():
+        assert (gradients(compiled)[name] - expected).norm() <= 1e-3 * expected.norm(), name
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_losses_equal_eager_ones(algorithm):
     few_steps = {  # and one hidden layer: compiling takes long
