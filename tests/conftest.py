@@ -85,19 +85,28 @@ def same_numbers_every_time():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def torch_as_before(monkeypatch):
-    """What common/device.py sets up for a whole process is after a test as it was before."""
+@contextlib.contextmanager
+def process_as_before():
+    """What common/device.py and common/signals.py set up for a whole process is then as it was before."""
     precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    for owner, name in (
-        (sys, "excepthook"),
-        (torch.utils.deterministic, "fill_uninitialized_memory"),
-        (torch.backends.cudnn, "allow_tf32"),
-    ):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
-    yield
-    torch.set_float32_matmul_precision(precision)
-    torch.use_deterministic_algorithms(deterministic)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    places = (sys, "excepthook"), (torch.utils.deterministic, "fill_uninitialized_memory")
+    places = [(*place, getattr(*place)) for place in (*places, (torch.backends.cudnn, "allow_tf32"))]
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for owner, name, value in places:
+            setattr(owner, name, value)
+
+
+@pytest.fixture(autouse=True)
+def a_test_leaves_the_process_as_it_was():
+    with process_as_before():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -198,12 +207,12 @@ def run_module(name, *words):
 
 
 def in_this_process(main, words):
-    """{returncode, stdout, stderr} of main() with the command line `words`; then signals are handled as before."""
+    """{returncode, stdout, stderr} of main() with the command line `words`."""
     out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = list(map(str, words))
+    outputs = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+        with outputs[0], outputs[1], process_as_before(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*found in sys.modules.*")  # runpy's
             main()
     except SystemExit as stop:  # as Python ends: a text goes to stderr, and the code is 1
@@ -212,8 +221,6 @@ def in_this_process(main, words):
     finally:
         sys.argv = argv
         gc.collect()  # a run's lock is held for as long as its log lives
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 

@@ -217,7 +217,7 @@ def test_torch_is_set_up_deterministic_and_explains_a_lack_of_memory(monkeypatch
 
 
 def test_no_test_leaves_torch_as_it_set_it_up():
-    """See torch_as_before in conftest.py: the tests above have called setup_torch in this process."""
+    """See process_as_before in conftest.py: the tests above have called setup_torch in this process."""
     assert not torch.are_deterministic_algorithms_enabled() and not isinstance(sys.excepthook, functools.partial)
     assert torch.get_float32_matmul_precision() == "highest"
 
