@@ -82,9 +82,9 @@ def load(Agent, Args, directory, seed=None, acting=always_act):
 def evaluate(Agent, args, saved, inference, device, acting=always_act):
     """Evaluates a run or an exported folder anew (`--evaluate`), and exports its policy (`--export`).
 
-    The same `--seed` and step make the same episodes as in training. A row per seed is added to
-    inference.csv in the directory: the settings that may differ, the seed of the episodes, eval.csv's columns. Where
-    that has other settings, or the export is refused, the program ends before the evaluation, with exit code 2.
+    The same `--seed` and step make the same episodes as in training. A row per seed is added to inference.csv in the
+    directory: the settings that may differ, the seed of the episodes, eval.csv's columns. If inference.csv has other
+    settings, or the export is refused, the program ends before the evaluation, with exit code 2.
 
     Args:
         Agent, saved, device, acting: see `rebuild` and `load`.

@@ -53,8 +53,8 @@ class Replay:
     def batch(self, draws):
         """A batch {key: (S, B, ...)}, uniform over the offline and, in the online phase, the online transitions.
 
-        Draws are offline {"indices" (S, B) of transitions}. Online they have "count" of `append` too, and "indices" are
-        uniform integers of a range far above the buffer's size.
+        Offline, draws are {"indices" (S, B) of transitions}. Online they have "count" of `append` too, and "indices"
+        are uniform integers of a range far above the buffer's size.
         """
         indices = draws["indices"]
         if "starts" in self.dataset:

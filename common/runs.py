@@ -32,13 +32,13 @@ def start_run(args, resumed, device, identity):
     lock = hold(run_dir)
     if resumed is not None:
         _cut_back(run_dir, args, resumed, identity)
-    command = [shutil.which("git"), "rev-parse", "HEAD"]
-    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True) if command[0] else None
+    git, here = shutil.which("git"), Path(__file__).parent
+    commit = git and subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
     info = {
         "algorithm": algorithm(args),
         "args": dataclasses.asdict(args),
         "versions": versions(),
-        "git_commit": git.stdout.strip() or None if git else None,
+        "git_commit": commit or None,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
         "dataset": identity,
     }
