@@ -68,7 +68,7 @@ def changed_settings(info):
         official = generate.OFFICIAL_SIZES.get(envs.dataset_name(args["env_id"]), (None,))[0]
         changed |= {"generated_episodes": int(made[1])} if int(made[1]) != official else {}
     tuned = module.TUNED_ONLINE if args["online_timesteps"] else module.TUNED
-    if not changed and environment not in tuned:
+    if environment not in tuned:
         changed["env_id"] = args["env_id"]
     return changed
 

@@ -171,7 +171,7 @@ def check_file(path, env, advice):
     for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if arrays[key].shape[1:] != space.shape:
             refuse(f": a row of {key} has shape {arrays[key].shape[1:]}, {env.spec.id} needs {space.shape}")
-    if len(array) < 2 or not arrays["terminals"][-1] or arrays["terminals"].all():
+    if len(arrays["observations"]) < 2 or not arrays["terminals"][-1] or arrays["terminals"].all():
         refuse(": key terminals must mark each trajectory's last row, the file's last row among them")
 
 

@@ -90,17 +90,17 @@ def process_as_before():
     """What common/device.py and common/signals.py set up for a whole process is then as it was before."""
     precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    places = (sys, "excepthook"), (torch.utils.deterministic, "fill_uninitialized_memory")
-    places = [(*place, getattr(*place)) for place in (*places, (torch.backends.cudnn, "allow_tf32"))]
+    hook, tf32 = sys.excepthook, torch.backends.cudnn.allow_tf32
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     try:
         yield
     finally:
+        sys.excepthook, torch.backends.cudnn.allow_tf32 = hook, tf32
+        torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(deterministic)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for owner, name, value in places:
-            setattr(owner, name, value)
 
 
 @pytest.fixture(autouse=True)
@@ -210,9 +210,13 @@ def in_this_process(main, words):
     """{returncode, stdout, stderr} of main() with the command line `words`."""
     out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
     sys.argv = list(map(str, words))
-    outputs = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     try:
-        with outputs[0], outputs[1], process_as_before(), warnings.catch_warnings():
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            process_as_before(),
+            warnings.catch_warnings(),
+        ):
             warnings.filterwarnings("ignore", message=".*found in sys.modules.*")  # runpy's
             main()
     except SystemExit as stop:  # as Python ends: a text goes to stderr, and the code is 1
