@@ -290,6 +290,7 @@ def test_incomplete_or_unfit_arrays_are_refused_by_key(maze_data, cube_data, tmp
     assert "a row of observations has shape (28,)" in load_error(cube_data, capsys)
     message = load_error(rewritten(maze_data, path, terminals=np.zeros(len(rows["terminals"]), bool)), capsys)
     assert "terminals" in message
+    assert "terminals" in load_error(rewritten(maze_data, path, **{key: rows[key][:0] for key in rows}), capsys)
     message = load_error(rewritten(maze_data, path, observations=rows["observations"].astype("U9")), capsys)
     assert "not numbers" in message
     assert "lacks the key button_states" in load_error(cube_data, capsys, "scene-play-singletask-v0")

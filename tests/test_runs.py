@@ -508,6 +508,13 @@ def test_a_row_that_a_full_disk_cuts_off_is_taken_back(tmp_path):
     assert "could not write" in str(stop.value.code) and path.read_bytes() == before
 
 
+def test_two_runs_that_begin_in_one_second_have_two_directories(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.time, "time", lambda: 1000.5)
+    args = parse("floq", "--no-cuda", "--runs-dir", str(tmp_path))
+    names = [runs._new_directory(args).name for _ in range(2)]
+    assert [name.split("__")[-1] for name in names] == ["1000", "1001"]
+
+
 def test_the_seconds_of_a_run_continue(tmp_path, monkeypatch):
     """And a machine without git runs too."""
     args = parse("floq", "--no-cuda", "--runs-dir", str(tmp_path))
