@@ -125,6 +125,42 @@ def test_a_share_of_the_actions_of_noisy_data_is_random(dataset, share, monkeypa
     assert all((row["actions"] == 0.5).all() for row in rows) == (share == 0)
 
 
+def test_each_target_of_an_episode_gets_its_own_oracle(monkeypatch):
+    asked, targets = [], iter(("cube", "drawer", "window", "cube"))
+
+    class Oracle:
+        def __init__(self, name):
+            self.name, self.left, self.done = name, 0, False
+
+        def reset(self, ob, info):
+            self.left, self.done = 3, False
+
+        def select_action(self, ob, info):
+            asked.append(self.name)
+            self.left -= 1
+            self.done = self.left == 0
+            return np.zeros(5)
+
+    class Env:
+        number = 0
+        unwrapped = property(lambda env: env)
+
+        def set_new_target(self, p_stack):
+            return np.zeros(3), {"privileged/target_task": next(targets)}
+
+        def reset(self, seed):
+            return self.set_new_target(0)
+
+        def step(self, action):
+            self.number += 1
+            return np.zeros(3), 0.0, False, self.number == 8, {}
+
+    oracles = {name: Oracle(name) for name in ("cube", "drawer", "window")}
+    monkeypatch.setattr(generate, "make_oracles", lambda env, dataset: oracles)
+    generate.collect_manipulation(Env(), "scene-play-v0", 0)
+    assert asked == ["cube"] * 3 + ["drawer"] * 3 + ["window"] * 2
+
+
 def test_scenes_cube_stays_on_the_table_or_in_the_drawer():
     on_the_table = [0.4, 0.0, 0.02]
     for xyz, stays in (
