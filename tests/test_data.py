@@ -226,6 +226,15 @@ def test_generated_data_is_made_once_and_named_so(tmp_path):
     assert "-generated-2ep-" in path.name and find().stat().st_mtime_ns == stamp
 
 
+def test_a_set_has_as_many_episodes_as_the_official_one_unless_told_otherwise(tmp_path):
+    path = generate.generated_path(
+        "cube-single-play-v0", tmp_path, generate.OFFICIAL_SIZES["cube-single-play-v0"][0], 0
+    )
+    path.touch()
+    generate.val_path(path).touch()  # there already: nothing is collected
+    assert generate.generate("cube-single-play-v0", tmp_path) == path and "-1000ep-" in path.name
+
+
 def test_processes_that_start_together_share_one_collection(tmp_path):
     code = (
         "import sys, floq; from common import datasets;"
