@@ -2,11 +2,12 @@
 
     python -m benchmarks.collect_results runs/RUN_DIR [runs/RUN_DIR ...]
     python -m benchmarks.collect_results runs/*__* --skip    # leave out what is refused: unfinished runs, wrong rows
+    python -m benchmarks.collect_results runs/RUN_DIR --unfinished    # so far; again later, with more evaluations
 
 Writes `benchmarks/results/{method}/{env_id}/{run}.csv`, the run's eval.csv, and `{run}.json`: its arguments, versions,
-device, data with its hash, wall time, and the settings that are not the published ones. A run that is unfinished, that
-has no identity, or whose settings, data and seeds are there already with other numbers is refused (exit code 2) before
-anything is written.
+device, data with its hash, wall time, and the settings that are not the published ones. A run that is unfinished
+(without `--unfinished`), that has no identity, or whose settings, data and seeds are there already with other numbers
+is refused (exit code 2) before anything is written.
 """
 
 import dataclasses
@@ -38,6 +39,8 @@ class CollectResultsArgs:
     """directory of the results"""
     skip: bool = False
     """leave out runs that are refused, as unfinished ones (it is said which and why), instead of collecting nothing"""
+    unfinished: bool = False
+    """take unfinished runs too; they get no score and no verdict, and grow when collected again"""
 
 
 def settings(args):
@@ -70,14 +73,17 @@ def changed_settings(info):
     tuned = module.TUNED_ONLINE if args["online_timesteps"] else module.TUNED
     if environment not in tuned:
         changed["env_id"] = args["env_id"]
+    if set(changed) == {"eval_interval"} and scores.EVAL_INTERVAL % args["eval_interval"] == 0:
+        return {}  # it is evaluated at the published steps, and at others too
     return changed
 
 
-def read_run(run_dir):
-    """A finished run's identity, for the json file, and the bytes of its eval.csv.
+def read_run(run_dir, unfinished=False):
+    """A run's identity, for the json file, and the bytes of its eval.csv.
 
     Raises:
-        SystemExit: (code 2) for a directory that is no run's, one without an identity, or an unfinished run.
+        SystemExit: (code 2) for a directory that is no run's, one without an identity, or, unless `unfinished` runs are
+            wanted, an unfinished one.
     """
     run_dir = Path(run_dir)
     try:
@@ -94,8 +100,11 @@ def read_run(run_dir):
         fail(
             f"{run_dir} is unfinished: it has no eval.csv; go on with python {info['algorithm']}.py --resume {run_dir}"
         )
-    scores.read_evaluations(path, info["args"])
+    curves = scores.read_evaluations(path, info["args"], unfinished)
     info["settings"], info["changed"] = settings(info["args"]), changed_settings(info)
+    due = scores.evaluation_steps(info["args"])
+    if any(due[phase] - curve.keys() for phase in due for curve in curves[phase].values()):
+        info["unfinished"] = True
     columns = ["step", "updates_per_second", "seconds_training", "seconds_evaluating"]
     timed = (run_dir / "timing.csv").exists()  # a run may be too short for a row
     timing = tables.read_exactly(run_dir / "timing.csv", columns) if timed else []
@@ -125,12 +134,12 @@ def main(args):
     new = {}
     for run_dir in args.run_dirs:
         try:
-            info, evaluations = read_run(run_dir)
+            info, evaluations = read_run(run_dir, args.unfinished)
             seeds = range(info["args"]["seed"], info["args"]["seed"] + info["args"]["num_seeds"])
             identity = scores.experiment(info)
             others = [claimed[identity, seed] for seed in seeds if (identity, seed) in claimed]
             for other, numbers in others:
-                if numbers != evaluations:
+                if not (numbers.startswith(evaluations) or evaluations.startswith(numbers)):  # one run, at two times
                     same = f"{run_dir} claims the same settings, data and seeds as {other}"
                     fail(f"{same}, with other numbers; keep one of them")
         except SystemExit:
@@ -139,16 +148,19 @@ def main(args):
             print(f"{run_dir}: left out")
             continue
         path = output / info["algorithm"] / scores.canonical(info["args"]["env_id"]) / f"{run_name(info)}.csv"
-        claimed |= {(identity, seed): (path, evaluations) for seed in seeds}
         if others:
-            print(f"{run_dir}: there already, {others[0][0]}")
+            path = others[0][0]
+        if others and len(evaluations) <= len(others[0][1]):
+            print(f"{run_dir}: there already, {path}")
         else:
             new[path] = info, evaluations
+            claimed |= {(identity, seed): (path, evaluations) for seed in seeds}
     for path, (info, evaluations) in new.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         runs.write_text(path.with_suffix(".json"), json.dumps(info, indent=1) + "\n")
         runs.write_text(path, evaluations.decode())
         label = f"not the published settings: {', '.join(info['changed'])}" if info["changed"] else "published settings"
+        label += ", so far" if "unfinished" in info else ""
         print(f"{path} ({label})")
 
 

@@ -6,9 +6,12 @@
 
 A score follows the paper's rule (offline: the mean of the last three evaluations), then the mean over seeds. A verdict
 rests on the interval of the difference to the published score (`benchmarks.scores.verdict`). Runs whose settings are
-not the published ones are listed as reduced and get none. Official and generated data are never put together.
+not the published ones are listed as reduced and get none. Unfinished runs are shown so far and get none either.
+Official and generated data are never put together.
 """
 
+import dataclasses
+import importlib
 import json
 import sys
 from collections import defaultdict
@@ -100,10 +103,11 @@ def make_rows(runs, reported):
 
     Returns:
         list of {COLUMNS..., samples, members}, sorted; `changed` is empty for published settings, `members` are a
-        measured row's runs. A published score without a run is a row with the verdict `not run`.
+        measured row's runs. A published score without a run is a row with the verdict `not run`. Unfinished runs are
+        in no row.
     """
     groups = defaultdict(list)
-    for run in runs:
+    for run in (run for run in runs if not run["unfinished"]):
         for protocol in run["protocols"]:
             groups[run["method"], run["env_id"], protocol, run["source"], json.dumps(run["changed"])].append(run)
     rows = []
@@ -154,6 +158,22 @@ def environment_rows(rows, reported):
         row = {"method": method, "env_id": name, "protocol": protocol, "source": source, "changed": {}}
         together.append(row | statistics(samples, published) | reported_columns(published))
     return together
+
+
+def unfinished_rows(runs):
+    """A row for each unfinished run, in its present phase, whose last update is `length`.
+
+    Returns:
+        list of {method, env_id, protocol, source, changed, members, length}.
+    """
+    rows = []
+    for run in (run for run in runs if run["unfinished"]):
+        args = run["info"]["args"]
+        steps = scores.evaluation_steps(args)
+        protocol = next(p for p in reversed(run["protocols"]) if all(run["curves"][scores.PROTOCOLS[p][0]].values()))
+        row = {name: run[name] for name in ("method", "env_id", "source", "changed")}
+        rows.append(row | {"protocol": protocol, "members": [run], "length": max(steps[scores.PROTOCOLS[protocol][0]])})
+    return rows
 
 
 def reported_columns(published):
@@ -210,7 +230,8 @@ def verdict_key(row):
 
 # --- Tables ---
 
-NOT_YET = "No run of published size has been made yet, for any of the four methods."
+NOT_YET = "No run of published size has ended yet, for any of the four methods."
+SO_FAR = "published_so_far.png"
 NOTES = (
     "Scores are success in percent; +- is the standard deviation over the seeds, their number in brackets. "
     "An interval in square brackets has 95%."
@@ -322,6 +343,46 @@ def verdict_table(rows):
     return markdown(["method", "data", "scores of", *RANK], lines)
 
 
+def unfinished_table(rows, reported):
+    """How far unfinished runs are, and their last evaluations; `rows` of unfinished_rows."""
+    lines = []
+    for row in rows:
+        (run,) = row["members"]
+        info, curves = run["info"], run["curves"][scores.PROTOCOLS[row["protocol"]][0]].values()
+        step = max(map(max, curves))
+        published = None if row["changed"] else reported.get((row["method"], row["env_id"], row["protocol"]))
+        lines.append([
+            TITLES[row["method"]], row["env_id"], f"{row['source']}, {info['dataset']['transitions']:,}",
+            f"{step:,} of {row['length']:,}", f"{sum(info['seconds'].values()) / 3600:.1f}",
+            cell(np.mean([curve[step] for curve in curves]), None, len(curves)),
+            cell(published["mean"], published["std"], published["num_seeds"]) if published else "",
+        ])  # fmt: skip
+    header = ["method", "environment", "data, transitions", "updates so far", "hours", "success in the last evaluation"]
+    return markdown([*header, "published, at the end"], lines)
+
+
+def unfinished_picture(rows, folder=""):
+    """The picture of unfinished runs, which lies in a page's `folder`, and their commands."""
+    commands = "\n".join(run_command(row["members"][0]["info"]) for row in rows)
+    return f"![success so far]({folder}{SO_FAR})\n\n```\n{commands}\n```\n"
+
+
+def run_command(info):
+    """The command that repeats a run; the settings that --env-id alone gives are left out."""
+    args, words = info["args"], f"python {info['algorithm']}.py --env-id {info['args']['env_id']}"
+    defaults = dataclasses.asdict(importlib.import_module(info["algorithm"]).Args())
+    always = ["online_timesteps", "seed", "num_seeds", "dataset_source", "eval_interval"]
+    names = [name for name in always if args[name] != defaults[name]]
+    names += [name for name in info["changed"] if name in defaults and name not in ("env_id", *names)]
+    for name in names:
+        flag = name.replace("_", "-")
+        if isinstance(args[name], bool):
+            words += f" --{flag}" if args[name] else f" --no-{flag}"
+        else:
+            words += f" --{flag} {' '.join(map(str, args[name])) if isinstance(args[name], list) else args[name]}"
+    return words
+
+
 def measured_text(rows, reported):
     """Verdicts, tables and interquartile means of the runs of published settings; one sentence where there is none."""
     measured = [row for row in rows if row["samples"] and not row["changed"]]
@@ -335,12 +396,16 @@ def measured_text(rows, reported):
     return "\n\n".join(text) + "\n"
 
 
-def documents(rows, reported):
+def documents(rows, unfinished, reported):
     """{path below the repository: {block name: markdown}}: what --write puts between a file's markers."""
     any_measured = any(row["samples"] and not row["changed"] for row in rows)
     summary = "Published scores by verdict:\n\n" + verdict_table(rows) if any_measured else NOT_YET + "\n"
-    complete = {"published": published_table(reported), "measured": measured_text(rows, reported)}
-    return {"README.md": {"results": summary}, "docs/benchmarks.md": complete | {"reduced": reduced_table(rows)}}
+    measured = measured_text(rows, reported)
+    if unfinished:
+        summary += f"\nUnfinished:\n\n{unfinished_picture(unfinished, 'docs/')}"
+        measured += f"\nUnfinished:\n\n{unfinished_table(unfinished, reported)}\n{unfinished_picture(unfinished)}"
+    complete = {"published": published_table(reported), "measured": measured, "reduced": reduced_table(rows)}
+    return {"README.md": {"results": summary}, "docs/benchmarks.md": complete}
 
 
 def insert(text, name, block, path):
@@ -356,7 +421,7 @@ def insert(text, name, block, path):
 
 
 def draw_curves(path, rows, reported):
-    """Saves a method's learning curves: a panel per task, a thin line per seed, the published score as a band."""
+    """Saves learning curves: a panel per row, a thin line per seed, the published score as a band."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
@@ -378,6 +443,9 @@ def draw_curves(path, rows, reported):
                 break
         title = row["env_id"].removesuffix("-v0").replace("-singletask", "")
         title += f", {row['protocol']}" if row["protocol"].startswith("online") else ""
+        if row.get("length"):  # an unfinished run: its panel has room for all of it
+            axes.set_xlim(right=row["length"])
+            title = f"{TITLES[row['method']]}: {title}, so far"
         axes.set_title(title + (" (reduced run)" if row["changed"] else ""), fontsize="medium")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k
         axes.locator_params(axis="x", nbins=5)
@@ -400,16 +468,20 @@ def main(args):
     if not Path(args.results).is_dir():
         fail(f"--results {args.results} is not a directory")
     reported = scores.read_reported(args.reported)
-    rows = make_rows(scores.read_results(args.results), reported)
+    runs = scores.read_results(args.results)
+    rows, unfinished = make_rows(runs, reported), unfinished_rows(runs)
     stored = Path(args.results) / "report.csv"
     worse = worse_verdicts(rows, stored) if args.check else []
 
     printed = [row for row in rows if row["method"] in args.methods]
-    print(f"{measured_text(printed, reported)}\nReduced runs\n\n{reduced_table(printed)}")
+    so_far = unfinished_table([row for row in unfinished if row["method"] in args.methods], reported)
+    tables = {"Published settings": measured_text(printed, reported), "Unfinished runs": so_far}
+    tables["Reduced runs"] = reduced_table(printed)
+    print("\n".join(f"{title}\n\n{table}" for title, table in tables.items()))
     if args.output is not None:
         write_text(Path(args.output), csv_text(rows))
     if args.write:
-        for name, blocks in documents(rows, reported).items():
+        for name, blocks in documents(rows, unfinished, reported).items():
             path = Path(args.docs) / name
             if not path.is_file():
                 fail(f"--docs {args.docs} has no {name}")
@@ -421,6 +493,8 @@ def main(args):
             drawn = [row for row in rows if row["method"] == method and row.get("members")]
             if drawn:
                 draw_curves(Path(args.docs) / "docs" / f"results_{method}.png", drawn[:PICTURE_TASKS], reported)
+        if unfinished:
+            draw_curves(Path(args.docs) / "docs" / SO_FAR, unfinished[:PICTURE_TASKS], reported)
         write_text(stored, csv_text(rows))
         print(f"written: {stored}, README.md, docs/benchmarks.md and its pictures")
     if worse:

@@ -37,6 +37,7 @@ PROTOCOLS = {
 OTHER_PROTOCOLS = ("offline-2m-last3-default-settings", "offline-advanced", "offline-ablation", "offline-by-others",
                    "d4rl-offline-last", "d4rl-online-start", "d4rl-online-end")  # fmt: skip
 LONG = 2_000_000  # updates of the protocol `offline-2m-last3`
+EVAL_INTERVAL = 100_000  # updates between published evaluations
 # The task that `...-singletask-v0` means.
 DEFAULT_TASKS = {
     "pointmaze": 1, "antmaze": 1, "humanoidmaze": 1, "antsoccer": 4, "cube": 2, "scene": 2, "puzzle-3x3": 4,
@@ -141,12 +142,13 @@ def environment_scores(reported):
     }
 
 
-def read_evaluations(path, args):
+def read_evaluations(path, args, unfinished=False):
     """Rows of an eval.csv, checked against the arguments of its run.
 
     Args:
         path: of the file.
         args: the run's arguments, of args.json.
+        unfinished: whether evaluations after the last one may be missing.
 
     Returns:
         {phase: {seed: {step: success in percent}}}.
@@ -154,7 +156,7 @@ def read_evaluations(path, args):
     Raises:
         SystemExit: (code 2) with the file and the line for a malformed row, a score outside [0, 1], a row of another
             protocol (seed, phase, step or number of episodes that the arguments do not give) or one that is there
-            twice; with the file for missing evaluations (an unfinished run).
+            twice; with the file for missing evaluations (an unfinished run), or where there is none at all.
     """
     steps = evaluation_steps(args)
     seeds = range(args["seed"], args["seed"] + args["num_seeds"])
@@ -179,11 +181,21 @@ def read_evaluations(path, args):
         if step in curves[row["phase"]][seed]:
             fail(f"{where}: a second row of step {step} and seed {seed}")
         curves[row["phase"]][seed][step] = 100 * success
+    reached = max((step for by_seed in curves.values() for curve in by_seed.values() for step in curve), default=1)
     for phase, due in steps.items():
         for seed, curve in curves[phase].items():
-            if missing := sorted(due - curve.keys()):
+            if missing := [step for step in sorted(due - curve.keys()) if step <= reached or not unfinished]:
                 fail(f"{path}: unfinished: seed {seed} has no {phase} evaluation at step {missing[0]}")
     return curves
+
+
+def at_published_steps(curves, args):
+    """The evaluations of a finished run that the published protocols have; it may have been evaluated more often."""
+    steps = evaluation_steps(args | {"eval_interval": EVAL_INTERVAL})
+    return {
+        phase: {seed: {step: curve[step] for step in sorted(steps[phase])} for seed, curve in by_seed.items()}
+        for phase, by_seed in curves.items()
+    }
 
 
 def evaluation_steps(args):
@@ -198,9 +210,10 @@ def read_results(directory=ROOT / "results"):
     """Every run below a directory, checked; sorted by method and environment.
 
     Returns:
-        list of {method, env_id (with its task), source, changed, seeds, protocols, curves, info, path}; `curves` as
-        from read_evaluations, `changed` the settings that are not the published ones (none: the run gets a verdict),
-        `source` official, generated or custom.
+        list of {method, env_id (with its task), source, changed, unfinished, seeds, protocols, curves, info, path};
+        `curves` as from read_evaluations, of published settings at the published steps; `changed` the settings that are
+        not the published ones (none: the run gets a verdict when it is finished); `source` official, generated or
+        custom.
 
     Raises:
         SystemExit: (code 2) for a csv file without its json file or the other way round, a json file without an
@@ -225,10 +238,13 @@ def read_results(directory=ROOT / "results"):
             if key in claimed:
                 fail(f"{path} and {claimed[key]} claim the same identity: settings, data and seed {seed}; remove one")
             claimed[key] = path
+        unfinished = info.get("unfinished", False)
+        curves = read_evaluations(path, info["args"], unfinished)
         runs.append({
             "method": method, "env_id": env_id, "source": info["dataset"]["source"], "changed": info["changed"],
-            "seeds": list(seeds), "curves": read_evaluations(path, info["args"]), "info": info, "path": path,
-            "protocols": protocols(info["args"]),
+            "seeds": list(seeds), "info": info, "path": path, "protocols": protocols(info["args"]),
+            "curves": curves if unfinished or info["changed"] else at_published_steps(curves, info["args"]),
+            "unfinished": unfinished,
         })  # fmt: skip
     return runs
 

@@ -7,9 +7,11 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import tyro
 from conftest import ALGORITHMS, ROOT, run_module
 
 import floq
+import q_flow
 from benchmarks import collect_results, report, scores
 from benchmarks.studies import error_rates
 
@@ -47,16 +49,16 @@ def write_run(directory, success, task=1, first_seed=0, algorithm="value_flows",
     return directory
 
 
-def collect(output, *run_dirs):
+def collect(output, *run_dirs, **options):
     """benchmarks.collect_results, in this process."""
-    collect_results.main(collect_results.CollectResultsArgs(tuple(map(str, run_dirs)), str(output)))
+    collect_results.main(collect_results.CollectResultsArgs(tuple(map(str, run_dirs)), str(output), **options))
     return sorted(output.glob("*/*/*.csv"))
 
 
-def refused(capsys, function, *arguments):
+def refused(capsys, function, *arguments, **options):
     """The message with which a function ends the program with code 2."""
     with pytest.raises(SystemExit) as end:
-        function(*arguments)
+        function(*arguments, **options)
     assert end.value.code == 2
     return capsys.readouterr().err
 
@@ -293,6 +295,10 @@ def test_changed_settings_are_named(tmp_path):
     assert changed(write_run(tmp_path / "b", [0.5], num_samples=4)) == {"num_samples": 4}
     assert changed(write_run(tmp_path / "c", [0.5], compile=False, eval_workers=3, matmul_precision="high")) == {}
     assert changed(write_run(tmp_path / "d", [0.5], total_timesteps=500_000)) == {"total_timesteps": 500_000}
+    assert changed(write_run(tmp_path / "j", [0.5], eval_interval=50_000)) == {}  # at the published steps, and others
+    assert changed(write_run(tmp_path / "k", [0.5], eval_interval=40_000)) == {"eval_interval": 40_000}
+    both = {"batch_size": 16, "eval_interval": 50_000}
+    assert changed(write_run(tmp_path / "l", [0.5], **both)) == both
     run_dir = write_run(tmp_path / "e", [0.5], source="generated")
     info = json.loads((run_dir / "args.json").read_text())
     info["dataset"]["file"] = "cube-double-play-v0-generated-120ep-seed0.npz"
@@ -356,6 +362,95 @@ def test_a_run_too_short_for_a_row_of_timing_is_collected(tmp_path):
     assert collect_results.read_run(directory)[0]["seconds"] == {"training": 10000.0, "evaluating": 500.0}
     (directory / "timing.csv").unlink()
     assert collect_results.read_run(directory)[0]["seconds"] == {"training": 0.0, "evaluating": 0.0}
+
+
+def keep_rows(path, number):
+    """Takes an evaluation file back to its first rows."""
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[: 1 + number]))
+
+
+def test_an_unfinished_run_grows_until_it_ends(tmp_path, capsys):
+    """It is collected when that is asked for, replaced by its later rows, and gets a verdict at its end."""
+    reported = scores.read_reported()
+    run_dir = write_run(tmp_path / "a", [0.9, 0.8], source="generated", eval_interval=50_000)
+    whole = (run_dir / "eval.csv").read_text()
+    results, command = tmp_path / "results", "--dataset-source generated --eval-interval 50000"
+
+    table = lambda rows: report.unfinished_table(rows, reported)
+
+    def read():
+        runs = scores.read_results(results)
+        measured = [row for row in report.make_rows(runs, reported) if row["samples"]]
+        return measured, report.unfinished_rows(runs)
+
+    keep_rows(run_dir / "eval.csv", 6)  # steps 1, 50,000 and 100,000
+    assert "unfinished: seed 0 has no offline evaluation at step 150000" in refused(capsys, collect, results, run_dir)
+    (path,) = collect(results, run_dir, unfinished=True)
+    assert "published settings, so far" in capsys.readouterr().out
+    measured, rows = read()
+    row = "| generated, 1,000,000 | 100,000 of 1,000,000 | 2.9 | 85 (2) | 97 +- 1 (8) |"
+    assert measured == [] and row in table(rows)
+    documents = report.documents(measured, rows, reported)
+    for name, block, folder in (("README.md", "results", "docs/"), ("docs/benchmarks.md", "measured", "")):
+        text = documents[name][block]
+        assert report.NOT_YET in text and f"![success so far]({folder}published_so_far.png)" in text
+        assert f"python value_flows.py --env-id {TASK.format(1)} --num-seeds 2 {command}\n" in text
+
+    (run_dir / "eval.csv").write_text(whole)
+    keep_rows(run_dir / "eval.csv", 8)
+    assert collect(results, run_dir, unfinished=True) == [path] and "150,000 of" in table(read()[1])
+    keep_rows(run_dir / "eval.csv", 4)  # an older copy of the run
+    collect(results, run_dir, unfinished=True)
+    assert "there already" in capsys.readouterr().out and "150,000 of" in table(read()[1])
+    (run_dir / "eval.csv").write_text(whole.replace("0.9", "0.7"))
+    assert "claims the same settings" in refused(capsys, collect, results, run_dir)
+
+    (run_dir / "eval.csv").write_text(whole.replace("950000,0,offline,0.9", "950000,0,offline,0.1"))
+    assert collect(results, run_dir) == [path]
+    ((row,), rows) = read()
+    assert (row["verdict"], row["changed"], rows) == ("undecided", {}, [])
+    assert row["score"] == 85  # of 800,000, 900,000 and 1,000,000 updates
+    keep_rows(run_dir / "eval.csv", 10)
+    collect(results, run_dir, unfinished=True)
+    assert "there already" in capsys.readouterr().out and read()[1] == []
+
+
+def test_a_gap_is_no_unfinished_run(tmp_path, capsys):
+    run_dir = write_run(tmp_path / "a", [0.9, 0.8])
+    path = run_dir / "eval.csv"
+    text = path.read_text()
+    for gap in ("100000,1,offline,0.8,-100.0,200.0,50\n", "1000000,1,offline,0.8,-100.0,200.0,50\n"):
+        path.write_text(text.replace("\n" + gap, "\n", 1))
+        message = refused(capsys, collect, tmp_path / "results", run_dir, unfinished=True)
+        assert f"seed 1 has no offline evaluation at step {gap.split(',')[0]}" in message
+    keep_rows(path, 0)
+    message = refused(capsys, collect, tmp_path / "results", run_dir, unfinished=True)
+    assert "seed 0 has no offline evaluation at step 1" in message
+
+
+def test_an_unfinished_online_run_is_shown_in_its_phase(tmp_path):
+    reported = scores.read_reported()
+    run_dir = write_run(tmp_path / "a", [0.9], online_timesteps=1_000_000)
+    whole = (run_dir / "eval.csv").read_text()
+    for number, protocol, length in ((2, "online-start", "1,000,000"), (12, "online-end", "2,000,000")):
+        (run_dir / "eval.csv").write_text(whole)
+        keep_rows(run_dir / "eval.csv", number)
+        collect(tmp_path / "results", run_dir, unfinished=True)
+        rows = report.unfinished_rows(scores.read_results(tmp_path / "results"))
+        assert [row["protocol"] for row in rows] == [protocol]
+        assert f" of {length} | " in report.unfinished_table(rows, reported)
+    report.draw_curves(tmp_path / "curves.png", rows, reported)
+
+
+def test_the_command_of_a_reduced_run_has_its_settings(tmp_path):
+    changes = dict(batch_size=16, layer_norm=False, value_hidden_dims=[64, 64])
+    info = collect_results.read_run(write_run(tmp_path / "a", [0.9], algorithm="q_flow", **changes))[0]
+    command = report.run_command(info)
+    assert command.startswith(f"python q_flow.py --env-id {TASK.format(1)} ")
+    words = command.split()[2:]
+    args = tyro.cli(q_flow.Args, args=words)
+    found = args.env_id, args.batch_size, args.layer_norm, args.value_hidden_dims
+    assert found == (TASK.format(1), 16, False, (64, 64))
 
 
 def test_evor_is_compared_with_nothing(tmp_path):
@@ -530,8 +625,9 @@ def test_check_finds_verdicts_that_got_worse(tmp_path, capsys):
 def test_the_repositorys_tables_are_those_of_its_results():
     """README.md, docs/benchmarks.md and report.csv are what `benchmarks.report --write` makes of the results."""
     reported = scores.read_reported()
-    rows = report.make_rows(scores.read_results(), reported)
-    for name, blocks in report.documents(rows, reported).items():
+    runs = scores.read_results()
+    rows = report.make_rows(runs, reported)
+    for name, blocks in report.documents(rows, report.unfinished_rows(runs), reported).items():
         text = (ROOT / name).read_text()
         for block, content in blocks.items():
             assert report.insert(text, block, content, name) == text, f"{name}: run python -m benchmarks.report --write"
