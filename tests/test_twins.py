@@ -210,6 +210,17 @@ def test_a_side_continues_with_the_settings_and_data_that_it_began_with(
     assert json.loads(about.read_text()) == json.loads(first) | {"commit": "second"}
     assert twins.Rows(options, side, 1).done(2)
 
+    more = replace(options, first_seed=2, num_seeds=1)
+    with pytest.raises(SystemExit):
+        small_sides(side, more, alpha=7.0)
+    assert "began with alpha 5.0 (now 7.0)" in capsys.readouterr().err
+    small_sides(side, more)
+    before = {path.name: path.read_text() for path in Path(options.results_dir).glob("*_seed[01].csv")}
+    assert twins.Rows(options, side, 2).done(1) and not twins.Rows(options, side, 2).done(2)
+    small_sides(side, replace(more, until=2))
+    assert twins.Rows(options, side, 2).done(2) and len(before) == 2
+    assert all((Path(options.results_dir) / name).read_text() == text for name, text in before.items())
+
     fresh = {"state_dir": f"{options.state_dir}_b", "results_dir": f"{options.results_dir}_b"}
     small_sides(side, replace(options, **fresh), sha256="b", alpha=7.0)
 

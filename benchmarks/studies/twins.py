@@ -104,7 +104,9 @@ class TwinsArgs:
     python: str = sys.executable
     """Python that has jax, flax, optax, distrax and ml_collections"""
     num_seeds: int = 8
-    """seeds per side, 0, 1, ..."""
+    """seeds per side"""
+    first_seed: int = 0
+    """first of these seeds: others beside those that are there"""
     until: int = QUARTERS
     """last quarter to train"""
     threads: int = 1
@@ -141,6 +143,11 @@ def config_of(method, args):
     return {name: getattr(args, name) for name in SAME_NAME[method]} | {
         theirs: getattr(args, ours) for ours, theirs in RENAMED.items()
     }
+
+
+def seeds_of(twins):
+    """The seeds of this program's side."""
+    return list(range(twins.first_seed, twins.first_seed + twins.num_seeds))
 
 
 def load_data(twins, args):
@@ -232,14 +239,14 @@ def draw_keys(generator, num_steps):
 def train_authors(twins, args, identity, data):
     """Trains every seed of the authors' agent, quarter by quarter."""
     what = {"settings": config_of(twins.method, args), "dataset": identity}
-    paths = [Path(twins.state_dir) / f"{twins.method}_authors_seed{seed}.pkl" for seed in range(twins.num_seeds)]
-    check_continues(twins, "authors", what, paths)
+    paths = {seed: Path(twins.state_dir) / f"{twins.method}_authors_seed{seed}.pkl" for seed in seeds_of(twins)}
+    check_continues(twins, "authors", what, paths.values())
     side = Authors(twins, args, data)
     about = {"versions": side.ask("versions"), "commit": commit_of(twins.authors)} | what
     quarter_length = args.total_timesteps // QUARTERS
     for quarter in range(1, twins.until + 1):
         pending, states = [], []  # seeds that are not evaluated at the quarter's end
-        for seed, state in enumerate(paths):
+        for seed, state in paths.items():
             rows = Rows(twins, "authors", seed)
             if state.exists() and rows.done(quarter):
                 continue
@@ -350,9 +357,10 @@ def train_ours(twins, args, identity, dataset):
     settings = {
         name: value for name, value in asdict(args).items() if name not in ("runs_dir", "dataset_dir", "resume")
     }
-    what, state = {"settings": settings, "dataset": identity}, Path(twins.state_dir) / f"{twins.method}_ours.pt"
+    what, seeds = {"settings": settings, "dataset": identity}, seeds_of(twins)
+    first = f"_from{twins.first_seed}" if twins.first_seed else ""
+    state = Path(twins.state_dir) / f"{twins.method}_ours{first}.pt"
     check_continues(twins, "ours", what, [state])
-    seeds = list(range(twins.num_seeds))
     side = Ours(twins, args, dataset, seeds)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     about = {"versions": versions, "commit": commit_of(ROOT)} | what
@@ -445,11 +453,11 @@ def check_continues(twins, side, what, states):
 
     Args:
         what: {settings, dataset} of now.
-        states: files that the side continues from; it begins where none is there.
+        states: files that the side continues from; it begins where none is there and its first seed is 0.
     """
     name, what = f"{twins.method}_{side}.json", json.loads(json.dumps(what))  # as it is read: tuples are lists
     kept = Path(twins.state_dir) / name
-    continues = any(state.exists() for state in states)
+    continues = twins.first_seed > 0 or any(state.exists() for state in states)
     found = next((path for path in (kept, Path(twins.results_dir) / name) if path.exists()), None)
     if continues and found:
         before = json.loads(found.read_text())
