@@ -6,15 +6,15 @@ improvement is made when acting: draw candidate actions from the base policy, ra
 samples, draw one of them by a softmax of the ratings. How many and how greedily is chosen then, without training again.
 
 Neither the authors' code nor the paper's full text could be read: docs/evor.md says what is known and what was chosen.
-Flow TD, the return fields' Bellman equation, has a label of our own by default: its solution is the distribution of
-returns. With the paper's (`--td-target published`) the flow ends at the return plus its start noise.
+Flow TD, the return fields' Bellman equation, has a label of our own by default: the flow then ends at the distribution
+of returns. With the paper's (`--td-target published`) it ends at a mean return plus the start noise.
 
 Read first: Agent.flow_td (the targets), Agent.critic_loss, Agent.actor_loss (what is learned), Agent.act, update (one
 step), then the main program at the end. An agent is written for one seed; common/stacked.py runs several side by side.
 
     python evor.py --quick                                                  # minutes on two CPU cores, data included
     python evor.py --env-id cube-single-play-singletask-v0 --num-seeds 8    # full size, eight seeds stacked
-    python evor.py --evaluate runs/RUN_DIR --num-actions 64 --tau-q 0.1     # a trained run, improved more
+    python evor.py --evaluate runs/RUN_DIR --num-actions 64                 # a trained run with more candidates
 
 Notation in the shapes: E return fields, B batch, C candidate actions, R return samples, N rows, D observation
 dimension, A action dimension, K Euler steps.
@@ -89,8 +89,8 @@ class Args:
     tau_q: float = 1.0  # temperature of the choice among candidates, in units of return (small: the best, large: any)
     tau_r: float = 10.0  # temperature of the soft maximum over return samples (small: their maximum, large: their mean)
     td_target: Literal["exact", "published"] = "exact"
-    """label of flow TD: a straight line's velocity r + gamma z' - z_0, or the paper's r + gamma vbar(z_t, t|s', a')"""
-    latents: Literal["data", "target"] = "data"  # published: z_t's line ends at the reward-to-go or a target's sample
+    """label of flow TD: a straight line's velocity, r + gamma z' - z_0, z' a return of (s', a'), or the paper's"""
+    latents: Literal["data", "target"] = "data"  # the paper's label only: z_1 of the data or a sample of the EMA fields
     bc_timesteps: int = 0  # first updates, of the policy alone, which is then frozen (0: policy and returns together)
     num_ensembles: int = 2  # return fields E
     clip_flow_returns: bool = True  # keep end points of returns in [min(r_min, 0), max(r_max, 0)] / (1 - gamma)
@@ -130,8 +130,8 @@ class MLP(nn.Module):
 
     Args:
         dims: (inputs, hidden widths..., outputs).
-        layer_norm: whether hidden layers end with LayerNorm (eps 1e-6).
-        ensemble: (E,) for E networks that see the same rows; () for one network.
+        layer_norm: whether hidden layers end with LayerNorm (of eps 1e-6, flax's, not torch's 1e-5).
+        ensemble: (E,) for E networks; () for one network.
     """
 
     def __init__(self, dims, layer_norm, ensemble=()):
@@ -148,7 +148,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: Euler steps share x (s, or s and a), so the compiler takes x W_x once.
+        [c, y] W is computed as c W_c + y W_y: Euler steps share c (s, or s and a), so the compiler takes c W_c once.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -187,7 +187,7 @@ class Agent(nn.Module):
     """
 
     ACTS = ("actor_flow", "target_critic_flow")  # the networks that acting needs
-    METRICS = ("critic/critic_loss", "critic/target_mean", "actor/bc_flow_loss")  # all; with bc_timesteps one phase's
+    METRICS = ("critic/critic_loss", "critic/target_mean", "actor/bc_flow_loss")  # an update may have a part of them
 
     def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
         super().__init__()
@@ -233,7 +233,7 @@ class Agent(nn.Module):
         """Flow TD: points z_t of the return field of (s,a), and their labels, (B, 1) each.
 
         Args:
-            batch: observations, next_observations (B, D), actions (B, A), rewards, masks and with data latents returns.
+            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,), maybe returns (B,).
             noise: an update's entries of draw_noise, (B, dim).
         """
         args = self.args
@@ -244,7 +244,7 @@ class Agent(nn.Module):
         next_actions = self.flow_actions(batch["next_observations"], noise["next_action"].unsqueeze(1))  # (B, 1, A)
         next_condition = torch.cat([batch["next_observations"], next_actions.squeeze(1)], dim=-1)  # (B, D + A)
 
-        # 2. A return z_1 of (s,a). Exact: r + gamma z' with z' of (s',a') from z_0 too. Published: independent of z_0.
+        # 2. A return z_1 of (s,a). Exact: r + gamma mask z', z' of (s',a') from z_0 too. Published: independent of z_0.
         if args.td_target == "exact":
             z_1 = rewards + args.gamma * masks * self.return_samples(next_condition, z_0)  # (B, 1)
         elif args.latents == "data":
@@ -264,7 +264,7 @@ class Agent(nn.Module):
         """L_critic, and its parts for the log; trains the return fields. Arguments as for flow_td."""
         z_t, label = self.flow_td(batch, noise)  # (B, 1)
 
-        # Regression of every field: v(z_t, t | s, a) -> label, whose mean is the mean return, as z_0's is 0.
+        # Regression of every field: v(z_t, t | s, a) -> label. Exact: its mean is the mean return, as z_0's is 0.
         condition = torch.cat([batch["observations"], batch["actions"]], dim=-1)  # (B, D + A)
         velocity = self.z_velocity(self.critic_flow, condition, z_t, noise["time"])  # (E, B, 1)
         critic_loss = (velocity - label).square().mean()
@@ -320,8 +320,8 @@ class Agent(nn.Module):
 
 
 def soft_maximum(returns, tau_r):
-    """Q = tau_R ln mean_j exp(z_j / tau_R), finite, from the maximum (tau_R small) to the mean: (..., R) -> (...)."""
-    top = returns.amax(dim=-1, keepdim=True)  # so that exp cannot overflow; log1p and expm1 are exact near the mean
+    """Q = tau_R ln mean_j exp(z^(j) / tau_R), the maximum for small tau_R, the mean for large: (..., R) -> (...)."""
+    top = returns.amax(dim=-1, keepdim=True)  # exp cannot overflow; expm1 and log1p stay exact where tau_R is large
     return top.squeeze(-1) + tau_r * torch.expm1((returns - top) / tau_r).mean(dim=-1).log1p()
 
 
@@ -339,8 +339,8 @@ def update(agents, batch, noise, losses=("critic_loss", "actor_loss")):
     """One update of every seed; returns the losses at the weights before it, {name: one per seed}.
 
     Batch and noise are those of Agent.critic_loss with a leading axis of seeds. A loss moves the networks that `trains`
-    names; to it, all others are constants (see common/stacked.py, also for `agents`). Without one of `losses` what it
-    trains stays bit-equal: Adam skips weights without a gradient.
+    names; to it, all others are constants (see common/stacked.py, also for `agents`). The networks of a loss that is
+    left out stay bit-equal: Adam skips weights without a gradient.
     """
     agents.optimizer.zero_grad()
     metrics = {}
@@ -413,7 +413,7 @@ if __name__ == "__main__":
     def save():
         """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
         progress = {"step": step, "evaluated": evaluated, "replay": replay.state(), "agent_inputs": agent_inputs}
-        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log.state() ends at NaN or inf
+        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log.state() refuses NaN and inf
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.

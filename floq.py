@@ -87,11 +87,11 @@ class Args:
     q_agg: Literal["mean", "min"] = "mean"  # aggregation of the target flows over the ensemble
     normalize_q_loss: bool = False  # divide the policy's Q term by the mean absolute Q
     train_at_zero_only: bool = False  # train the velocity at t = 0 only (with critic_flow_steps 1: a single pass)
-    flow_num_ensembles: int = 2  # velocity networks
-    distill_num_ensembles: int = 2  # distilled critics
+    flow_num_ensembles: int = 2  # velocity networks, an ensemble of E
+    distill_num_ensembles: int = 2  # distilled critics, another ensemble, whose E may differ
     use_prob_embed: bool = True  # embed z as an HL-Gauss histogram, instead of scaling its range to [0, 1]
     num_bins: int = 51  # edges of the HL-Gauss histogram, one more than its bins
-    sigma: float = 16.0  # deviation of the HL-Gauss histogram's Gaussian, in bin widths
+    sigma: float = 16.0  # standard deviation of the HL-Gauss histogram's Gaussian, in bin widths
     reward_offset: float = 0.01  # the HL-Gauss histogram covers [r_min - offset, r_max + offset] / (1 - gamma)
     time_embedding: Literal["cos", "fourier"] = "cos"
     """of the velocity network's time: cos(t) (released code) or cos(pi i t), i = 1..64 (paper)"""
@@ -109,7 +109,7 @@ class Args:
     """float32 products: highest (exact), high (TF32), medium (bfloat16); default: high where a GPU has TF32"""
 
 
-# The paper's settings for each environment, the best of its configurations.
+# The paper's settings, which replace Args' defaults: the best of its configurations for each environment.
 TUNED = {
     "antmaze-large-navigate": dict(alpha=10.0),
     "antmaze-giant-navigate": dict(alpha=10.0, gamma=0.995, q_agg="min", batch_size=512, critic_flow_steps=4),
@@ -149,8 +149,8 @@ class MLP(nn.Module):
 
     Args:
         dims: (inputs, hidden widths..., outputs).
-        layer_norm: whether hidden layers end with LayerNorm (eps 1e-6).
-        ensemble: (E,) for E networks that see the same rows; () for one network.
+        layer_norm: whether hidden layers end with LayerNorm (of eps 1e-6, flax's, not torch's 1e-5).
+        ensemble: (E,) for E networks; () for one network.
     """
 
     def __init__(self, dims, layer_norm, ensemble=()):
@@ -167,7 +167,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: Euler steps share x (s, or s and a), so the compiler takes x W_x once.
+        [c, y] W is computed as c W_c + y W_y: Euler steps share c (s, or s and a), so the compiler takes c W_c once.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -257,7 +257,7 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.action_dim = args, action_dim
         horizon = 1 / (1 - args.gamma)
-        min_reward, max_reward = min(min_reward, 0.0), max(max_reward, 0.0)  # with 0, an end's return, as released
+        min_reward, max_reward = min(min_reward, 0.0), max(max_reward, 0.0)  # the range holds 0, as released
         self.start_low, self.start_high = (args.noise_coverage * r * horizon for r in (min_reward, max_reward))
         q_min, q_max = (min_reward - args.reward_offset) * horizon, (max_reward + args.reward_offset) * horizon
 
@@ -296,7 +296,7 @@ class Agent(nn.Module):
         """L_critic, and its parts for the log; trains the value flow and the distilled critics.
 
         Args:
-            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,): 0 at a success, else 1.
+            batch: observations, next_observations (B, D), actions (B, A), rewards (B,), masks (B,), 0 at a success.
             noise: an update's entries of draw_noise, (rows, dim).
         """
         args, m = self.args, self.args.noise_samples
@@ -304,7 +304,7 @@ class Agent(nn.Module):
         observations, actions = per_sample(batch["observations"]), per_sample(batch["actions"])  # (B*m, D), (B*m, A)
         next_observations = per_sample(batch["next_observations"])  # (B*m, D)
 
-        # 1. TD target y = r + gamma mask mean_i Q(s', a'_i). No gradient: it is the regression's fixed label.
+        # 1. TD target y = r + gamma mask mean_i agg_e Q_e(s', a'_i). No gradient: it is the regression's fixed label.
         with torch.no_grad():
             next_actions = self.onestep_action(next_observations, noise["next_action"]).clamp(-1, 1)  # (B*m, A)
             next_z_0 = self.start_noise(noise["next_start"])  # (B*m, 1)
@@ -312,7 +312,7 @@ class Agent(nn.Module):
             next_q = aggregate(next_q, args.q_agg).view(-1, m).mean(dim=1)  # (B,)
             target = batch["rewards"] + args.gamma * batch["masks"] * next_q  # (B,)
 
-        # 2. Flow matching from z_0 ~ U[l, u] to y: v(z_t, t) -> y - z_0. As released, summed over the noise samples.
+        # 2. Flow matching from z_0 ~ U[l, u] to y: v(z_t, t) -> y - z_0. As released, summed over the m samples.
         z_0 = self.start_noise(noise["start"])  # (B*m, 1)
         z_1 = per_sample(target).unsqueeze(-1)  # (B*m, 1)
         t = torch.zeros_like(z_0) if args.train_at_zero_only else noise["time"]  # (B*m, 1)
@@ -465,7 +465,7 @@ if __name__ == "__main__":
     def save():
         """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
         progress = {"step": step, "evaluated": evaluated, "replay": replay.state(), "agent_inputs": agent_inputs}
-        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log.state() ends at NaN or inf
+        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log.state() refuses NaN and inf
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.

@@ -1,9 +1,10 @@
 """Q-Flow: policy improvement by intermediate values of a flow policy (arXiv 2605.13435), on OGBench.
 
-The idea: a flow policy turns noise into an action in K Euler steps. A value function V(s,x,t) of the latents x at flow
-time t says what the action at the end will be worth; it learns that by rolling latents out with the policy. Its
-gradient in x then bends the flow: the velocity is regressed on the behaviour's velocity plus grad V / lambda. Nothing
-is differentiated through the solver, and there is no cloning network and no second policy: the flow itself acts.
+The idea: a flow policy turns noise into an action in K Euler steps. A value V(s,x,t) of a point x on the way at flow
+time t says what the action at the end will be worth. Its label is a TD critic's Q(s,a) at the end of a roll-out from x
+by the policy. Its gradient in x bends the flow: the velocity is regressed on the behaviour's velocity plus
+grad V / lambda. Nothing is differentiated through the solver, and there is no cloning network and no second policy:
+the flow itself acts.
 
 Read first: Agent.roll_out (the flow), Agent.critic_loss, Agent.actor_loss (what is learned), update (one step), then
 the main program at the end. An agent is written for one seed; common/stacked.py runs several side by side.
@@ -101,7 +102,7 @@ class Args:
     """float32 products: highest (exact), high (TF32), medium (bfloat16); default: high where a GPU has TF32"""
 
 
-# The paper's settings for each environment; the time embedding is that of the authors' results notebook.
+# The paper's settings, which replace Args' defaults; the time embedding is that of the authors' notebook.
 EMBED = dict(use_time_embed=True, time_embed_dim=64)
 TUNED = {
     "antmaze-large-navigate": dict(alpha=0.2, **EMBED),
@@ -126,7 +127,7 @@ TUNED_ONLINE = {
     "puzzle-4x4-play": {},
 }
 
-# What --evaluate may change.
+# What --evaluate may change; training uses it too.
 INFERENCE = ("flow_steps",)
 
 # What --quick changes: data that are made here, and sizes that learn within minutes on two cores.
@@ -147,8 +148,8 @@ class MLP(nn.Module):
 
     Args:
         dims: (inputs, hidden widths..., outputs).
-        layer_norm: whether hidden layers end with LayerNorm (eps 1e-6).
-        ensemble: (E,) for E networks that see the same rows; () for one network.
+        layer_norm: whether hidden layers end with LayerNorm (of eps 1e-6, flax's, not torch's 1e-5).
+        ensemble: (E,) for E networks; () for one network.
     """
 
     def __init__(self, dims, layer_norm, ensemble=()):
@@ -165,7 +166,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: Euler steps share x (s, or s and a), so the compiler takes x W_x once.
+        [c, y] W is computed as c W_c + y W_y: Euler steps share c (s, or s and a), so the compiler takes c W_c once.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -220,12 +221,12 @@ class Agent(nn.Module):
         policy_t_dim = args.time_embed_dim if args.actor_time_embed else 1
         value_t_dim = args.time_embed_dim if args.use_time_embed else 1
 
-        E = (args.num_ensembles,)
+        ensemble = (args.num_ensembles,)
         critic_dims = (obs_dim + action_dim, *args.value_hidden_dims, 1)  # inputs [s, a]
         value_dims = (obs_dim + action_dim + value_t_dim, *args.value_hidden_dims, 1)  # inputs [s, x, emb(t)]
         policy_dims = (obs_dim + action_dim + policy_t_dim, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
-        self.critic = MLP(critic_dims, args.layer_norm, E)  # the paper's outer value Q
-        self.inner_value = MLP(value_dims, args.layer_norm, E)  # its inner value V
+        self.critic = MLP(critic_dims, args.layer_norm, ensemble)  # the paper's outer value Q
+        self.inner_value = MLP(value_dims, args.layer_norm, ensemble)  # its inner value V
         self.actor_flow = MLP(policy_dims, args.actor_layer_norm)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
@@ -235,7 +236,7 @@ class Agent(nn.Module):
         return self.actor_flow(observations, torch.cat([x, t], dim=-1))
 
     def roll_out(self, observations, x, t):
-        """Carries latents from their flow time t to the action at 1: K Euler steps of min(1 / K, what is left).
+        """Carries points from their flow time t to the action at 1: K Euler steps of min(1 / K, what is left).
 
         Args:
             observations, x, t: (N, D), (N, A), (N, 1) in [0, 1].
@@ -262,17 +263,17 @@ class Agent(nn.Module):
         """L_Q + L_V, and their parts for the log; trains the critics and the intermediate values.
 
         Args:
-            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,): 0 at a success, else 1.
+            batch: observations, next_observations (B, D), actions (B, A), rewards (B,), masks (B,), 0 at a success.
             noise: an update's entries of draw_noise, (B, dim).
         """
-        args, B = self.args, self.args.batch_size
+        args = self.args
         observations, actions, next_observations = batch["observations"], batch["actions"], batch["next_observations"]
-        t = noise["value_time"]  # (B, 1)
-        x_t = (1 - t) * noise["value_action"] + t * actions  # (B, A)
+        x_0, t = noise["value_action"], noise["value_time"]  # (B, A), (B, 1)
+        x_t = (1 - t) * x_0 + t * actions  # (B, A)
 
         # No gradient: targets are the regressions' fixed labels.
         with torch.no_grad():
-            # 1. One roll-out of the policy for both targets: from noise at s', and from the latents x_t at s.
+            # 1. One roll-out of the policy for both targets: from noise at s' at time 0, and from x_t at s at time t.
             both_observations = torch.cat([next_observations, observations])  # (2*B, D)
             both_x = torch.cat([noise["next_action"], x_t])  # (2*B, A)
             both_t = torch.cat([torch.zeros_like(t), t])  # (2*B, 1)
@@ -280,7 +281,7 @@ class Agent(nn.Module):
             target_q = aggregate(self.q_values(self.target_critic, both_observations, end_points), args.q_agg)  # (2*B,)
 
             # 2. TD target y = r + gamma mask Q(s', a'), and the intermediate value's label Q(s, end point).
-            next_q, inner_target = target_q.split(B)  # (B,)
+            next_q, inner_target = target_q.chunk(2)  # (B,)
             target = batch["rewards"] + args.gamma * batch["masks"] * next_q  # (B,)
 
         # 3. Regressions. As released, intermediate values are aggregated before the square, critics are not.
@@ -409,7 +410,7 @@ if __name__ == "__main__":
     def save():
         """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
         progress = {"step": step, "evaluated": evaluated, "replay": replay.state(), "agent_inputs": agent_inputs}
-        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log.state() ends at NaN or inf
+        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log.state() refuses NaN and inf
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.

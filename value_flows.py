@@ -84,7 +84,7 @@ class Args:
     alpha: float = 10.0  # weight of the one-step policy's distillation towards the behaviour-cloning flow
     bcfm_lambda: float = 1.0  # weight of bootstrapped conditional flow matching (0: training diverges, says the paper)
     dcfm_lambda: float = 1.0  # weight of distributional conditional flow matching
-    confidence_weight_temp: float = 0.3  # temperature of the confidence weights sigmoid(-temp / deviation) + 0.5
+    confidence_weight_temp: float = 0.3  # temperature of the confidence weights sigmoid(-temp / std) + 0.5
     num_samples: int = 16  # candidate actions C of rejection sampling (1: pure behaviour cloning)
     cvar_level: float = 1.0  # act by the mean of this lowest share of returns (1: by Q, as released); not in training
     eval_policy: Literal["act", "act_online"] | None = None  # what evaluations play (default: act_online once online)
@@ -106,7 +106,7 @@ class Args:
     """float32 products: highest (exact), high (TF32), medium (bfloat16); default: high where a GPU has TF32"""
 
 
-# The paper's settings for each environment; on pixels with the number of updates of FQL's paper.
+# The paper's settings, which replace Args' defaults; on pixels with the number of updates of FQL's paper.
 TUNED = {
     "cube-double-play": dict(gamma=0.995, confidence_weight_temp=3.0),
     "cube-triple-play": dict(gamma=0.995, bcfm_lambda=3.0, confidence_weight_temp=0.03),
@@ -150,8 +150,8 @@ class MLP(nn.Module):
 
     Args:
         dims: (inputs, hidden widths..., outputs).
-        layer_norm: whether hidden layers end with LayerNorm (eps 1e-6).
-        ensemble: (E,) for E networks that see the same rows; () for one network.
+        layer_norm: whether hidden layers end with LayerNorm (of eps 1e-6, flax's, not torch's 1e-5).
+        ensemble: (E,) for E networks; () for one network.
     """
 
     def __init__(self, dims, layer_norm, ensemble=()):
@@ -168,7 +168,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: Euler steps share x (s, or s and a), so the compiler takes x W_x once.
+        [c, y] W is computed as c W_c + y W_y: Euler steps share c (s, or s and a), so the compiler takes c W_c once.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -241,7 +241,7 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.action_dim, self.is_pixels = args, action_dim, not isinstance(obs_dim, int)
         horizon = 1 / (1 - args.gamma)
-        self.z_min, self.z_max = min_reward * horizon, max_reward * horizon  # as released, without 0, an end's return
+        self.z_min, self.z_max = min_reward * horizon, max_reward * horizon  # as released; floq.py's range holds 0
 
         critic_dims = (action_dim + 2, *args.value_hidden_dims, 1)  # inputs [s, a, z, t]
         bc_flow_dims = (action_dim + 1, *args.actor_hidden_dims, action_dim)  # inputs [s, x, t]
@@ -285,7 +285,7 @@ class Agent(nn.Module):
         Arguments as for returns, (E, N, 1) out. As v is elementwise in z, the pull-back of ones is dv/dz.
         """
         K = self.args.num_flow_steps
-        z, J = z.expand(self.NUM_FIELDS, -1, -1), 1.0  # (E, N, 1)
+        z, J = z.expand(self.NUM_FIELDS, -1, -1), 1.0  # (E, N, 1): of one z for both the pull-back would be their sum
         for k in range(K):
             v, pull_back = torch.func.vjp(lambda z: flow(condition, z, k / K), z)  # (E, N, 1)
             (dv,) = pull_back(torch.ones_like(v))  # (E, N, 1)
@@ -295,7 +295,7 @@ class Agent(nn.Module):
     def q_values(self, observations, actions, noise, cvar_level=1.0):
         """Q(s, a) = agg_e clip(z + v_e(z, 0 | s, a)): (N, D), (N, C, A), (N, C, 1) -> (N, C).
 
-        One Euler step: over z, BCFM's solution has E[z + v(z, 0)] = E[return]. As released, a z for each candidate.
+        One Euler step: BCFM's solution has z + v(z, 0) = E[return | z]. As released, from one z, its own per candidate.
         With a level below 1, the CVaR of R end points, from starts in equal steps of probability, alike for all.
         """
         C, R = noise.shape[1], self.NUM_RETURNS
@@ -303,7 +303,7 @@ class Agent(nn.Module):
         condition = torch.cat([states, actions.flatten(0, 1)], dim=-1)  # (N*C, D + A)
         if cvar_level < 1:
             z = torch.special.ndtri((torch.arange(R, device=noise.device) + 0.5) / R).view(R, 1, 1, 1)
-            returns = self.returns(self.critic_flow, condition, z, 1.0)  # (R, E, N*C, 1)
+            returns = self.returns(self.critic_flow, condition, z, 1.0)  # (R, E, N*C, 1): the R starts broadcast
             return aggregate(cvar(returns, cvar_level), self.args.q_agg).view(-1, C)
         z = noise.flatten(0, 1)  # (N*C, 1)
         v = self.critic_flow(condition, z, 0.0)  # (E, N*C, 1)
@@ -319,7 +319,7 @@ class Agent(nn.Module):
         """L_critic, and its parts for the log; trains the return fields.
 
         Args:
-            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,): 0 at a success, else 1.
+            batch: observations, next_observations (B, D), actions (B, A), rewards (B,), masks (B,), 0 at a success.
             noise: an update's entries of draw_noise, (B, ...).
         """
         args, target = self.args, self.target_critic_flow
@@ -330,8 +330,8 @@ class Agent(nn.Module):
         # No gradient through steps 1 to 3: they make the regression's fixed weights and labels.
         with torch.no_grad():
             # 1. The next action, by rejection sampling with the trained fields, not their targets, as released.
-            candidates, next_q = noise["next_action_candidates"], noise["next_q"]  # (B, C, A), (B, C, 1)
-            next_actions = self.rejection_sampling(next_observations, candidates, next_q)  # (B, A)
+            action_noise, q_noise = noise["next_action_candidates"], noise["next_q"]  # (B, C, A), (B, C, 1)
+            next_actions = self.rejection_sampling(next_observations, action_noise, q_noise)  # (B, A)
 
             # 2. Confidence weight w in [0.5, 1), from |dPhi/dz|: to first order the return's deviation, since z's is 1.
             condition = torch.cat([target.encoder(observations), actions], dim=-1)  # (B, D + A)
@@ -339,7 +339,7 @@ class Agent(nn.Module):
             deviation = aggregate(derivatives.abs(), args.q_agg)  # (B, 1)
             weight = confidence_weight(deviation, args.confidence_weight_temp)  # (B, 1)
 
-            # 3. Flows of (s', a') from eps: to time 1 for BCFM's return G, to time t for DCFM's z' and label f.
+            # 3. Flows of (s', a') from eps: to time 1 for G' in BCFM's return G, to time t for DCFM's z' and label f.
             next_condition = torch.cat([target.encoder(next_observations), next_actions], dim=-1)  # (B, D + A)
             next_return = aggregate(self.returns(target, next_condition, eps, 1.0), args.ret_agg)  # (B, 1)
             bcfm_return = rewards + args.gamma * masks * next_return  # (B, 1)
@@ -347,7 +347,7 @@ class Agent(nn.Module):
             dcfm_label = aggregate(target(next_condition, next_z, t), args.ret_agg)  # (B, 1)
 
         # 4. Flow matching at two points of the same (s, a, t), as released summed over the fields.
-        #    BCFM: v(t G + (1 - t) eps, t) -> G - eps. DCFM: v(r + gamma mask z', t) -> f, not the chain rule's gamma f.
+        #    BCFM: v(t G + (1 - t) eps, t) -> G - eps. DCFM: v(r + gamma mask z', t) -> f, not d(r + gamma z')/dt.
         condition = torch.cat([self.critic_flow.encoder(observations), actions], dim=-1)  # (B, D + A)
         bcfm_velocity = self.critic_flow(condition, t * bcfm_return + (1 - t) * eps, t)  # (E, B, 1)
         dcfm_velocity = self.critic_flow(condition, rewards + args.gamma * masks * next_z, t)  # (E, B, 1)
@@ -506,7 +506,7 @@ if __name__ == "__main__":
     def save():
         """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
         progress = {"step": step, "evaluated": evaluated, "replay": replay.state(), "agent_inputs": agent_inputs}
-        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log.state() ends at NaN or inf
+        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log.state() refuses NaN and inf
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.

@@ -39,7 +39,7 @@ def parse(Args, tuned, tuned_online, quick, inference=(), words=None):
     Args:
         tuned, tuned_online: {environment and dataset type: {field: value}}.
         quick: {field: value}.
-        inference: the algorithm's own fields that training does not use: --evaluate may change them.
+        inference: the algorithm's own fields that --evaluate may change: acting reads them.
         words: of the command line; None for this program's.
     """
     module = sys.modules[Args.__module__]

@@ -24,9 +24,9 @@ def load(args, device):
     return load_dataset(find_dataset(args), args.env_id, device, replaceable=args.dataset_path is None)
 
 
-def find_dataset(args):
-    """Path of the training file of a run's dataset, which is downloaded or generated if need be; exit code 2 where the
-    file cannot be had. The user's own file, --dataset-path, wins.
+def find_dataset(args, make=True):
+    """Path of the training file of a run's dataset, with `make` downloaded or generated if need be; exit code 2 where
+    the file cannot be had. The user's own file, --dataset-path, wins.
     """
     if args.dataset_path is not None:
         path = Path(args.dataset_path).expanduser()
@@ -35,12 +35,12 @@ def find_dataset(args):
         return path
     name = envs.dataset_name(args.env_id)
     if args.dataset_source == "official":
-        return fetch(name, args.dataset_dir)
+        return fetch(name, args.dataset_dir, make)
 
     generate.check_collectable(name)
     episodes = args.generated_episodes or generate.OFFICIAL_SIZES[name][0]
     path = generate.generated_path(name, args.dataset_dir, episodes, seed=0)
-    if not (path.exists() and generate.val_path(path).exists()):
+    if make and not (path.exists() and generate.val_path(path).exists()):
         # A process of its own, so that the collecting workers load neither torch nor the algorithm.
         flags = ["--dataset", name, "--dataset-dir", args.dataset_dir, "--num-episodes", str(episodes)]
         command = [sys.executable, "-m", "common.generate", *flags]
@@ -50,10 +50,10 @@ def find_dataset(args):
     return path
 
 
-def fetch(name, directory):
-    """Path of a dataset's official training file; it and its validation file are downloaded if they are missing."""
+def fetch(name, directory, make=True):
+    """Path of a dataset's official training file; with `make`, it and its validation file are downloaded if missing."""
     path = Path(directory).expanduser() / f"{name}.npz"
-    for missing in (file for file in (generate.val_path(path), path) if not file.exists()):
+    for missing in (file for file in (generate.val_path(path), path) if make and not file.exists()):
         with only_one(missing):
             if not missing.exists():  # else another process made it while this one waited
                 download(missing.name, missing.parent)

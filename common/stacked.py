@@ -50,8 +50,10 @@ class Stacked:
         Args:
             loss: name of the agent's method that maps batch and noise to (loss, {name: value}).
             batch, noise: {name: (S, ...)}.
-            trains: names of the networks, the attributes of the agent.
+            trains: names of the networks, the attributes of the agent; others than it has are a ValueError.
         """
+        if unknown := set(trains) - {name.split(".")[0] for name in self.parameters}:
+            raise ValueError(f"trains={trains}: the agent has no network {', '.join(sorted(unknown))}")
         parameters = {name: p if name.split(".")[0] in trains else p.detach() for name, p in self.parameters.items()}
         losses, metrics = self._vectorised(loss, self.compiled)(parameters, batch, noise)
         losses.sum().backward()

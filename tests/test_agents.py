@@ -282,6 +282,13 @@ def test_one_stacked_agent_is_the_agent_itself(algorithm):
     assert not acted.requires_grad
 
 
+def test_a_network_that_the_agent_lacks_is_not_trained_in_silence(algorithm):
+    agents, (network, *_) = make_agents(small_args(algorithm)), CRITICS[algorithm]
+    for trains in ((network, "critc"), network, f"{network}s"):
+        with pytest.raises(ValueError, match="the agent has no network"):
+            agents.backward("critic_loss", *stacked_inputs(agents), trains=trains)
+
+
 def test_a_file_of_ones_own_may_use_any_module(algorithm):
     """Layers of torch start from the seed like the files' own, and train."""
     module = EVERY[algorithm]

@@ -347,7 +347,7 @@ FOLDERS = sorted(path.parent for path in (ROOT / "benchmarks/policies").glob("*/
 
 def test_the_policies_of_the_repository_are_small_and_one_per_algorithm():
     algorithms = [json.loads((folder / "config.json").read_text())["algorithm"] for folder in FOLDERS]
-    assert sorted(algorithms) == NAMES
+    assert sorted(algorithms) == ["evor", "floq", "q_flow", "value_flows"]
     files = [folder / name for folder in FOLDERS for name in (export.WEIGHTS, export.CONFIG, export.CARD)]
     assert sum(path.stat().st_size for path in files) < 4e6
 

@@ -467,8 +467,8 @@ def test_evor_is_compared_with_nothing(tmp_path):
 
 
 def test_real_runs_are_collected(online_runs, tmp_path):
-    paths = collect(tmp_path, *(online_runs[name] for name in ALGORITHMS))
-    assert len(paths) == len(ALGORITHMS)
+    paths = collect(tmp_path, *(online_runs[name] for name in scores.METHODS))
+    assert len(paths) == len(scores.METHODS)
     for run in scores.read_results(tmp_path):
         assert run["protocols"] == ["online-start", "online-end"] and run["source"] == "generated"
         assert {"batch_size", "total_timesteps", "online_timesteps", "generated_episodes"} <= set(run["changed"])

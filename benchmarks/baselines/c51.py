@@ -133,8 +133,8 @@ class MLP(nn.Module):
 
     Args:
         dims: (inputs, hidden widths..., outputs).
-        layer_norm: whether hidden layers end with LayerNorm (eps 1e-6).
-        ensemble: (E,) for E networks that see the same rows; () for one network.
+        layer_norm: whether hidden layers end with LayerNorm (of eps 1e-6, flax's, not torch's 1e-5).
+        ensemble: (E,) for E networks; () for one network.
     """
 
     def __init__(self, dims, layer_norm, ensemble=()):
@@ -151,7 +151,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         """Inputs of (N, .) each -> (N, outputs); of an ensemble (N, .) or (E, N, .) each -> (E, N, outputs).
 
-        [x, y] W is computed as x W_x + y W_y: Euler steps share x (s, or s and a), so the compiler takes x W_x once.
+        [c, y] W is computed as c W_c + y W_y: Euler steps share c (s, or s and a), so the compiler takes c W_c once.
         """
         parts = self.weights[0].split([x.shape[-1] for x in inputs], dim=-2)
         x = sum(x @ part for x, part in zip(inputs, parts)) + self.biases[0]
@@ -257,7 +257,7 @@ class Agent(nn.Module):
         """L_critic, and its parts for the log; trains the critics.
 
         Args:
-            batch: observations, next_observations (B, D), actions (B, A), rewards, masks (B,): 0 at a success, else 1.
+            batch: observations, next_observations (B, D), actions (B, A), rewards (B,), masks (B,), 0 at a success.
             noise: an update's entries of draw_noise, (B, ...).
         """
         args, next_observations = self.args, batch["next_observations"]
@@ -385,7 +385,7 @@ if __name__ == "__main__":
     def save():
         """Saves all that a resumed run needs; random numbers are functions of the seed and the step."""
         progress = {"step": step, "evaluated": evaluated, "replay": replay.state(), "agent_inputs": agent_inputs}
-        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log.state() ends at NaN or inf
+        checkpoint.save(log.run_dir, log.state() | agents.state_dict() | progress)  # log.state() refuses NaN and inf
 
     while True:
         # Evaluate after the first update, every eval_interval, and after the last of each phase.
