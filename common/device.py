@@ -20,7 +20,8 @@ def setup_torch(args):
     A precision that the device lacks ends the program with exit code 2.
     """
     if args.cuda and not torch.cuda.is_available():
-        warn("--cuda: torch finds no CUDA device; training on the CPU (--no-cuda silences this)")
+        driver = f", or its driver is too old for CUDA {torch.version.cuda}" if torch.version.cuda else ""
+        warn(f"--cuda: torch finds no CUDA device{driver}; training on the CPU (--no-cuda silences this)")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.torch_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,5 +1,7 @@
 """Faster updates: compiled losses, and CUDA graph capture of the whole update (on the CPU it is called as it is)."""
 
+import gc
+
 import torch
 
 from common import warn
@@ -35,12 +37,14 @@ class FastUpdate:
             try:
                 if self.captured:
                     self.known.clear()  # a run's phases do not come back; their graphs would keep their memory
-                self.known[key] = capture(update, draws, state) if self.captured else update
+                self.known[key] = capture(update, draws, state, saved) if self.captured else update
                 return self.known[key](draws)
             except Exception as error:  # torch has an exception for each way of failing
-                if not (self.agents.compiled or self.captured) or "ried to allocate" in str(error):
-                    raise
                 cause = error.__context__ or error  # a broken capture raises a second error when it ends
+                if memory := [e for e in (error, cause) if "ried to allocate" in str(e)]:
+                    raise memory[0] from None
+                if not (self.agents.compiled or self.captured):
+                    raise
                 compiler = ("torch._dynamo", "torch._inductor", "triton")
                 by_compiler = any(type(e).__module__.startswith(compiler) for e in (error, cause))
                 if self.agents.compiled and (by_compiler or not self.captured):
@@ -53,9 +57,10 @@ class FastUpdate:
                 reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
                 slower = f"updates continue without it, more slowly (--no-{flag} silences this)"
                 warn(f"--{flag} fails here ({reason}); {slower}")
+                del cause  # its traceback holds what the failed attempt has allocated
 
 
-def capture(update, inputs, state):
+def capture(update, inputs, state, saved):
     """Captures `update(inputs)` in a CUDA graph, so that an update costs one launch instead of hundreds.
 
     Returns a function like `update`. On a GPU its outputs live in the graph's memory: the next call overwrites them.
@@ -64,11 +69,11 @@ def capture(update, inputs, state):
         update: function of a dictionary of tensors that changes `state` in place and returns a dictionary of tensors;
             no host synchronisation, no random numbers.
         inputs: example inputs, of the shapes that every call will have.
-        state: every tensor that `update` changes (weights, targets, optimizer state); left as found.
+        state: every tensor that `update` changes (weights, targets, optimizer state).
+        saved: copies of them, with which they are left.
     """
     static_inputs = {name: value.clone() for name, value in inputs.items()}
     # Libraries allocate their workspaces in the first calls, which must not be captured; their effect is undone.
-    saved = [tensor.detach().clone() for tensor in state]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -77,6 +82,7 @@ def capture(update, inputs, state):
     torch.cuda.current_stream().wait_stream(stream)
     with torch.no_grad():
         torch._foreach_copy_(state, saved)
+    gc.collect()  # so that no memory is freed within the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # which a failed capture would change
         outputs = update(static_inputs)

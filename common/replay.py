@@ -38,7 +38,8 @@ class Replay:
 
     def state(self):
         """The online transitions for a checkpoint, on the CPU: {key: (S, at most M, ...)}."""
-        return {key: rows[:, : self.count].to("cpu", copy=True) for key, rows in self.rows.items()}
+        # Seed by seed, since a GPU would first copy a part of all of them on itself.
+        return {key: torch.stack([seed[: self.count].cpu() for seed in rows]) for key, rows in self.rows.items()}
 
     def restore(self, saved, count):
         """Takes over a checkpoint's online transitions, of which there have been `count` per seed."""

@@ -345,6 +345,15 @@ def test_a_checkpoint_of_other_networks_is_refused_by_name(algorithm):
 # --- Other ways to run the update ---
 
 
+@pytest.fixture
+def deterministic(monkeypatch):
+    """Deterministic algorithms, as in a run: the compiler writes other kernels without them."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def split_inputs(agents, batch_names):
     """The update as a function of batch and noise in one dictionary."""
     pick = lambda inputs, inside: {k: v for k, v in inputs.items() if (k in batch_names) == inside}
@@ -352,12 +361,15 @@ def split_inputs(agents, batch_names):
 
 
 @pytest.mark.gpu
-def test_graph_replay_equals_eager_updates_and_uses_fresh_noise(algorithm):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graph_replay_equals_eager_updates_and_uses_fresh_noise(algorithm, compiled, deterministic):
     agents = [make_agents(small_args(algorithm), (0, 1), "cuda") for _ in range(2)]
+    agents[1].compiled = compiled
     on_gpu = lambda n: [{k: v.cuda() for k, v in d.items()} for d in stacked_inputs(agents[0], (0, 1), n)]
     batch, noise = on_gpu(0)
     eager, captured = (split_inputs(a, set(batch)) for a in agents)
-    replay = graphs.capture(captured, batch | noise, agents[1].state_tensors())
+    state = agents[1].state_tensors()
+    replay = graphs.capture(captured, batch | noise, state, [tensor.detach().clone() for tensor in state])
     for number in range(100):
         batch, noise = on_gpu(number)
         expected = eager(batch | noise)
@@ -382,7 +394,7 @@ def test_the_compiler_leaves_out_a_fusion_that_can_give_wrong_gradients(algorith
 
 
 @pytest.mark.gpu
-def test_compiled_gradients_of_the_published_size_equal_eager_ones(algorithm, device="cuda"):
+def test_compiled_gradients_of_the_published_size_equal_eager_ones(algorithm, deterministic, device="cuda"):
     compiled, eager = (make_agents(EVERY[algorithm].Args(), (0, 1), device) for _ in range(2))
     compiled.compiled = True
     inputs = [{name: value.to(device) for name, value in part.items()} for part in stacked_inputs(eager, (0, 1))]

@@ -96,7 +96,8 @@ def test_capturing_leaves_the_agent_as_it_was_and_replays_take_fresh_inputs(algo
         return graph.outputs
 
     shapes = update(make_agents(small_args(algorithm), (0, 1)), batch, noise)
-    replay = graphs.capture(capturing, batch | noise, captured.state_tensors())
+    state = captured.state_tensors()
+    replay = graphs.capture(capturing, batch | noise, state, [tensor.detach().clone() for tensor in state])
     assert calls == [False, False, False, True]
     for number in range(3):
         batch, noise = stacked_inputs(eager, (0, 1), number)
@@ -139,7 +140,7 @@ def test_updates_continue_when_compiling_or_capturing_fails(algorithm, compiled,
     def compile(function, options):  # one loss is compiled already, in the second case
         return function if when == "after an update" and function.__name__ == "critic_loss" else broken
 
-    def capture(update, inputs, state):
+    def capture(update, inputs, state, saved):
         if when == "after an update":  # warm-up updates that a failed capture did not undo
             update(inputs)
         try:
@@ -181,10 +182,20 @@ def test_other_failures_are_not_hidden(monkeypatch):
     with pytest.raises(RuntimeError, match="tried to allocate"):  # which is explained, see device.explain_out_of_memory
         fast_update(agents, set(batch), compiled=True)(batch | noise)
 
+    def capture(*inputs):  # the end of a capture in which memory ran out raises a second error
+        try:
+            too_large(*inputs[:3])
+        finally:
+            raise RuntimeError("the capture was invalidated")
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    with pytest.raises(RuntimeError, match="tried to allocate"):
+        fast_update(agents, set(batch), captured=True)(batch | noise)
+
 
 def test_one_graph_for_each_set_of_inputs_and_options(monkeypatch):
     captured = []
-    monkeypatch.setattr(graphs, "capture", lambda update, draws, state: captured.append(sorted(draws)) or update)
+    monkeypatch.setattr(graphs, "capture", lambda update, draws, *state: captured.append(sorted(draws)) or update)
     agents = make_agents(small_args("evor"))
     seen = []
     fast = graphs.FastUpdate(agents, lambda draws, trains: seen.append(trains) or {}, compile=False, cudagraphs=False)
