@@ -163,7 +163,7 @@ def test_updates_continue_when_compiling_or_capturing_fails(algorithm, compiled,
     assert ("--cudagraphs fails here (operation not permitted when stream is capturing)" in warnings) == captured
 
 
-def test_other_failures_are_not_hidden(monkeypatch):
+def test_other_failures_are_not_hidden(monkeypatch, capsys):
     agents = make_agents(small_args("evor"))
     batch, noise = stacked_inputs(agents)
 
@@ -191,6 +191,7 @@ def test_other_failures_are_not_hidden(monkeypatch):
     monkeypatch.setattr(graphs, "capture", capture)
     with pytest.raises(RuntimeError, match="tried to allocate"):
         fast_update(agents, set(batch), captured=True)(batch | noise)
+    assert capsys.readouterr().err == ""  # the updates do not continue without a graph
 
 
 def test_one_graph_for_each_set_of_inputs_and_options(monkeypatch):
