@@ -60,7 +60,7 @@ class FastUpdate:
                 del cause  # its traceback holds what the failed attempt has allocated
 
 
-def capture(update, inputs, state, saved):
+def capture(update, inputs, state, saved=None):
     """Captures `update(inputs)` in a CUDA graph, so that an update costs one launch instead of hundreds.
 
     Returns a function like `update`. On a GPU its outputs live in the graph's memory: the next call overwrites them.
@@ -70,8 +70,9 @@ def capture(update, inputs, state, saved):
             no host synchronisation, no random numbers.
         inputs: example inputs, of the shapes that every call will have.
         state: every tensor that `update` changes (weights, targets, optimizer state).
-        saved: copies of them, with which they are left.
+        saved: copies of them, with which they are left; None for their present values.
     """
+    saved = [tensor.detach().clone() for tensor in state] if saved is None else saved
     static_inputs = {name: value.clone() for name, value in inputs.items()}
     # Libraries allocate their workspaces in the first calls, which must not be captured; their effect is undone.
     stream = torch.cuda.Stream()

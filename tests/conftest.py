@@ -280,7 +280,11 @@ def wait_for_row(process, directory, name, row):
 
 def children(process):
     """The ids of a process' children, in the order of their start."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if path.exists():
+        return [int(pid) for pid in path.read_text().split()]
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)  # macOS
+    return sorted(map(int, found.stdout.split()))
 
 
 def only_run(directory):

@@ -330,6 +330,8 @@ def test_stacked_seeds_start_and_draw_as_each_seed_alone(algorithm, online):
     for name, value in draw(7 * 50 + 3, online).items():
         assert torch.equal(value, chunk[name][3]), name
     assert ("act" in chunk) == online and chunk["indices"].shape == (50, 3, 6)
+    indices = chunk["indices"]
+    assert 2**61 < indices.max() < 2**62 if online else indices.min() < 10 and 990 < indices.max() < 1000
 
 
 def test_a_checkpoint_of_other_networks_is_refused_by_name(algorithm):
@@ -368,8 +370,7 @@ def test_graph_replay_equals_eager_updates_and_uses_fresh_noise(algorithm, compi
     on_gpu = lambda n: [{k: v.cuda() for k, v in d.items()} for d in stacked_inputs(agents[0], (0, 1), n)]
     batch, noise = on_gpu(0)
     eager, captured = (split_inputs(a, set(batch)) for a in agents)
-    state = agents[1].state_tensors()
-    replay = graphs.capture(captured, batch | noise, state, [tensor.detach().clone() for tensor in state])
+    replay = graphs.capture(captured, batch | noise, agents[1].state_tensors())
     for number in range(100):
         batch, noise = on_gpu(number)
         expected = eager(batch | noise)

@@ -96,8 +96,7 @@ def test_capturing_leaves_the_agent_as_it_was_and_replays_take_fresh_inputs(algo
         return graph.outputs
 
     shapes = update(make_agents(small_args(algorithm), (0, 1)), batch, noise)
-    state = captured.state_tensors()
-    replay = graphs.capture(capturing, batch | noise, state, [tensor.detach().clone() for tensor in state])
+    replay = graphs.capture(capturing, batch | noise, captured.state_tensors())
     assert calls == [False, False, False, True]
     for number in range(3):
         batch, noise = stacked_inputs(eager, (0, 1), number)

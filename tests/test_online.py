@@ -46,6 +46,7 @@ def transitions(number, num_seeds):
     ids=["grows", "fills", "wraps", "dataset-above-capacity", "one"],
 )
 def test_batches_are_uniform_over_a_buffer_filled_by_hand(n, online_timesteps, capacity, monkeypatch):
+    assert replays.CAPACITY == 2_000_000  # as docs/usage.md says
     monkeypatch.setattr(replays, "CAPACITY", capacity)
     size = max(capacity, n + 1)
     replay = replays.Replay(make_dataset(n), 2, online_timesteps)

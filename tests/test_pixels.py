@@ -89,6 +89,7 @@ def test_half_of_the_batches_are_shifted_and_a_batchs_rows_differ():
     moving = shifts[~still]
     counts = torch.bincount(moving.flatten(), minlength=7) / moving.numel()
     assert (counts - 1 / 7).abs().max() < 0.01 and (moving[:, 0] != moving[:, 1]).any()
+    assert ((moving[..., 0] != moving[..., 1]).float().mean() - 6 / 7).abs() < 0.02  # rows and columns of their own
 
 
 def test_encoder_equals_one_written_out():

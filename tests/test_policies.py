@@ -60,23 +60,26 @@ def test_evaluating_a_run_repeats_its_last_evaluation(name, exported, tmp_path):
     run(name, "--evaluate", tmp_path / "run")
     last = [row for row in read_csv(run_dir / "eval.csv") if row["step"] == "230"]
     again = read_csv(tmp_path / "run/inference.csv")
-    for old, new in zip(last, again):
+    for old, new in zip(last, again, strict=True):
         assert {key: new[key] for key in old if key != "phase"} == {k: v for k, v in old.items() if k != "phase"}
     assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
 
 
 @pytest.fixture
 def played(monkeypatch):
-    """[(seeds, step, name of the policy, folder of videos)] of the evaluations, none of which takes place."""
-    asked = []
+    """[(seeds, step, name of the policy, folder of videos)] of the evaluations, none of which takes place, and the
+    arguments of the agents that would act.
+    """
+    asked, acting = [], []
 
     def play(evaluator, policy, draw_noise, step):
         asked.append((evaluator.seeds, step, policy.__name__, evaluator.video_dir))
+        acting.append(draw_noise.__self__.args)
         result = {"success": 0.5, "episode_return": -1.0, "episode_length": 2.0, "episodes": 3}
         return [{"step": step, "seed": seed} | result for seed in evaluator.seeds]
 
     monkeypatch.setattr(rollout.Evaluator, "__call__", play)
-    return asked
+    return asked, acting
 
 
 def test_seed_is_that_of_the_episodes_and_videos_are_in_the_folder(exported, tmp_path, played):
@@ -85,12 +88,12 @@ def test_seed_is_that_of_the_episodes_and_videos_are_in_the_folder(exported, tmp
     args, saved = ALGORITHMS["floq"].parse_args(["--evaluate", str(folder), "--seed", "7", "--capture-video"])
     policies.evaluate(ALGORITHMS["floq"].Agent, args, saved, (), torch.device("cpu"))
     rows = read_csv(folder / "inference.csv")
-    assert played == [([7, 8], 230, "act", folder / "videos")]
+    assert played[0] == [([7, 8], 230, "act", folder / "videos")]
     assert [(row["seed"], row["episodes_seed"]) for row in rows] == [("0", "7"), ("1", "8")]
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_evaluate_changes_the_settings_of_acting(name, exported, tmp_path):
+def test_evaluate_changes_the_settings_of_acting(name, exported, tmp_path, played):
     _, folder = exported[name]
     shutil.copytree(folder, tmp_path / "folder", ignore=shutil.ignore_patterns("inference.csv"))
     flag, value = CHANGES[name]
@@ -98,6 +101,7 @@ def test_evaluate_changes_the_settings_of_acting(name, exported, tmp_path):
     setting = flag[2:].replace("-", "_")
     assert [row[setting] for row in read_csv(tmp_path / "folder/inference.csv")] == [str(value)] * 2
     assert getattr(ALGORITHMS[name].load(tmp_path / "new").args, setting) == value
+    assert [getattr(args, setting) for args in played[1]] == [value]
 
 
 def test_value_flows_plays_either_policy(exported, tmp_path):

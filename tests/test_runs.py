@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ from conftest import (
 )
 
 from common import checkpoint, datasets, export, files, log, python_environment, runs
-from common.arguments import algorithm
+from common.arguments import MAY_CHANGE, algorithm
 from common.signals import StopRequest
 from common.stacked import Stacked
 
@@ -539,7 +540,8 @@ def test_the_pace_of_a_run_is_without_warm_up_and_evaluations(tmp_path, monkeypa
     monkeypatch.setattr(log.time, "perf_counter", lambda: 2.0 * next(looks))
     args = parse("floq", "--no-cuda", "--log-interval", "10", "--runs-dir", str(tmp_path))
     identity = {"file": "x.npz", "source": "generated", "transitions": 1}
-    written = log.Log(args, None, torch.device("cpu"), identity, columns=["a", "b"])
+    written, sent = log.Log(args, None, torch.device("cpu"), identity, columns=["a", "b"]), []
+    written.wandb_runs = [SimpleNamespace(log=sent.append)]
     for step in range(1, 31):
         name = "a" if step < 25 else "b"  # the losses change, so that it compiles again
         written.training(step, {name: torch.full((1,), 0.5 * step)}, warm_up=step in (1, 25))
@@ -553,6 +555,10 @@ def test_the_pace_of_a_run_is_without_warm_up_and_evaluations(tmp_path, monkeypa
     # 9 updates in 2 s; 10 in 2 s; 5 in 2 s, since the four before the second warm-up are left out with it
     assert timing[1:] == ["10,4.5,2.0,0.0", "20,5,4.0,2.0", "30,2.5,6.0,2.0"]
     assert not (written.run_dir / "eval.csv").exists()
+    losses = [{"training/a": 5.0, "step": 10}, {"training/a": 10.0, "step": 20}, {"training/b": 15.0, "step": 30}]
+    assert sent == losses
+    written.evaluation([{"step": 30, "seed": 0, "success": 0.5, "episodes": 2}], "offline")
+    assert sent[3:] == [{"evaluation/success": 0.5, "evaluation/episodes": 2, "step": 30}]
 
 
 def test_the_result_of_a_run_is_the_published_statistic(tmp_path):
@@ -576,6 +582,12 @@ def test_wandb_is_asked_for_before_the_data_are(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         parse("floq", "--track")
     assert stop.value.code == 2 and "--track: wandb is not installed" in capsys.readouterr().err
+
+
+def test_what_may_change_on_resume_is_what_the_docs_say():
+    may = "resume runs_dir cuda track wandb_project_name wandb_entity capture_video dataset_dir dataset_path"
+    may += " eval_workers save_interval compile cudagraphs matmul_precision total_timesteps online_timesteps"
+    assert MAY_CHANGE == set(may.split())
 
 
 def test_resume_with_contradicting_arguments_lists_them(finished, tmp_path):

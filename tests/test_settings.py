@@ -202,7 +202,8 @@ def test_defaults(algorithm):
     args = parse(algorithm, "--env-id", "pointmaze-medium-navigate-singletask-v0")  # which no table names
     assert {name: getattr(args, name) for name in expected} == expected
     assert args.total_timesteps == (2_000_000 if algorithm == "floq" else 1_000_000)
-    assert args.eval_interval == 100_000 and args.eval_episodes == 50
+    assert args.eval_interval == 100_000 and args.eval_episodes == 50 and args.success_timing == "post"
+    assert args.torch_deterministic and args.dataset_source == "official"
     own = {field.name for field in fields(module.Args)}
     assert set(expected) <= own
     environments = [{row[2] for row in ROWS if row[:2] == (algorithm, phase)} for phase in ("offline", "online")]

@@ -1,7 +1,9 @@
 """The speed benchmark: operations by hand, what --check refuses, the precision flag, missing compilers and GPUs."""
 
 import functools
+import itertools
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -23,7 +25,7 @@ ROW = dict(
 
 def test_operations_are_those_counted_by_hand():
     """EVOR at the size of --quick: 5 Euler steps, 2 fields, 256 rows, widths 256; 2 operations a weight and row."""
-    row = speed.measure("evor", 1, "highest", "eager", repeats=2, quick=True)
+    row = speed.measure("evor", 1, "highest", "eager", cuda=False, repeats=2, quick=True)
     K, E, B, H, D, A = 5, 2, 256, 256, 28, 5
     policy = (D * H, (A + 1) * H, H * H, H * H, H * A)  # weights: of s, of x and t, of the other layers
     critic = ((D + A) * H, 2 * H, H * H, H * H, H)
@@ -42,13 +44,13 @@ def test_operations_are_those_counted_by_hand():
 
 @pytest.mark.parametrize("algorithm", ["value_flows", "fql", "iqn"])
 def test_value_flows_and_the_baselines_are_measured_too(algorithm):
-    row = speed.measure(algorithm, 1, "highest", "eager", repeats=1, quick=True)
+    row = speed.measure(algorithm, 1, "highest", "eager", cuda=False, repeats=1, quick=True)
     assert (row["algorithm"], row["size"], row["num_seeds"]) == (algorithm, "quick", 1)
     assert row["gflop_per_update"] > 0.1 and 0 < row["efficiency"] < 10
 
 
 def test_a_profile_divides_the_whole_time_of_an_update():
-    row = speed.profile("evor", 1, "highest", "eager", repeats=3, quick=True)
+    row = speed.profile("evor", 1, "highest", "eager", cuda=False, repeats=3, quick=True)
     shares = [row[name] for name in (*speed.GROUPS, "gaps")]
     assert abs(sum(shares) - 1) < 0.01 and min(shares) >= 0 and row["products"] > 0.01 and row["the rest"] > 0.01
     assert row["operations"]["Adam"] >= 1 and row["operations"]["compiled loops"] == 0
@@ -58,6 +60,18 @@ def test_a_profile_divides_the_whole_time_of_an_update():
     products = sum(event.count for event in profiler.key_averages() if event.key in ("aten::bmm", "aten::mm"))
     assert row["operations"]["products"] == products
     assert speed.profile_table([row]).splitlines()[2].startswith("| quick | evor | 1 | eager, highest | ")
+
+
+def test_efficiency_and_speedup_by_a_clock_of_our_own(monkeypatch):
+    """An update takes 0.2 s, a plain one 0.3 s, four products of 2 x 2048 x 512 x 512 0.1 s."""
+    seconds = itertools.chain([9.0], itertools.cycle((0.2, 0.3, 0.1)))  # the first is the warm-up
+    monkeypatch.setattr(speed, "timed", lambda action, count, synchronize: action() and 0 or next(seconds))
+    row = speed.measure("evor", 2, "highest", "eager", cuda=False, repeats=3, quick=True)
+    rate = 4 * 2 * (2 * 2048 * 512 * 512) / 0.1 / 1e9
+    assert row["matmul_gflops"] == pytest.approx(rate, rel=1e-3)
+    assert row["efficiency"] == pytest.approx(row["gflop_per_update"] / 0.2 / rate, rel=1e-3)
+    assert (row["updates_per_second"], row["seed_updates_per_second"], row["speedup"]) == (5, 10, 1.5)
+    assert row["plain_updates_per_second"] == pytest.approx(1 / 0.3, rel=1e-3)
 
 
 def test_stacked_seeds_against_one_seed(monkeypatch):
@@ -127,6 +141,20 @@ def test_rows_are_stored_as_they_are_measured(main, tmp_path):
     main("--algorithms", "floq", "--num-seeds", 8, "--store")
     rows = [(row["algorithm"], row["num_seeds"]) for row in speed.read_rows(path)]
     assert rows == [("evor", 8), ("floq", 1), ("floq", 8)] and path.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("efficiency, code", [(0.4, 0), (0.9, 1)])
+def test_check_ends_with_1_where_a_setting_is_slower(efficiency, code, main, tmp_path, capsys):
+    words = ("--algorithms", "evor", "--num-seeds", 8)
+    with pytest.raises(SystemExit) as end:
+        main(*words, "--check")
+    assert end.value.code == 2 and "no figures of this machine" in capsys.readouterr().err
+    main(*words, "--store", "--quick")
+    (path,) = tmp_path.glob("speed_*.csv")
+    tables.write(path, [row | {"efficiency": efficiency} for row in speed.read_rows(path)])
+    with pytest.raises(SystemExit) as end:
+        main(*words, "--check", "--quick")
+    assert end.value.code == code
 
 
 def test_output_goes_to_a_new_folder_or_is_refused_before_the_work(main, tmp_path, monkeypatch, capsys):
@@ -237,6 +265,7 @@ def test_without_a_compiler_the_losses_stay_and_a_warning_says_so(monkeypatch, c
 
 
 def test_out_of_memory_says_how_many_seeds_may_fit(monkeypatch, capsys):
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**22}[name])  # 16 GiB
     with pytest.raises(RuntimeError) as caught:  # a whole exabyte
         torch.empty(2**58)
