@@ -8,7 +8,6 @@ captured in a CUDA graph; so does this script where an update copies between dev
 cases are floq's with a mistake, which must be noticed.
 """
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from conftest import ALGORITHMS, small_args  # noqa: E402
+from conftest import ALGORITHMS, EVERY, small_args  # noqa: E402
 
 from common.replay import Replay  # noqa: E402
 from common.stacked import Stacked  # noqa: E402
@@ -61,11 +60,11 @@ class Strict(TorchDispatchMode):
         return out
 
 
-def check(algorithm, online=False, pixels=False, mistake=lambda x: None, device="pretend:0"):
+def check(algorithm, online=False, pixels=False, mistake=lambda x: None, device="pretend:0", **settings):
     """An update and an action of two seeds and, online, a transition of theirs into the replay buffer."""
-    args, generator = small_args(algorithm), torch.Generator()
+    args, generator = small_args(algorithm, **settings), torch.Generator()
     obs_dim = FRAME_STACK if pixels else STATE[0]
-    module = importlib.import_module(algorithm)
+    module = EVERY[algorithm]
     make_agent = lambda: module.Agent(args, obs_dim, ACTION_DIM, -1.0, 0.0)
     agents = Stacked(make_agent, range(S), device, args.learning_rate)
     agent = agents.agent
@@ -100,9 +99,12 @@ def main():
     cases = {f"{name} {phase}": (name, phase == "online") for name in ALGORITHMS for phase in ("offline", "online")}
     cases |= {"value_flows pixels": ("value_flows", False, True)}
     cases |= {f"floq {mistake}": ("floq", False, False, action) for mistake, action in MISTAKES.items()}
+    cases |= {name: (name,) for name in ("fql", "c51", "iqn", "floq fourier", "evor published")}
+    settings = {"floq fourier": dict(time_embedding="fourier")}
+    settings["evor published"] = dict(td_target="published", latents="target")
     for name, arguments in cases.items():
         try:
-            check(*arguments)
+            check(arguments[0].split()[0], *arguments[1:], **settings.get(name, {}))
             error = None
         except Exception as exception:  # each kind of mistake has its own
             error = f"{type(exception).__name__}: {exception}"

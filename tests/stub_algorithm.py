@@ -25,6 +25,7 @@ class Args:
     online_timesteps: int = 0
     log_interval: int = 1
     die_at: int = 0
+    exit_at: int = 0
 
 
 def parse_args(words=None):
@@ -49,7 +50,9 @@ def main():
         run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
         run_dir.mkdir(parents=True)
         step = 0
-    (run_dir / "args.json").write_text(json.dumps({"algorithm": "stub_algorithm", "args": asdict(args)}))
+    info = {"algorithm": "stub_algorithm", "args": asdict(args)}
+    info["environment"] = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+    (run_dir / "args.json").write_text(json.dumps(info))
 
     def save():
         size = (run_dir / "eval.csv").stat().st_size if step else 0
@@ -67,6 +70,8 @@ def main():
         if step == args.die_at:
             print("this stub dies", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == args.exit_at:
+            sys.exit(2)
         if step % 5 == 0 or stopped:
             save()
         if stopped:

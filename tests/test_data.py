@@ -29,6 +29,9 @@ def test_the_file_depends_on_the_seed_and_not_on_the_workers(maze_data, tmp_path
     assert sha256(again) == sha256(maze_data) and sha256(val(again)) == sha256(val(maze_data))
     other = generate.generate("pointmaze-medium-navigate-v0", tmp_path, num_episodes=10, seed=1)
     assert sha256(other) != sha256(again)
+    with np.load(again) as training, np.load(val(again)) as validation:
+        rows = min(len(training["qpos"]), len(validation["qpos"]))
+        assert not np.array_equal(training["qpos"][:rows], validation["qpos"][:rows])
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in (again, val(again), other, val(other)))
 
 
@@ -181,6 +184,9 @@ def test_stitch_goals_are_four_cells_away(monkeypatch):
     episode = generate.collect_episode(env, "pointmaze-large-stitch-v0", [0, 0, 3])
     path = np.linalg.norm(np.diff(episode["qpos"], axis=0), axis=-1).sum()
     assert 4 * 4 * 0.7 < path
+    cell = lambda xy: maze.xy_to_ij(xy)
+    maze = env.unwrapped
+    assert maze.get_oracle_subgoal(episode["qpos"][0], maze.cur_goal_xy)[1][cell(episode["qpos"][0])] == 4
     reached = np.linalg.norm(episode["qpos"] - env.unwrapped.cur_goal_xy, axis=-1).min()
     assert reached < 1.0
 
@@ -233,6 +239,8 @@ def test_a_set_has_as_many_episodes_as_the_official_one_unless_told_otherwise(tm
     path.touch()
     generate.val_path(path).touch()  # there already: nothing is collected
     assert generate.generate("cube-single-play-v0", tmp_path) == path and "-1000ep-" in path.name
+    words = ("--env-id", "cube-single-play-singletask-v0", "--dataset-source", "generated")
+    assert datasets.find_dataset(parse("floq", *words, "--dataset-dir", str(tmp_path))) == path
 
 
 def test_processes_that_start_together_share_one_collection(tmp_path):

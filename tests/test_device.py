@@ -1,9 +1,11 @@
 """Updates, policies, replay and graph capture on a GPU, as far as they can be tested without one."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ def pretended():
 
 
 CASES = [f"{algorithm} {phase}" for algorithm in ALGORITHMS for phase in ("offline", "online")] + ["value_flows pixels"]
+CASES += ["fql", "c51", "iqn", "floq fourier", "evor published"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -160,6 +163,12 @@ def test_updates_continue_when_compiling_or_capturing_fails(algorithm, compiled,
     warnings = capsys.readouterr().err
     assert ("--compile fails here (inductor cannot); updates continue" in warnings) == compiled
     assert ("--cudagraphs fails here (operation not permitted when stream is capturing)" in warnings) == captured
+
+
+@pytest.mark.parametrize("is_cuda, cudagraphs", [*itertools.product((False, True), repeat=2)])
+def test_updates_are_captured_where_there_is_a_gpu_and_the_flag_says_so(is_cuda, cudagraphs):
+    agents = SimpleNamespace(state_tensors=lambda: [SimpleNamespace(is_cuda=is_cuda)])
+    assert graphs.FastUpdate(agents, None, False, cudagraphs).captured == (is_cuda and cudagraphs)
 
 
 def test_other_failures_are_not_hidden(monkeypatch, capsys):

@@ -7,6 +7,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -83,6 +84,8 @@ class Server:
 def quick_and_local(monkeypatch):
     monkeypatch.setattr(download, "BACK_OFF", 0.01)
     monkeypatch.setattr(download, "MIRRORS", ())
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("CLEANFLOW_DATASET_MIRRORS", raising=False)
 
 
 def use(monkeypatch, *servers):
@@ -211,9 +214,11 @@ def test_official_mirrors_are_ogbenchs_host_then_the_flat_copy(tmp_path, monkeyp
 
     monkeypatch.setattr(download, "MIRRORS", MIRRORS)
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setenv("CLEANFLOW_DATASET_MIRRORS", "https://a/x,https://b/")
     with pytest.raises(SystemExit):
         download.download("cube-double-play-v0-val.npz", tmp_path)
-    assert asked == [
+    assert asked[:2] == ["https://a/x/cube-double-play-v0-val.npz", "https://b/cube-double-play-v0-val.npz"]
+    assert asked[2:] == [
         "https://rail.eecs.berkeley.edu/datasets/ogbench/cube-double-play-v0-val.npz",
         "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main/cube-double-play-v0-val.npz",
     ]
@@ -335,6 +340,18 @@ def test_a_check_shows_its_progress_only_when_it_takes_long(tmp_path, monkeypatc
     path = tmp_path / FILE
     path.write_bytes(CONTENT)
     assert files.sha256_of(path) == hashlib.sha256(CONTENT).hexdigest()
+    large = tmp_path / "large"  # of several blocks
+    large.write_bytes(20 * CONTENT)
+    assert large.stat().st_size > 3e6 and files.sha256_of(large) == hashlib.sha256(20 * CONTENT).hexdigest()
+    with zipfile.ZipFile(large, "w") as archive:
+        archive.writestr("member", 20 * CONTENT)
+        end = archive.fp.tell()
+    files.check_zip(large)
+    content = bytearray(large.read_bytes())
+    content[end - 1] ^= 1  # the last byte of the member's content
+    large.write_bytes(content)
+    with pytest.raises(zipfile.BadZipFile):
+        files.check_zip(large)
     files.check_zip(path)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(files, "BAR_DELAY", 0)

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_agents, run_module, small_args
@@ -45,6 +46,9 @@ def test_the_best_candidate_of_the_named_ratings_is_chosen(agents):
         "own": agents.function("ratings")(observations, candidates, noise[..., 12:]),
         "untrained": untrained.function("ratings")(observations, candidates, noise[..., 12:]),
     }
+    each = [agents.only(k).function("ratings") for k in range(3)]  # all seeds' fields on a seed's candidates, averaged
+    of = lambda s: (x[s : s + 1] for x in (observations, candidates, noise[..., 12:]))
+    ratings["seeds_mean"] = torch.cat([sum(rate(*of(s)) for rate in each) for s in range(3)])
     chosen = {name: evor_greedy.make_policy(name, agents, untrained)(observations, noise) for name in ratings}
     for name, q in ratings.items():
         for s in range(3):
@@ -58,6 +62,19 @@ def test_the_best_candidate_of_the_named_ratings_is_chosen(agents):
 
 def test_equal_seeds_agree_and_one_preferred_direction_is_seen(agents):
     observations, _ = inputs(agents, N=64)
+    draws = lambda: torch.Generator().manual_seed(3)
+    rows = evor_greedy.compare_ratings(agents, observations, draws())
+    generator = draws()
+    noise = torch.stack([agents.agent.draw_act_noise(generator, 64) for _ in range(3)])
+    actions = agents.function("flow_actions")(observations, noise[..., :9].unflatten(-1, (3, 3)))
+    q = evor_greedy.by_all_seeds(evor_greedy.make_ratings(agents))(observations, actions, noise[..., 12:])
+    distance = (actions - actions.mean(dim=2, keepdim=True)).norm(dim=-1)  # (S, N, C)
+    correlation = lambda a, b: np.mean([np.corrcoef(x, y)[0, 1] for x, y in zip(a.numpy(), b.numpy())])
+    for s, row in rows.items():
+        by_hand = np.mean([correlation(q[0, s], q[k, s]) for k in (1, 2)])
+        assert row["correlation"] == pytest.approx(by_hand, abs=1e-3) and abs(by_hand) < 0.99
+        assert row["with_distance"] == pytest.approx(correlation(q[0, s], distance[s]), abs=1e-3)
+
     with torch.no_grad():
         for name, p in agents.parameters.items():
             if name.startswith("target_critic_flow"):

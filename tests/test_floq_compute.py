@@ -115,7 +115,11 @@ def test_frozen_features_stay_and_the_last_layer_learns(critic, network):
     for name in whole:
         if name.startswith(f"{network}."):
             assert torch.equal(half[name], whole[name]) == (name in frozen), name
+    same = study.train(SMALL, replace(variant, change="none"), data, lambda: None).parameters
     free = study.train(SMALL, replace(variant, change="all"), data, lambda: None).parameters
+    assert not any(torch.equal(free[name], same[name]) for name in frozen if ".weights." in name)  # other rewards
+    noisy = study.train(SMALL, replace(variant, change="none", noise=1.0), data, lambda: None).parameters
+    assert not any(torch.equal(noisy[name], same[name]) for name in frozen if ".weights." in name)
     assert not any(torch.equal(free[name], whole[name]) for name in frozen if ".weights." in name)
 
 
@@ -143,15 +147,16 @@ def test_paths_and_values_are_the_agents_own():
     np.testing.assert_allclose(study.learned_q(agents, FEW[0], s, a), z[:, -1].mean(axis=(1, 3)))
 
 
-def test_the_error_of_a_constant_is_one_and_of_the_truth_zero(monkeypatch):
+@pytest.mark.parametrize("change, phase", [("none", 0.0), ("all", study.PHASE)])
+def test_the_error_of_a_constant_is_one_and_of_the_truth_zero(change, phase, monkeypatch):
     agents = study.train(SMALL, FEW[1], study.make_data(100, seed=0), lambda: None)
     test = study.make_data(500, seed=1)
-    truth = study.true_q(test["x"], test["a"])
+    truth = study.true_q(test["x"], test["a"], phase)
     q = lambda agents, variant, s, a: (
         np.stack([truth, np.full(500, truth.mean())]) if len(s) == 500 else np.zeros((2, 1))
     )
     monkeypatch.setattr(study, "learned_q", q)
-    errors = [float(row["error"]) for row in study.measure(agents, FEW[1])["rows"]]
+    errors = [float(row["error"]) for row in study.measure(agents, replace(FEW[1], change=change))["rows"]]
     np.testing.assert_allclose(errors, [0, 1], atol=1e-4)
 
 

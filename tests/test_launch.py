@@ -10,11 +10,22 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ENV_ID, ROOT, SMALL_FLAGS, assert_same_csv, only_run, run, wait_for, wait_for_row
+from conftest import (
+    ENV_ID,
+    ROOT,
+    SMALL_FLAGS,
+    assert_same_csv,
+    only_run,
+    process_as_before,
+    run,
+    wait_for,
+    wait_for_row,
+)
 
 from benchmarks import scores
 from benchmarks.launch import jobs, local, state, table
@@ -158,6 +169,10 @@ def test_what_there_is_decides(stub_job):
     subprocess.run([*words, "--die-at", "7"])
     (cut,) = set(stub_runs(stub_job.runs_dir)) - {dead}
     assert state.choose(stub_job) == ("resume", cut)
+    subprocess.run([*words, "--die-at", "12"])
+    (further,) = set(stub_runs(stub_job.runs_dir)) - {dead, cut}
+    assert state.choose(stub_job) == ("resume", further)
+    shutil.rmtree(further)
     whole = (cut / "checkpoint.pt").read_bytes()
     (cut / "checkpoint.pt").write_bytes(whole[:30])
     assert state.choose(stub_job) == ("new", None)
@@ -268,12 +283,36 @@ def test_a_job_that_always_dies_is_given_up(tmp_path):
     assert "2 jobs: 2 failed" in out
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+def test_a_mistake_is_not_repeated(tmp_path):
+    words = stub_sweep(tmp_path, "--", "--exit-at", 3, env_ids="cube-single-play-singletask-v0")
+    out, err = finish_launch(start_launch(*words), 1)
+    assert "to be restarted" not in out and err.count("exit code 2") == 2 and len(stub_runs(tmp_path)) == 2
+
+
+def test_a_job_sees_its_gpu_and_has_its_share_of_the_cores(stub_job, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    seeds = dict(seed=2, num_seeds=2)
+    words = [*stub_job.words[:2], "--seed", "2", *stub_job.words[4:]]
+    changes = dict(args=stub_job.args | seeds, identity=stub_job.identity | seeds)
+    both = [stub_job, replace(stub_job, seeds=(2, 3), words=words, **changes)]
+    with process_as_before():
+        assert local.run(both, ["0", "1"], cores=8, max_restarts=0) == 0
+    found = [json.loads((path / "args.json").read_text())["environment"] for path in stub_runs(stub_job.runs_dir)]
+    names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    assert sorted(tuple(one[name] for name in names) for one in found) == [("0", "4"), ("1", "4")]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_same_command_goes_on(number, code, tmp_path):
     words = stub_sweep(tmp_path, "--", "--total-timesteps", 200, env_ids="cube-single-play-singletask-task{1,2}-v0")
     process = start_launch(*words)
     wait_for(process, lambda: len([d for d in stub_runs(tmp_path) if (d / "eval.csv").exists()]) == 4)
-    process.send_signal(signal.SIGINT)
-    out, _ = finish_launch(process, 130)
+    process.send_signal(number)
+    out, _ = finish_launch(process, code)
+    for run_dir in stub_runs(tmp_path):  # at its last step, not only at every fifth
+        with zipfile.ZipFile(run_dir / "checkpoint.pt") as archive:
+            saved, _ = json.loads(archive.read("state"))
+        assert (run_dir / "eval.csv").read_text().splitlines()[-1].startswith(f"{saved},")
     assert "continue with the same command: python -m benchmarks.launch --methods" in out and "done" not in out
     assert not trainers(tmp_path)
     out, _ = finish_launch(start_launch(*words))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ALGORITHMS, ENV_ID, ROOT, assert_refused, make_agents, run, small_args
+from conftest import ALGORITHMS, ENV_ID, EVERY, ROOT, assert_refused, make_agents, run, small_args
 
 from common import checkpoint, export, policies, rollout
 
@@ -190,22 +190,22 @@ def test_a_run_exports_the_evaluation_of_its_last_step_alone(tmp_path):
     assert [(row["step"], row["seed"], row["success"]) for row in config["evaluation"]] == [(20, 0, 0.2), (20, 1, 0.21)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(EVERY))
 def test_each_of_eight_seeds_acts_as_itself(name, tmp_path):
     args = small_args(name, env_id=ENV_ID, num_seeds=8, seed=3)
     agents = make_agents(args, range(3, 11), obs_dim=2, action_dim=2)
     saved = make_saved(agents, name, args)
-    export.write(tmp_path, ALGORITHMS[name].Agent, saved, [])
+    export.write(tmp_path, EVERY[name].Agent, saved, [])
     obs = observations()
     noise = agents.agent.draw_act_noise(torch.Generator().manual_seed(0), len(obs))
     seen = []
     for i, seed in enumerate(range(3, 11)):
         expected = agents.only(i).function("act")(obs[None], noise[None])[0].numpy()
-        seen.append(ALGORITHMS[name].load(tmp_path, seed).act(obs.numpy()))
+        seen.append(EVERY[name].load(tmp_path, seed).act(obs.numpy()))
         assert np.array_equal(seen[-1], expected)
     assert len({actions.tobytes() for actions in seen}) == 8
     with pytest.raises(SystemExit):
-        ALGORITHMS[name].load(tmp_path, 11)
+        EVERY[name].load(tmp_path, 11)
 
 
 def test_a_policy_of_a_gpu_run_is_written_for_any_device(online_runs, tmp_path, monkeypatch):

@@ -63,6 +63,27 @@ def test_a_policy_that_stands_still_never_succeeds():
         assert (row["success"], row["episode_return"], row["episode_length"]) == (0.0, -1000.0, 1000.0)
 
 
+def test_a_policy_gets_its_inputs_on_its_device():
+    """By torch's device without values, in place of a GPU."""
+    seen = []
+
+    def policy(observations, noise):
+        seen.append((observations.device.type, noise.device.type))
+        return torch.zeros(observations.shape)
+
+    evaluator = start(num_episodes=1)
+    evaluator.device = torch.device("meta")
+    evaluate(evaluator, policy)
+    assert set(seen) == {("meta", "meta")}
+
+
+@pytest.mark.parametrize("wanted, number", [(0, 3), (1, 1), (4, 4)])
+def test_evaluations_take_a_process_per_core_unless_told_otherwise(wanted, number, monkeypatch):
+    monkeypatch.setattr(workers, "num_cores", lambda: 3)
+    args = replace(parse("floq", "--env-id", ENV_ID), eval_workers=wanted)
+    assert len(workers.Workers(args, num_seeds=2, num_episodes=50).processes) == number
+
+
 def test_a_policy_that_sometimes_succeeds_is_counted_right():
     expert = make_expert()
     # The start is (16, 20) +- 1 and the way leads to the right: episodes that start in the cell's left half stay there.
