@@ -73,6 +73,8 @@ def changed_settings(info):
     tuned = module.TUNED_ONLINE if args["online_timesteps"] else module.TUNED
     if environment not in tuned:
         changed["env_id"] = args["env_id"]
+    if args.get("matmul_precision") == "medium":  # bfloat16; the others are a GPU's and a CPU's own
+        changed["matmul_precision"] = "medium"
     if set(changed) == {"eval_interval"} and scores.EVAL_INTERVAL % args["eval_interval"] == 0:
         return {}  # it is evaluated at the published steps, and at others too
     return changed
@@ -157,8 +159,8 @@ def main(args):
             claimed |= {(identity, seed): (path, evaluations) for seed in seeds}
     for path, (info, evaluations) in new.items():
         path.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_text(path, evaluations.decode())  # first: beside an unfinished run's json it may have more rows
         runs.write_text(path.with_suffix(".json"), json.dumps(info, indent=1) + "\n")
-        runs.write_text(path, evaluations.decode())
         label = f"not the published settings: {', '.join(info['changed'])}" if info["changed"] else "published settings"
         label += ", so far" if "unfinished" in info else ""
         print(f"{path} ({label})")

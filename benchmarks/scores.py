@@ -272,7 +272,8 @@ def experiment(info):
     """
     defaults = dataclasses.asdict(importlib.import_module(info["algorithm"]).Args())
     defaults = json.loads(json.dumps(defaults))  # tuples as the lists that a json file has
-    settings = {name: value for name, value in info["settings"].items() if value != defaults.get(name)}
+    ignored = () if info["changed"] else ("eval_interval",)  # of published settings: the published steps count
+    settings = {n: value for n, value in info["settings"].items() if value != defaults.get(n) and n not in ignored}
     identity = info["algorithm"], canonical(info["args"]["env_id"]), info["dataset"]["sha256"], settings
     return json.dumps(identity, sort_keys=True)
 

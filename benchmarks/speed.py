@@ -506,8 +506,8 @@ def main():
     if not options.json:
         print(KINDS[kind][1](rows))
     if options.output:
-        tables.write(Path(options.output).with_suffix(".csv"), rows)
-        draw(Path(options.output).with_suffix(".png"), rows)
+        tables.write(tables.beside(options.output, ".csv"), rows)
+        draw(tables.beside(options.output, ".png"), rows)
     if options.store:
         draw(stored_path.with_suffix(".png"), rows_of_machine)
         print(f"saved {stored_path.name} and its picture in {RESULTS.name}")

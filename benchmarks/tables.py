@@ -36,16 +36,25 @@ def stored_rows(path, names, expected):
     Args:
         path: the csv file; a missing one has no rows.
         names: of the columns that make a setting.
-        expected: {column: value} that each row must have. Other rows end the program with exit code 2, since they would
-            be mixed with new ones.
+        expected: {column: value} that each row must have. Other rows, and a setting's second row of a seed, end the
+            program with exit code 2, since they would be mixed with new ones.
     """
     found = {}
     for row in read_rows(path):
         values = {name: number(value) for name, value in row.items()}
         if not (set(names) < values.keys() and expected.items() <= values.items()):
             fail(f"--output: {path} has rows of another checkpoint or number of episodes; name another file")
-        found.setdefault(tuple(values[name] for name in names), []).append(values)
+        setting = tuple(values[name] for name in names)
+        if any(other["seed"] == values["seed"] for other in found.get(setting, ())):
+            fail(f"--output: {path} has seed {values['seed']} of {setting} twice, as of two calls at once; remove one")
+        found.setdefault(setting, []).append(values)
     return found
+
+
+def beside(path, suffix):
+    """A path with the suffix in place of .csv or .png, or after any other name: tau_0.1 -> tau_0.1.csv."""
+    name = Path(path).name
+    return Path(path).with_name(name.removesuffix(".csv").removesuffix(".png") + suffix)
 
 
 def number(text):

@@ -105,6 +105,7 @@ def test_patterns_are_expanded(capsys):
     assert len(expand(["scene-play-singletask-task*-v0", "scene-play-singletask-task1-v0"])) == 5
     five = expand(["scene-play-*"])  # the default task is task 2 under another name
     assert len(five) == 5 == len({scores.canonical(env_id) for env_id in five})
+    assert sorted(five) == expand(["scene-play-singletask-task{1..5}-v0"])  # under the same names
     with pytest.raises(SystemExit) as error:
         expand(["cube-duoble-play-singletask-task{1..3}-v0"])
     assert error.value.code == 2
@@ -367,6 +368,26 @@ def test_jobs_outlive_their_launcher(tmp_path):
     assert out.count("step 200/200") == 4 and len(stub_runs(tmp_path)) == 4
     for run_dir in stub_runs(tmp_path):
         assert_each_step_once(run_dir, 200)
+
+
+def test_jobs_that_outlive_their_launcher_keep_their_slots(tmp_path):
+    words = ["--methods", STUB, "--env-ids", "cube-single-play-singletask-task{1,2,3}-v0", "--runs-dir", tmp_path]
+    words += ["--slots-per-device", 1, "--", "--total-timesteps", 150]
+    process = start_launch(*words)
+    wait_for(process, lambda: len(trainers(tmp_path)) == 1)
+    process.kill()
+    process.communicate()
+    process, most = start_launch(*words), 0
+    while process.poll() is None:
+        most = max(most, len(trainers(tmp_path)))
+        time.sleep(0.05)
+    out, _ = finish_launch(process)
+    assert most == 1 and out.count("step 150/150") == 3 and len(stub_runs(tmp_path)) == 3
+
+
+def test_devices_that_are_taken_are_left_out():
+    assert local.unoccupied(["0", "1", "0", "1"], ["0", None, "cpu"]) == ["1", "0", "1"]
+    assert local.unoccupied(["0", "1"], ["1", "0", "0"]) == []
 
 
 def test_a_stopped_process_is_waited_for_and_woken_to_save(tmp_path):

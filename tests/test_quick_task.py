@@ -1,5 +1,6 @@
 """The study of variants on the quick task: commands, restarts, runs that end at a non-finite loss, the rule."""
 
+import fcntl
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def program(monkeypatch):
     calls, moods = [], []
     ended = lambda code: SimpleNamespace(wait=lambda: code)
 
-    def start(command, cwd, env, stdout, stderr):
+    def start(command, cwd, env, stdout, stderr, pass_fds):
         words = command[3:]
         calls.append((command[2], words))
         mood = moods.pop(0) if moods else ""
@@ -34,7 +35,8 @@ def program(monkeypatch):
         variant = next(name for name in reversed(SUCCESS) if name in run_dir.parent.name)
         steps = (1, 4000, 8000) if mood == "" else (1, 4000)
         rows = [
-            {"step": step, "seed": seed, "phase": "offline", "success": (step > 4000) * 0.02 + SUCCESS[variant][seed]}
+            {"step": step, "seed": seed, "phase": "offline", "success": (step > 1) * SUCCESS[variant][seed]}
+            | ({"success": 0.02 + SUCCESS[variant][seed]} if step > 4000 else {})
             for step in steps
             for seed in (0, 1)
         ]
@@ -152,6 +154,20 @@ def test_nothing_is_compared_with_another_variant_than_the_first(program, tmp_pa
     assert lines[2] == "| `value_flows:bcfm_lambda=0` | 16.0% +- 63.5 |  |  | 50 |"
     assert lines[3] == "| `value_flows:num_samples=1` | 62.5% +- 120.7 |  |  | 50 |"
     assert lines[5] == "No differences: the first variant, `value_flows`, is left out."
+
+
+def test_a_variant_that_another_process_trains_is_refused(program, tmp_path, monkeypatch, capsys):
+    calls, _ = program
+    words = ("--variants", "value_flows", "--seeds", 2, "--runs-dir", tmp_path)
+    main(monkeypatch, *words)
+    (folder,) = tmp_path.iterdir()
+    with open(folder / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit) as stop:
+            main(monkeypatch, *words)
+    assert stop.value.code == 2 and "another process trains this variant" in capsys.readouterr().err
+    main(monkeypatch, *words)
+    assert len(calls) == 1
 
 
 def test_one_seed_has_no_interval():

@@ -280,6 +280,8 @@ def test_collected_run_and_its_identity(tmp_path, capsys):
     older.write_bytes((run_dir / "eval.csv").read_bytes())
     older.with_suffix(".json").write_text(json.dumps(info))
     assert older in collect(tmp_path / "results", run_dir) and "there already" in capsys.readouterr().out
+    more_often = write_run(tmp_path / "o", [0.3, 0.2], first_seed=1, eval_interval=50_000)
+    assert "claims the same" in refused(capsys, collect, tmp_path / "results", more_often)
     # In one call too: nothing is written then.
     twice = write_run(tmp_path / "d", [0.1], task=2), write_run(tmp_path / "e", [0.2], task=2)
     assert "claims the same" in refused(capsys, collect, tmp_path / "results", *twice)
@@ -297,6 +299,7 @@ def test_changed_settings_are_named(tmp_path):
     assert changed(write_run(tmp_path / "d", [0.5], total_timesteps=500_000)) == {"total_timesteps": 500_000}
     assert changed(write_run(tmp_path / "j", [0.5], eval_interval=50_000)) == {}  # at the published steps, and others
     assert changed(write_run(tmp_path / "k", [0.5], eval_interval=40_000)) == {"eval_interval": 40_000}
+    assert changed(write_run(tmp_path / "m", [0.5], matmul_precision="medium")) == {"matmul_precision": "medium"}
     both = {"batch_size": 16, "eval_interval": 50_000}
     assert changed(write_run(tmp_path / "l", [0.5], **both)) == both
     run_dir = write_run(tmp_path / "e", [0.5], source="generated")

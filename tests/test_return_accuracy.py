@@ -90,7 +90,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, m
     assert stop.value.code == 2 and "file is not writable" in capsys.readouterr().err
 
 
-def test_a_study_continues_with_what_it_has_finished(tmp_path, monkeypatch):
+def test_a_study_continues_with_what_it_has_finished(tmp_path, monkeypatch, capsys):
     """The second of two trainings fails; the same command then makes that one alone."""
     words = "--mdps chain --gammas 0.9 --seeds 2 --updates 1 --no-compile --variants evor evor:num_ensembles=1 --output"
     monkeypatch.setattr(sys, "argv", ["return_accuracy", *words.split(), str(tmp_path / "a")])
@@ -107,6 +107,14 @@ def test_a_study_continues_with_what_it_has_finished(tmp_path, monkeypatch):
         return_accuracy.main()
     first = (tmp_path / "a.csv").read_text()
     assert len(first.splitlines()) == 1 + 2 * 4
+    for change in ("--seeds", "--updates"):  # another study would lose what is finished
+        monkeypatch.setattr(sys, "argv", ["return_accuracy", *words.split(), str(tmp_path / "a"), change, "3"])
+        with pytest.raises(SystemExit) as stop:
+            return_accuracy.main()
+        assert (
+            stop.value.code == 2 and "of a study with --seeds 2 --updates 1 that was cut off" in capsys.readouterr().err
+        )
+    monkeypatch.setattr(sys, "argv", ["return_accuracy", *words.split(), str(tmp_path / "a")])
     return_accuracy.main()
     assert trained == [2, 1, 1]
     whole = (tmp_path / "a.csv").read_text()

@@ -111,6 +111,23 @@ def test_stored_rows_read_back_as_written(tmp_path):
     assert "| quick | evor | 8 | highest | compile | 100 (90 to 110) |" in speed.table(rows)
 
 
+def test_paths_beside_a_name_with_dots_are_different():
+    names = ["a", "a.csv", "a.png", "tau_0.1", "tau_0.01", "tau_0.1.csv"]
+    assert [tables.beside(f"x/{name}", ".csv").name for name in names] == [
+        "a.csv", "a.csv", "a.csv", "tau_0.1.csv", "tau_0.01.csv", "tau_0.1.csv",
+    ]  # fmt: skip
+
+
+def test_rows_of_two_calls_at_once_are_refused(tmp_path, capsys):
+    rows = [{"sweep": "tau_q", "tau_q": 0.1, "seed": seed, "success": 0.5} for seed in (0, 1, 0)]
+    tables.write(tmp_path / "a.csv", rows[:2])
+    assert tables.stored_rows(tmp_path / "a.csv", ("sweep", "tau_q"), {}) == {("tau_q", 0.1): rows[:2]}
+    tables.write(tmp_path / "a.csv", rows)
+    with pytest.raises(SystemExit) as end:
+        tables.stored_rows(tmp_path / "a.csv", ("sweep", "tau_q"), {})
+    assert end.value.code == 2 and "has seed 0 of ('tau_q', 0.1) twice" in capsys.readouterr().err
+
+
 @pytest.fixture
 def main(monkeypatch, tmp_path):
     """main(*words), with a results directory of the test's own; rows are made up, and the third setting is Ctrl-C."""

@@ -252,6 +252,8 @@ def test_a_small_study_writes_pictures_and_the_same_summary_twice(tmp_path):
     for name, datasets in (("a", ("moons", "eight_gaussians")), ("b", ("moons",))):
         done = start(*small.split(), "--datasets", *datasets, "--output-dir", tmp_path / name)
         assert done.returncode == 0 and "good modes" in done.stdout, done.stderr[-3000:]
+    lost = start(*small.split(), "--datasets", "moons", "--output-dir", tmp_path / "a")
+    assert lost.returncode == 2 and "has the results of eight_gaussians, which would be lost" in lost.stderr
     rows = list(csv.DictReader(open(tmp_path / "a" / "summary.csv")))
     assert len(rows) == 2 * 3 * 4 * 2 and {row["seed"] for row in rows} == {"0", "1"}
     assert {row["comparable"] for row in rows} == {"no"} and "nothing there may be compared" in done.stdout

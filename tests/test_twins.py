@@ -108,6 +108,12 @@ def test_the_committed_tests_are_those_of_the_committed_rows_by_the_rule(method)
     assert twins.MARGIN == {"success": 10.0, "ratio": math.log(1.05)} and twins.CONFIDENCE == 0.9
 
 
+def test_a_diverged_seed_resolves_nothing():
+    for figures in ([1.0, math.nan], [1.0, math.inf]):
+        row = twins.compare_means(figures, [1.0, 1.1], 0.1)
+        assert row["verdict"] == "not resolved" and row["seeds_needed"] is None
+
+
 def test_compare_without_results_says_what_to_do(options, capsys):
     with pytest.raises(SystemExit) as end:
         twins.compare(options)
@@ -234,6 +240,11 @@ def test_a_side_continues_with_the_settings_and_data_that_it_began_with(
     small_sides(side, replace(more, until=2))
     assert twins.Rows(options, side, 2).done(2) and len(before) == 2
     assert all((Path(options.results_dir) / name).read_text() == text for name, text in before.items())
+
+    if side == "ours":  # seeds that are trained side by side are one state
+        with pytest.raises(SystemExit):
+            small_sides(side, replace(options, first_seed=1, num_seeds=2))
+        assert "seed 1 is there already" in capsys.readouterr().err
 
     fresh = {"state_dir": f"{options.state_dir}_b", "results_dir": f"{options.results_dir}_b"}
     small_sides(side, replace(options, **fresh), sha256="b", alpha=7.0)

@@ -97,8 +97,8 @@ def find_method(name):
 
 def expand_env_ids(patterns):
     """Environment ids that patterns with {1..5}, {a,b} and shell wildcards stand for, each task once, in order
-    (`...-singletask-v0` is one of the five). A pattern that matches nothing ends the program with exit code 2 and close
-    matches.
+    (`...-singletask-v0` is one of the five, and wildcards find that by its number). A pattern that matches nothing ends
+    the program with exit code 2 and close matches.
     """
     import bracex
 
@@ -114,7 +114,7 @@ def expand_env_ids(patterns):
                 near = difflib.get_close_matches(re.sub(r"[*?\[\]]", "", piece), known, n=3, cutoff=0.4)
                 nearest = f"; nearest: {', '.join(near)}" if near else ""
                 fail(f"--env-ids {piece} matches no environment of ogbench{nearest}")
-            found += matching
+            found += matching if piece in known else map(scores.canonical, matching)
     return list({scores.canonical(env_id): env_id for env_id in found[::-1]}.values())[::-1]
 
 

@@ -31,6 +31,18 @@ def find_devices(wanted, num_gpus):
     return list(wanted) or gpus or ["cpu"]
 
 
+def unoccupied(devices, taken):
+    """The devices, one name per job at a time, without those that are taken."""
+    taken = collections.Counter(taken)
+    free = []
+    for device in devices:
+        if taken[device]:
+            taken[device] -= 1
+        else:
+            free.append(device)
+    return free
+
+
 def command(job, python, action, run_dir):
     """The words of the command that starts or continues a job, to its lengths; action, run_dir: of `state.choose`."""
     resume = ["--resume", run_dir, "--total-timesteps", job.lengths[0], "--online-timesteps", job.lengths[1]]
@@ -71,7 +83,7 @@ def start(job, device, threads):
                 preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),  # SLURM's, which the launcher answers
             )  # fmt: skip
         who = f"{socket.gethostname()} process {process.pid}"
-        state.write_state(job, starts=state.read_state(job).get("starts", 0) + 1, process=who)
+        state.write_state(job, starts=state.read_state(job).get("starts", 0) + 1, process=who, device=device)
     job.state, job.note = "running", f"on {device if device == 'cpu' else 'GPU ' + device}"
     return process
 
@@ -82,14 +94,14 @@ def run(jobs, devices, cores, max_restarts, grace=math.inf):
     `devices` has a name per job that runs at a time; these share the `cores`, unless OMP_NUM_THREADS is set. Of a job's
     early ends, those on a full disk do not count for `max_restarts`. `grace`: seconds to save in, after a signal.
     """
-    screen, free, running = Screen(jobs), list(devices), {}  # running: {job: (process, device)}
+    screen, running = Screen(jobs), {}  # running: {job: (process, device)}
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // len(devices))))
     stop = StopRequest((signal.SIGINT, signal.SIGTERM, signal.SIGUSR2))
     deaths, deadline = collections.Counter(), None
 
     def ended_early(job, how, mistake=False):
         full = missing_space(job)
-        if mistake or (deaths[job] == max_restarts and not full):
+        if not full and (mistake or deaths[job] == max_restarts):
             job.state, job.note = "failed", how
             state.write_state(job, failed=how)
         else:
@@ -97,18 +109,19 @@ def run(jobs, devices, cores, max_restarts, grace=math.inf):
             deaths[job] += 0 if full else 1
 
     while True:
-        for job, (process, device) in list(running.items()):
+        for job, (process, _) in list(running.items()):
             code, finished = process.poll(), state.refresh(job)
             if code is None:
                 continue
             del running[job]
-            free.append(device)
             if finished or stop:
                 job.state, job.note = "done" if finished else "waiting", ""
             else:
                 how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
                 ended_early(job, how, mistake=code == 2)
         screen.draw()
+        held = [state.held_device(job) for job in jobs if job.state == "waiting"]  # by another launcher's processes
+        free = unoccupied(devices, [device for _, device in running.values()] + held)
         for job in jobs:
             if job.state == "waiting" and free and not stop:
                 try:

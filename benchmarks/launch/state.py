@@ -107,6 +107,12 @@ def take_lock(job):
     return None
 
 
+def held_device(job):
+    """The device of this machine on which another process trains the job now, or None."""
+    mine = (locked_by(job) or "").startswith(f"{socket.gethostname()} ")
+    return read_state(job).get("device") if mine else None
+
+
 def locked_by(job):
     """Who trains the job now ("host process 123"), or None. It is found out by taking the lock for a moment."""
     with contextlib.suppress(OSError), open(job.folder / "lock") as file:

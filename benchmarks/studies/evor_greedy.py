@@ -172,7 +172,8 @@ if __name__ == "__main__":
         fail(f"--run {options.run} is a run of {saved['algorithm']}.py, not of evor.py")
     args = replace(evor.Args(**saved["args"]), eval_episodes=options.episodes, capture_video=False)
     output = tables.output_path(options.output or Path(options.run) / "greedy")
-    csv_path, run = output.with_suffix(".csv"), {"run": Path(options.run).resolve().name}  # whose rows, in each of them
+    csv_path = tables.beside(output, ".csv")
+    run = {"run": Path(options.run).resolve().name}  # whose rows, in each of them
     identity = run | {"step": saved["step"], "episodes": options.episodes}
     stored = tables.stored_rows(csv_path, ("policy", "num_actions"), identity)
     device = setup_torch(replace(args, cuda=options.cuda and torch.cuda.is_available(), matmul_precision=None))
@@ -194,6 +195,7 @@ if __name__ == "__main__":
             store_ratings(output.with_name(output.name + "_ratings.csv"), agents, visited, seeds, saved["step"])
         rows = [{"policy": name, "num_actions": number} | row | run for row in rows]
         runs.append_rows(csv_path, rows)
+        stored[name, number] = rows
         success = " ".join(f"{row['success']:.2f}" for row in rows)
         tqdm.write(f"{name}, {number} candidates: success {success}")
     print(f"saved {csv_path}")

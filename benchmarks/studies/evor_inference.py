@@ -140,7 +140,7 @@ def main(options):
     args = replace(args, eval_episodes=options.episodes or args.eval_episodes, capture_video=False)
     base = {name: getattr(args, name, 0.0) for name in SWEEPS}  # no run has action noise
     output = tables.output_path(options.output or Path(options.run) / "inference_scaling")
-    csv_path = output.with_suffix(".csv")
+    csv_path, png_path = tables.beside(output, ".csv"), tables.beside(output, ".png")
     identity = {"run": Path(options.run).resolve().name}  # whose rows, in each of them
     stored = tables.stored_rows(
         csv_path, ("sweep", *SWEEPS), identity | {"step": payload["step"], "episodes": args.eval_episodes}
@@ -162,10 +162,11 @@ def main(options):
             known[key] = [{"sweep": name} | setting | row | identity for row in played]
         new = [row | {"sweep": name} for row in known[key]]
         rows += new
+        stored[(name, *key)] = []  # a value that is given twice
         runs.append_rows(csv_path, new)
         tqdm.write(f"{name} {setting[name]:g}: success {success_text(new)} ({time.perf_counter() - start:.0f} s)")
-    draw(output.with_suffix(".png"), rows, base)
-    print(f"saved {csv_path} and {output.with_suffix('.png')}")
+    draw(png_path, rows, base)
+    print(f"saved {csv_path} and {png_path}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ the value is not, so that an error is left at any capacity. Q(s, a) = r(x) + gam
 Critics learn by the unmodified critic losses of floq.py and benchmarks/baselines/fql.py, all from the same batches;
 floq has one velocity network. The error is the root mean square of Q - true Q at places and actions that were not in
 the data, as a share of the true Q's standard deviation: 1 is a constant. Learned values are the EMA networks', means
-over members and starts.
+over members and starts; the distilled critic has no EMA, and its error is that of the trained network.
 
     floq      K Euler steps, start noise in [-KAPPA, 0] / (1 - gamma)
     equal     fql.py's critic with as many parameters as floq's velocity network
@@ -371,7 +371,11 @@ def draw(path, parts):
 
     figure = Figure(figsize=(15, 7), layout="constrained")
     panels = figure.subplots(2, 4)
-    of = lambda v, column: np.nan_to_num(interval([float(row[column]) for row in parts[v]["rows"]]))
+
+    def of(variant, column):
+        mean, half = interval([float(row[column]) for row in parts[variant]["rows"]])
+        return mean, np.nan_to_num(half)  # no half of one seed; a mean that is not finite is not drawn
+
     intervals = {"narrow": NARROW, "wide": WIDE, "whole": WHOLE}
     for axes, column, label in ((panels[0, 0], "error", "error"), (panels[0, 3], "curvature", "curvature")):
         for name, coverage in intervals.items():

@@ -14,7 +14,8 @@ The grids are
     floq          1, 2, 4 and 8 Euler steps, from a narrow and from a wide noise interval
     baselines     FQL, and its policy with floq's critic
 
-**The rule.** A run's success is the mean of its last two evaluations, per seed. Each variant is compared with the first
+**The rule.** A run's success is the mean of its last two evaluations, per seed (that after the first update is none of
+them). Each variant is compared with the first
 one by the differences of equal seeds, which have the same data and batches: their mean and its 95% interval.
 
     higher, lower  the interval is above, or below, zero
@@ -42,7 +43,7 @@ from benchmarks import tables
 from benchmarks.scores import interval, interval_text
 from benchmarks.studies.return_accuracy import parse_variant
 from common import arguments, curves, export, fail, python_environment, runs, warn
-from common.files import check_writable
+from common.files import check_writable, try_lock
 
 MARGIN = 10.0  # points of success
 FILES = ("floq", "value_flows", "q_flow", "evor", "fql", "c51", "iqn")
@@ -99,29 +100,33 @@ def run(variant, options):
     log = folder / "log.txt"
     folder.mkdir(parents=True, exist_ok=True)
     log.touch()
-    latest = lambda: max((path.parent for path in folder.glob("*/args.json")), default=None)
-    stopped_at = lambda: int(found[1]) if (found := NON_FINITE.search(log.read_text())) else None
-    run_dir = latest()
-    if run_dir and ((run_dir / "policy").exists() or stopped_at()):
-        return run_dir, stopped_at()
-    words = ["--quick", "--num-seeds", options.seeds, "--eval-episodes", options.episodes, "--runs-dir", folder]
-    words += ["--total-timesteps", options.updates] if options.updates else []
-    words += words_of(changes)
-    if run_dir and (run_dir / "checkpoint.pt").exists():
-        words = ["--resume", run_dir]
-    command = [sys.executable, "-m", export.module_path(module.Agent), *map(str, words)]
-    with open(log, "a") as file:
-        process = subprocess.Popen(command, cwd=export.ROOT, env=python_environment(), stdout=file, stderr=file)
-        try:
-            code = process.wait()
-        except BaseException:  # Ctrl-C or SIGTERM: the training saves before this study ends
-            process.terminate()
-            process.wait()
-            raise
-    if code and not stopped_at():
-        last = (log.read_text().splitlines() or [""])[-1]
-        fail(f"{' '.join(command)} failed ({last}); see {log}. Mended, the same command of this study continues")
-    return latest(), stopped_at()
+    with open(folder / "lock", "a") as lock:  # the training holds it too: it may outlive a study that is killed
+        if not try_lock(lock, folder / "lock"):
+            fail(f"{folder}: another process trains this variant; let it end first")
+        latest = lambda: max((path.parent for path in folder.glob("*/args.json")), default=None)
+        stopped_at = lambda: int(found[1]) if (found := NON_FINITE.search(log.read_text())) else None
+        run_dir = latest()
+        if run_dir and ((run_dir / "policy").exists() or stopped_at()):
+            return run_dir, stopped_at()
+        words = ["--quick", "--num-seeds", options.seeds, "--eval-episodes", options.episodes, "--runs-dir", folder]
+        words += ["--total-timesteps", options.updates] if options.updates else []
+        words += words_of(changes)
+        if run_dir and (run_dir / "checkpoint.pt").exists():
+            words = ["--resume", run_dir]
+        command = [sys.executable, "-m", export.module_path(module.Agent), *map(str, words)]
+        with open(log, "a") as file:
+            places = dict(cwd=export.ROOT, env=python_environment(), stdout=file, stderr=file, pass_fds=[lock.fileno()])
+            process = subprocess.Popen(command, **places)
+            try:
+                code = process.wait()
+            except BaseException:  # Ctrl-C or SIGTERM: the training saves before this study ends
+                process.terminate()
+                process.wait()
+                raise
+        if code and not stopped_at():
+            last = (log.read_text().splitlines() or [""])[-1]
+            fail(f"{' '.join(command)} failed ({last}); see {log}. Mended, the same command of this study continues")
+        return latest(), stopped_at()
 
 
 def measure(variant, run_dir, stopped):
@@ -129,14 +134,17 @@ def measure(variant, run_dir, stopped):
 
     No rows, and a warning, where a loss became non-finite before the first evaluation.
     """
-    if stopped and not (run_dir / "eval.csv").exists():
-        warn(f"{variant} is left out: a loss is non-finite at step {stopped}, before the first evaluation")
+    found = curves.read_success(run_dir / "eval.csv") if (run_dir / "eval.csv").exists() else {}
+    found = {seed: {step: x for step, x in curve.items() if step > 1} for seed, curve in found.items()}  # trained ones
+    if not any(found.values()):
+        stop = f"a loss is non-finite at step {stopped}, before" if stopped else "it ended before"
+        warn(f"{variant} is left out: {stop} the first evaluation after step 1")
         return []
     speeds = [float(row["updates_per_second"]) for row in tables.read_rows(run_dir / "timing.csv")]
     speeds = [speed for speed in speeds if speed]
     milliseconds = f"{1000 / statistics.median(speeds):.4g}" if speeds else ""
     rows = []
-    for seed, curve in curves.read_success(run_dir / "eval.csv").items():
+    for seed, curve in found.items():
         last = sorted(curve)[-2:]
         success = np.mean([curve[step] for step in last])
         row = {"variant": variant, "seed": seed, "updates": last[-1], "success": f"{success:.4g}"}

@@ -232,7 +232,8 @@ def draw(output, pictures):
         for column, (variant, (returns, truth)) in enumerate(variants.items()):
             axes, margin = panels[row, column], 0.3 * (truth[-1] - truth[0]) or 1.0
             bins = np.linspace(truth[0] - margin, truth[-1] + margin, 61)
-            axes.hist(np.clip(np.nan_to_num(returns), bins[0], bins[-1]).ravel(), bins, density=True, color="tab:blue")
+            shown = returns[np.isfinite(returns)]  # a diverged variant has none
+            axes.hist(np.clip(shown, bins[0], bins[-1]), bins, density=len(shown) > 0, color="tab:blue")
             axes.hist(truth, bins, density=True, histtype="step", color="black")
             axes.set(yticks=[])
             axes.tick_params(labelsize="x-small")
@@ -266,12 +267,16 @@ def summary(rows):
 
 
 def read_partial(path, settings):
-    """{(mdp, gamma, variant): (csv rows, picture)} that a study with these settings finished before it was cut off."""
+    """{(mdp, gamma, variant): (csv rows, picture)} that a study with these settings finished before it was cut off.
+
+    One of other settings ends the program with exit code 2: its trainings would be lost.
+    """
     if path is None or not path.exists():
         return {}
     saved = torch.load(path, weights_only=True)
     if saved["settings"] != settings:
-        return {}
+        began = "--seeds {} --updates {}".format(*saved["settings"])
+        fail(f"{path} is of a study with {began} that was cut off; continue it, delete it, or name another --output")
     return {key: (rows, [returns.numpy() for returns in picture]) for key, (rows, picture) in saved["finished"].items()}
 
 
@@ -291,7 +296,7 @@ def main():
     variants = {variant: parse_variant(variant) for variant in options.variants}
     trainings = list(itertools.product(mdps, options.gammas, variants))
     stem, settings = options.output and tables.output_path(options.output), (options.seeds, options.updates)
-    partial = stem and stem.with_suffix(".partial")
+    partial = stem and tables.beside(stem, ".partial")
     finished = read_partial(partial, settings)
     bar = tqdm(trainings, unit=" trainings")
     for key in bar:
@@ -309,7 +314,7 @@ def main():
         if stem:  # as it goes: what was trained is not lost
             write_partial(partial, settings, finished)
             rows_so_far = [row for one in trainings if one in finished for row in finished[one][0]]
-            tables.write(stem.with_suffix(".csv"), rows_so_far)
+            tables.write(tables.beside(stem, ".csv"), rows_so_far)
         column = lambda name: np.array([row[name] for row in rows])
         distance, share = column("wasserstein"), 100 * column("mean_error_share")
         modes = f"  modes {column('low_mode').min():.2f} + {column('high_mode').min():.2f}" if name == "coin" else ""
@@ -324,8 +329,9 @@ def main():
         pictures = {}
         for name, gamma, variant in trainings:
             pictures.setdefault((name, gamma), {})[variant] = finished[name, gamma, variant][1]
-        draw(stem.with_suffix(".png"), pictures)
-        partial.unlink(missing_ok=True)
+        draw(tables.beside(stem, ".png"), pictures)
+        if finished.keys() <= set(trainings):  # else it holds trainings of another list
+            partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

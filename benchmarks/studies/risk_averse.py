@@ -14,7 +14,6 @@ Writes OUTPUT.csv, one row per level and seed (means over the states), and OUTPU
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -128,5 +127,5 @@ if __name__ == "__main__":
         lines.append([level, float(level > TURN), *words, f"{true_cvar(chosen.mean(), level):.2f}"])
     print(tables.markdown(["level", "best place", "place", "stake", "CVaR of the stake"], lines))
     if options.output:
-        tables.write(Path(options.output).with_suffix(".csv"), rows)
-        draw(Path(options.output).with_suffix(".png"), [{name: float(x) for name, x in row.items()} for row in rows])
+        tables.write(tables.beside(options.output, ".csv"), rows)
+        draw(tables.beside(options.output, ".png"), [{name: float(x) for name, x in row.items()} for row in rows])

@@ -32,6 +32,7 @@ import itertools
 import math
 import multiprocessing
 import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,7 @@ import torch
 import tyro
 
 import q_flow
+from benchmarks import tables
 from common import fail, num_cores
 from common.device import setup_torch
 from common.draws import CHUNK, Draws
@@ -583,6 +585,9 @@ if __name__ == "__main__":
         options = replace(options, width=512, depth=4, pretrain_updates=0)
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    others = {row["dataset"] for row in tables.read_rows(output / "summary.csv")} - set(options.datasets)
+    if others:
+        fail(f"--output-dir {output} has the results of {', '.join(sorted(others))}, which would be lost; name another")
     started, table = time.perf_counter(), []
     before = options.pretrain_updates + options.fit_updates if options.pretrain_updates else 0
     steps = sum(before + (1 + len(METHODS)) * num_updates(name, options) for name in options.datasets)
@@ -590,6 +595,7 @@ if __name__ == "__main__":
     def write(rows):
         """Adds a data set's rows to summary.csv."""
         table.extend(rows)
+        table.sort(key=lambda row: options.datasets.index(row["dataset"]))
         with open(output / "summary.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, table[0])
             writer.writeheader()
@@ -604,17 +610,15 @@ if __name__ == "__main__":
             cores = num_cores()
             workers = min(cores, len(options.datasets))
             context = multiprocessing.get_context("spawn")
-            with context.Manager() as manager, context.Pool(workers) as pool:
+            with context.Manager() as manager, ProcessPoolExecutor(workers, context) as pool:
                 queue = manager.Queue()
                 jobs = [(name, options, max(1, cores // workers), queue) for name in options.datasets]
-                results = [pool.apply_async(in_worker, (job,)) for job in jobs]
-                for result in results:
-                    while not result.ready():
-                        while not queue.empty():
-                            bar.update(queue.get())
-                        result.wait(0.5)
-                    write(result.get())
-                while not queue.empty():
-                    bar.update(queue.get())
+                pending = {pool.submit(in_worker, job) for job in jobs}
+                while pending:
+                    done, pending = wait(pending, 0.5, FIRST_COMPLETED)
+                    while not queue.empty():
+                        bar.update(queue.get())
+                    for result in done:
+                        write(result.result())
     print(summarize(table))
     print(f"{time.perf_counter() - started:.0f} s; pictures and summary.csv in {output}")

@@ -367,6 +367,8 @@ def train_ours(twins, args, identity, dataset):
     every_rows = [Rows(twins, "ours", seed) for seed in seeds]
     if state.exists():
         side.restore(state)
+    elif there := [seed for seed, rows in zip(seeds, every_rows) if rows.done(1)]:
+        fail(f"--first-seed {twins.first_seed}: seed {there[0]} is there already, trained beside other seeds")
     for rows in every_rows:
         rows.cut(side.step)
     quarter_length = args.total_timesteps // QUARTERS
@@ -505,11 +507,14 @@ def compare_means(ours, authors, margin):
 
     Returns:
         {difference, low, high: of the 90% interval; verdict: equivalent, different or not resolved; seeds_needed: per
-        side, None unless not resolved}. With fewer than 2 seeds on a side there is no interval: nothing is resolved.
+        side, None unless not resolved}. With fewer than 2 seeds on a side, or a figure that is not finite, there is no
+        interval: nothing is resolved.
     """
     difference = float(np.mean(ours) - np.mean(authors)) if ours and authors else math.nan
     row = {"difference": difference, "low": math.nan, "high": math.nan, "verdict": "not resolved", "seeds_needed": None}
     if min(len(ours), len(authors)) < 2:
+        return row
+    if not math.isfinite(difference):  # a run has diverged
         return row
     variances = np.var(ours, ddof=1), np.var(authors, ddof=1)
     parts = variances[0] / len(ours), variances[1] / len(authors)
