@@ -73,7 +73,8 @@ def changed_settings(info):
     tuned = module.TUNED_ONLINE if args["online_timesteps"] else module.TUNED
     if environment not in tuned:
         changed["env_id"] = args["env_id"]
-    if args.get("matmul_precision") == "medium":  # bfloat16; the others are a GPU's and a CPU's own
+    precisions = [part["matmul_precision"] for part in (args, *info.get("earlier", ())) if "matmul_precision" in part]
+    if "medium" in precisions:  # bfloat16, at least for a while; the others are a GPU's and a CPU's own
         changed["matmul_precision"] = "medium"
     if set(changed) == {"eval_interval"} and scores.EVAL_INTERVAL % args["eval_interval"] == 0:
         return {}  # it is evaluated at the published steps, and at others too

@@ -11,6 +11,8 @@ import platform
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]  # the project's folder
+
 
 def fail(message):
     """Ends the program for a user's mistake: `message` (what is wrong, where, what to do) on stderr, exit code 2."""
@@ -43,9 +45,8 @@ def num_cores():
 
 
 def python_environment():
-    """The environment variables of a child process that has to import this project."""
-    root = str(Path(__file__).resolve().parent.parent)
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    """The environment variables of a child process that has to import this project (with -m, started in ROOT)."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
 
 
 def versions():

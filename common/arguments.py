@@ -86,7 +86,7 @@ def _of_stored_run(read, args, flag, may_change):
     if saved["algorithm"] != algorithm(args):
         fail(f"{flag} {run_dir} is a run of {saved['algorithm']}.py")
     names = sorted(field.name for field in fields(args))
-    stored = type(args)(**{name: saved["args"][name] for name in names if name in saved["args"]})
+    stored = stored_args(type(args), saved, f"{flag} {run_dir}")
     args = read(stored)
     differing = [name for name in names if name not in may_change and getattr(args, name) != getattr(stored, name)]
     if differing:
@@ -100,6 +100,16 @@ def _of_stored_run(read, args, flag, may_change):
     if args.total_timesteps < step <= stored.total_timesteps:
         fail(f"{length}: the run in {run_dir} is at step {step} of its offline phase already")
     return args, saved
+
+
+def stored_args(Args, saved, where):
+    """The arguments of a checkpoint or an exported folder, `where` for messages; those that it lacks have the default.
+
+    Arguments that this version of the file lacks end the program with exit code 2: the policy would be another one.
+    """
+    if unknown := sorted(saved["args"].keys() - {field.name for field in fields(Args)}):
+        fail(f"{where} is of another version of {saved['algorithm']}.py, which had {', '.join(unknown)}")
+    return Args(**saved["args"])
 
 
 def check_numbers(args, above_zero=(), at_least_zero=()):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import envs, fail, generate, pixels, python_environment, warn
+from common import ROOT, envs, fail, generate, pixels, python_environment, warn
 from common.download import KNOWN, download
 from common.files import DAMAGE, sha256_of, try_lock
 
@@ -42,18 +42,28 @@ def find_dataset(args, make=True):
     path = generate.generated_path(name, args.dataset_dir, episodes, seed=0)
     if make and not (path.exists() and generate.val_path(path).exists()):
         # A process of its own, so that the collecting workers load neither torch nor the algorithm.
-        flags = ["--dataset", name, "--dataset-dir", args.dataset_dir, "--num-episodes", str(episodes)]
+        flags = ["--dataset", name, "--dataset-dir", str(path.parent.absolute()), "--num-episodes", str(episodes)]
         command = [sys.executable, "-m", "common.generate", *flags]
-        with only_one(path):  # the second of two processes finds everything made
-            if status := subprocess.run(command, env=python_environment()).returncode:
+        with only_one(path) as lock:  # the second of two processes finds everything made
+            # The collection holds the lock too: it goes on where this process alone is killed.
+            process = subprocess.Popen(command, env=python_environment(), cwd=ROOT, pass_fds=[lock.fileno()])
+            try:
+                status = process.wait()
+            except KeyboardInterrupt:  # which it gets too
+                process.wait()
+                raise
+            if status:
                 fail(f"collecting {name} failed (exit code {status}); run again: finished parts are kept")
     return path
 
 
 def fetch(name, directory, make=True):
-    """Path of a dataset's official training file; with `make`, it and its validation file are downloaded if missing."""
+    """Path of a dataset's official training file; with `make`, it is downloaded if missing, its validation file first
+    (training needs the former only).
+    """
     path = Path(directory).expanduser() / f"{name}.npz"
-    for missing in (file for file in (generate.val_path(path), path) if make and not file.exists()):
+    wanted = (generate.val_path(path), path) if make and not path.exists() else ()
+    for missing in (file for file in wanted if not file.exists()):
         with only_one(missing):
             if not missing.exists():  # else another process made it while this one waited
                 download(missing.name, missing.parent)
@@ -73,7 +83,7 @@ def only_one(path):
         if not try_lock(file, lock):
             print(f"waiting for another process that is making {path.name}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file
         lock.unlink(missing_ok=True)
 
 
@@ -171,8 +181,13 @@ def check_file(path, env, advice):
     for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if arrays[key].shape[1:] != space.shape:
             refuse(f": a row of {key} has shape {arrays[key].shape[1:]}, {env.spec.id} needs {space.shape}")
-    if len(arrays["observations"]) < 2 or not arrays["terminals"][-1] or arrays["terminals"].all():
-        refuse(": key terminals must mark each trajectory's last row, the file's last row among them")
+    ends = arrays["terminals"]
+    if len(ends) < 2 or ends.ndim > 1 or not np.isin(ends, (0, 1)).all() or not ends[-1] or ends.all():
+        refuse(": key terminals must have 1 in each trajectory's last row, the file's last row among them, and 0 else")
+    if env.observation_space.dtype == np.uint8 != arrays["observations"].dtype:
+        refuse(f": key observations holds {arrays['observations'].dtype}, frames must be uint8 (0 to 255)")
+    if np.abs(arrays["actions"]).max() > 1.001:
+        warn(f"{path}: actions lie outside [-1, 1] and are clipped")
 
 
 def download_sets(

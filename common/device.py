@@ -28,6 +28,7 @@ def setup_torch(args):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     set_matmul_precision(args.matmul_precision, device)
+    torch.set_num_threads(torch.get_num_threads())  # as after an evaluation: MKL may divide products otherwise
     if device.type == "cpu":  # glibc reuses large freed blocks: to give them back costs a quarter of an update's time
         with contextlib.suppress(OSError, AttributeError):  # another system's C library
             libc = ctypes.CDLL("libc.so.6")

@@ -1,5 +1,6 @@
 """Downloads of OGBench's dataset files: resumed where the connection broke, and checked when whole."""
 
+import errno
 import http.client
 import os
 import shutil
@@ -44,6 +45,8 @@ def download(file, directory):
                 answer = str(error)
                 break
             except (OSError, EOFError, http.client.HTTPException) as error:
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    fail(f"no space is left for {directory / file} (what has come is in its .part file)")
                 answer = str(error) or type(error).__name__
         answers.append(f"  {mirror}: {answer}\n")
     name = file.removesuffix(".npz").removesuffix("-val")

@@ -13,10 +13,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from common import checkpoint, curves, envs, fail, versions
+from common import ROOT, checkpoint, curves, envs, fail, versions
 from common.files import check_writable, written_whole
 
-ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS, CONFIG, CARD = "policy.safetensors", "config.json", "README.md"
 KEYS = {"algorithm": str, "args": dict, "agent_inputs": dict, "step": int, "dataset": dict, "evaluation": tuple}
 # Arguments that say where and how a run was made on its machine; they are left out.

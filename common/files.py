@@ -25,7 +25,7 @@ shown = functools.partial(tqdm.wrapattr, method="read", bytes=False, unit="B", u
 def check_writable(path, flag):
     """Ends with exit code 2 unless `path`, which may be missing yet, is in a place to write to."""
     absolute = Path(path).absolute()
-    there = next(place for place in (absolute, *absolute.parents) if place.exists())
+    there = next(place for place in (absolute, *absolute.parents) if os.path.exists(place))  # False where forbidden
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         reason = "forbids it" if there.is_dir() else "is not a directory"
         fail(f"{flag} {path} is not writable: {there} {reason}")

@@ -14,6 +14,7 @@ import functools
 import importlib
 import multiprocessing
 import shutil
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -224,7 +225,8 @@ def generate(
     train_path.parent.mkdir(parents=True, exist_ok=True)
 
     files = ((train_path, num_episodes), (val_path(train_path), max(1, num_episodes // 10)))
-    with ProcessPoolExecutor(num_workers or num_cores(), multiprocessing.get_context("spawn")) as pool:
+    context, at_once = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C workers end
+    with ProcessPoolExecutor(num_workers or num_cores(), context, signal.signal, at_once) as pool:
         for split, (path, episodes) in enumerate(files):
             if path.exists():
                 continue
@@ -249,6 +251,8 @@ if __name__ == "__main__":
 
     try:
         path = tyro.cli(generate, description=__doc__)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: finished parts are kept, run again to continue") from None
     except OSError as error:
         fail(f"could not write to --dataset-dir ({error}); finished parts are kept, run again to continue")
     print(f"{path} ({path.stat().st_size / 2**20:.0f} MiB)")

@@ -1,13 +1,12 @@
 """Trained policies: load one from a run or an exported folder, act with it, evaluate it with other episodes."""
 
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common import envs, export, fail, rollout, runs
-from common.arguments import algorithm
+from common.arguments import algorithm, stored_args
 from common.files import check_writable
 from common.stacked import Stacked
 
@@ -70,8 +69,7 @@ def load(Agent, Args, directory, seed=None, acting=always_act):
     saved = export.read_any(directory, "load:")
     if saved["algorithm"] != algorithm(Args()):
         fail(f"{directory} is a policy of {saved['algorithm']}.py, not of {algorithm(Args())}.py")
-    names = {field.name for field in fields(Args)}
-    args = Args(**{name: value for name, value in saved["args"].items() if name in names})
+    args = stored_args(Args, saved, directory)
     agents = rebuild(Agent, args, saved, torch.device("cpu"), directory)
     seed = args.seed if seed is None else seed
     if not args.seed <= seed < args.seed + args.num_seeds:

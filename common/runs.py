@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common import fail, versions
+from common import fail, versions, warn
 from common.arguments import algorithm
 from common.files import try_lock, written_whole
 
@@ -42,8 +42,27 @@ def start_run(args, resumed, device, identity):
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
         "dataset": identity,
     }
+    if resumed is not None:
+        info["earlier"] = _earlier(run_dir, info, resumed["step"])
     write_text(run_dir / "args.json", json.dumps(info, indent=2))
     return run_dir, lock
+
+
+def _earlier(run_dir, info, step):
+    """What made the run up to its checkpoint's `step` otherwise than now: [{until, versions, device, ...}]."""
+    try:
+        before = json.loads((run_dir / "args.json").read_text())
+    except (OSError, ValueError):
+        return []
+    of = lambda about: (
+        {name: about.get(name) for name in ("versions", "git_commit", "device")}
+        | {"matmul_precision": about.get("args", {}).get("matmul_precision")}
+    )
+    old, new = of(before), of(info)
+    others = [name for name, version in (old["versions"] or {}).items() if new["versions"].get(name) != version]
+    for name in others:
+        warn(f"{run_dir}: the run had {name} {old['versions'][name]}, it continues with {new['versions'].get(name)}")
+    return before.get("earlier", []) + ([{"until": step} | old] if old != new else [])
 
 
 def _new_directory(args):

@@ -13,7 +13,9 @@ import weakref
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from common import envs, num_cores, python_environment
+import numpy as np
+
+from common import ROOT, envs, num_cores, python_environment
 
 # Environments per seed (a manipulation one takes 0.2 GB). A constant, since the last bits of a matrix product depend on
 # how many rows it has: so the same policy acts the same on any number of cores.
@@ -47,7 +49,11 @@ class Workers:
         for _ in range(num_workers):
             connection, child = Pipe()
             command = [sys.executable, "-m", "common.workers", str(child.fileno())]
-            self.processes.append(subprocess.Popen(command, env=environment, pass_fds=[child.fileno()]))
+            # The process inherits what is blocked: it is not stopped before it can say that it ignores these signals.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+            process = subprocess.Popen(command, env=environment, cwd=ROOT, pass_fds=[child.fileno()])
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            self.processes.append(process)
             self.connections.append(connection)
             child.close()
         options = args.env_id, args.success_timing, frame_stack, render
@@ -112,8 +118,8 @@ def serve(connection):
             try:
                 if kind == "make":
                     slots, options = values
-                    made = {slot: envs.make_env(*options) for slot in slots}
-                    reply = made[slots[0]].spec.max_episode_steps
+                    made = {slot: [envs.make_env(*options), None] for slot in slots}  # with its global random state
+                    reply = made[slots[0]][0].spec.max_episode_steps
                 else:
                     reply = {slot: _answer(made[slot], kind, value) for slot, value in values.items()}
             except BaseException:
@@ -121,12 +127,18 @@ def serve(connection):
             connection.send((ok, reply))
 
 
-def _answer(env, kind, value):
+def _answer(place, kind, value):
+    """A slot's reply; `place` is [environment, state of numpy's global generator], which teleport mazes draw from."""
+    env, state = place
     if kind == "reset":
-        return envs.reset_env(env, value)[0]
+        ob = envs.reset_env(env, value)[0]
+        place[1] = np.random.get_state()
+        return ob
     if kind == "render":
         return env.render()
+    np.random.set_state(state)
     ob, reward, terminated, truncated, info = env.step(value)
+    place[1] = np.random.get_state()
     return ob, float(reward), bool(terminated), bool(truncated), float(info["success"])
 
 

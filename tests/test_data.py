@@ -2,14 +2,17 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import ogbench
 import pytest
 import torch
-from conftest import ALGORITHMS, assert_refused, parse
+from conftest import ALGORITHMS, ROOT, assert_refused, children, parse, wait_for
 
 import floq
 from common import datasets, envs, generate
@@ -232,6 +235,23 @@ def test_generated_data_is_made_once_and_named_so(tmp_path):
     assert "-generated-2ep-" in path.name and find().stat().st_mtime_ns == stamp
 
 
+def test_an_interrupted_collection_leaves_no_process(tmp_path):
+    """As at Ctrl-C, which reaches the whole group."""
+    command = [sys.executable, "-m", "common.generate", "--dataset", "cube-single-play-v0", "--num-workers", "2"]
+    command += ["--num-episodes", "40", "--dataset-dir", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    collecting = lambda: len(list(tmp_path.glob("*.parts"))) == 1 and len(children(process)) >= 2
+    wait_for(process, collecting)
+    time.sleep(4)  # the workers have imported what they need, and collect
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "stopped: finished parts are kept, run again to continue" in error
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # multiprocessing's own helper ends a little later
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
 def test_a_set_has_as_many_episodes_as_the_official_one_unless_told_otherwise(tmp_path):
     path = generate.generated_path(
         "cube-single-play-v0", tmp_path, generate.OFFICIAL_SIZES["cube-single-play-v0"][0], 0
@@ -344,9 +364,27 @@ def test_incomplete_or_unfit_arrays_are_refused_by_key(maze_data, cube_data, tmp
     message = load_error(rewritten(maze_data, path, terminals=np.zeros(len(rows["terminals"]), bool)), capsys)
     assert "terminals" in message
     assert "terminals" in load_error(rewritten(maze_data, path, **{key: rows[key][:0] for key in rows}), capsys)
+    for ends in (255 * rows["terminals"].astype(np.uint8), 0.5 * rows["terminals"], rows["terminals"][:, None]):
+        assert "terminals must have 1 in each" in load_error(rewritten(maze_data, path, terminals=ends), capsys)
+    env_id = "pointmaze-medium-navigate-singletask-v0"
+    datasets.load_dataset(rewritten(maze_data, path, actions=2 * rows["actions"]), env_id, "cpu")
+    assert "actions lie outside [-1, 1] and are clipped" in capsys.readouterr().err
     message = load_error(rewritten(maze_data, path, observations=rows["observations"].astype("U9")), capsys)
     assert "not numbers" in message
     assert "lacks the key button_states" in load_error(cube_data, capsys, "scene-play-singletask-v0")
+
+
+def test_frames_must_be_bytes(tmp_path, capsys):
+    space = lambda *shape, dtype: SimpleNamespace(shape=shape, dtype=dtype)
+    env = SimpleNamespace(spec=SimpleNamespace(id="visual-cube-single-v0"), action_space=space(5, dtype=np.float32))
+    env.observation_space = space(64, 64, 3, dtype=np.uint8)
+    rows = {"actions": np.zeros((4, 5)), "terminals": np.arange(4) == 3, "qpos": np.zeros((4, 2)), "qvel": np.zeros(4)}
+    np.savez(tmp_path / "bytes.npz", observations=np.zeros((4, 64, 64, 3), np.uint8), **rows)
+    datasets.check_file(tmp_path / "bytes.npz", env, "advice")
+    np.savez(tmp_path / "floats.npz", observations=np.zeros((4, 64, 64, 3), np.float32), **rows)
+    with pytest.raises(SystemExit) as stop:
+        datasets.check_file(tmp_path / "floats.npz", env, "advice")
+    assert stop.value.code == 2 and "holds float32, frames must be uint8" in capsys.readouterr().err
 
 
 def test_files_that_cannot_be_opened_are_not_called_damaged(tmp_path, capsys):

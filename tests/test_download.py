@@ -1,5 +1,6 @@
 """Downloads from HTTP servers on 127.0.0.1 that behave badly, then well."""
 
+import errno
 import hashlib
 import io
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, parse
 
-from common import datasets, download, files
+from common import datasets, download, files, generate
 
 FILE = "toy-v0.npz"
 
@@ -188,6 +189,8 @@ def test_find_dataset_downloads_what_is_missing_and_only_that(tmp_path, monkeypa
     assert [request[0] for request in server.requests] == ["/cube-single-play-v0.npz"]
     datasets.find_dataset(args)
     assert len(server.requests) == 1
+    generate.val_path(path).unlink()  # training does not need it
+    assert datasets.find_dataset(args) == path and len(server.requests) == 1
 
 
 def test_files_can_be_fetched_before_a_run(tmp_path, monkeypatch):
@@ -327,6 +330,21 @@ def test_a_busy_mirror_or_a_broken_chunk_is_tried_again(tmp_path, monkeypatch, a
     download.download(FILE, tmp_path)
     assert (tmp_path / FILE).read_bytes() == CONTENT
     assert len(server.requests) == 2
+
+
+def test_a_full_disk_is_called_so(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def full(url, path):
+        calls.append(url)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("CLEANFLOW_DATASET_MIRRORS", "http://a http://b")
+    monkeypatch.setattr(download, "_fetch", full)
+    with pytest.raises(SystemExit) as stop:
+        download.download(FILE, tmp_path)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and f"no space is left for {tmp_path / FILE}" in message and len(calls) == 1
 
 
 def test_an_address_without_its_scheme_is_one_more_answer(tmp_path, monkeypatch, capsys):

@@ -338,6 +338,20 @@ def test_a_damaged_folder_is_refused(damage, exported, tmp_path, capsys):
     assert error.value.code == 2 and message in shown and len(shown.strip().splitlines()) == 1, shown
 
 
+def test_a_policy_of_another_version_is_refused_by_the_names_of_its_arguments(exported, tmp_path, capsys):
+    folder = shutil.copytree(exported["q_flow"][1], tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    del config["args"]["alpha"]  # from before a flag existed: it has that flag's default
+    (folder / "config.json").write_text(json.dumps(config))
+    assert ALGORITHMS["q_flow"].load(folder).args.alpha == ALGORITHMS["q_flow"].Args().alpha
+    config["args"] |= {"old_flag": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_refused("q_flow", ["--evaluate", folder], "is of another version of q_flow.py, which had old_flag")
+    with pytest.raises(SystemExit) as stop:
+        ALGORITHMS["q_flow"].load(folder)
+    assert stop.value.code == 2 and "which had old_flag" in capsys.readouterr().err
+
+
 def test_a_damaged_folder_is_refused_by_the_command(exported, tmp_path):
     shutil.copytree(exported["floq"][1], tmp_path / "folder")
     DAMAGES["missing tensor"][0](tmp_path / "folder")

@@ -300,6 +300,9 @@ def test_changed_settings_are_named(tmp_path):
     assert changed(write_run(tmp_path / "j", [0.5], eval_interval=50_000)) == {}  # at the published steps, and others
     assert changed(write_run(tmp_path / "k", [0.5], eval_interval=40_000)) == {"eval_interval": 40_000}
     assert changed(write_run(tmp_path / "m", [0.5], matmul_precision="medium")) == {"matmul_precision": "medium"}
+    info = json.loads((tmp_path / "a" / "args.json").read_text())
+    info["earlier"] = [{"until": 7, "matmul_precision": "medium"}]  # before it was continued
+    assert collect_results.changed_settings(info) == {"matmul_precision": "medium"}
     both = {"batch_size": 16, "eval_interval": 50_000}
     assert changed(write_run(tmp_path / "l", [0.5], **both)) == both
     run_dir = write_run(tmp_path / "e", [0.5], source="generated")

@@ -106,6 +106,33 @@ def test_rows_do_not_depend_on_workers_or_on_other_seeds():
     assert later != rows
 
 
+def test_an_environment_that_draws_from_numpys_generator_does_not_see_the_others(monkeypatch):
+    """As teleport mazes do in a step. Slots of one process are answered in turn."""
+
+    class Env:
+        def step(self, action):
+            return np.random.random(), 0.0, False, False, {"success": 0.0}
+
+    monkeypatch.setattr(envs, "reset_env", lambda env, seed: (np.random.seed(seed), {}))
+    places = [[Env(), None] for _ in range(3)]
+    reset = lambda slot: workers._answer(places[slot], "reset", 10 + slot)
+    step = lambda slot: workers._answer(places[slot], "step", None)[0]
+    alone = []
+    for slot in range(3):
+        reset(slot)
+        alone.append([step(slot) for _ in range(4)])
+    for slot in range(3):
+        reset(slot)
+    together = [[step(slot) for slot in range(3)] for _ in range(4)]
+    assert [list(steps) for steps in zip(*together)] == alone and len(set(map(tuple, alone))) == 3
+
+
+def test_a_module_in_the_current_folder_does_not_hide_the_projects(tmp_path, monkeypatch):
+    (tmp_path / "common.py").write_text("raise ImportError('another project')")
+    monkeypatch.chdir(tmp_path)
+    assert start(num_episodes=1, num_seeds=1)(lambda *x: torch.zeros(1, 1, 2), draw_noise, 1)
+
+
 def test_a_network_acts_the_same_on_any_number_of_workers():
     import floq
 

@@ -599,6 +599,24 @@ def test_resume_with_contradicting_arguments_lists_them(finished, tmp_path):
     assert_refused("floq", ["--resume", tmp_path], "no usable checkpoint")
 
 
+def test_what_made_a_run_before_is_kept(tmp_path, capsys):
+    info = {
+        "versions": {"torch": "2"},
+        "git_commit": "a",
+        "device": "cpu (2 threads)",
+        "args": {"matmul_precision": None},
+    }
+    write = lambda **changes: (tmp_path / "args.json").write_text(json.dumps(info | changes))
+    assert runs._earlier(tmp_path, info, 5) == []  # nothing is known
+    write()
+    assert runs._earlier(tmp_path, info, 5) == [] and capsys.readouterr().err == ""
+    write(git_commit="b", args={"matmul_precision": "medium"}, versions={"torch": "1"}, earlier=[{"until": 3}])
+    first, second = runs._earlier(tmp_path, info, 5)
+    assert first == {"until": 3} and (second["until"], second["git_commit"]) == (5, "b")
+    assert second["matmul_precision"] == "medium" and second["versions"] == {"torch": "1"}
+    assert "the run had torch 1, it continues with 2" in capsys.readouterr().err
+
+
 def test_resume_refuses_another_dataset(finished, tmp_path):
     from common.generate import generate
 
