@@ -402,7 +402,7 @@ def documents(rows, unfinished, reported):
     summary = "Published scores by verdict:\n\n" + verdict_table(rows) if any_measured else NOT_YET + "\n"
     measured = measured_text(rows, reported)
     if unfinished:
-        summary += f"\nUnfinished:\n\n{unfinished_picture(unfinished, 'docs/')}"
+        summary += f"\n{unfinished_picture(unfinished, 'docs/')}"
         measured += f"\nUnfinished:\n\n{unfinished_table(unfinished, reported)}\n{unfinished_picture(unfinished)}"
     complete = {"published": published_table(reported), "measured": measured, "reduced": reduced_table(rows)}
     return {"README.md": {"results": summary}, "docs/benchmarks.md": complete}
