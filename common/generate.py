@@ -16,6 +16,7 @@ import multiprocessing
 import shutil
 import signal
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -251,8 +252,9 @@ if __name__ == "__main__":
 
     try:
         path = tyro.cli(generate, description=__doc__)
-    except KeyboardInterrupt:
-        raise SystemExit("stopped: finished parts are kept, run again to continue") from None
+    except (KeyboardInterrupt, BrokenProcessPool) as error:  # at Ctrl-C either may be the first
+        cause = "a worker has died" if isinstance(error, BrokenProcessPool) else "stopped"
+        raise SystemExit(f"{cause}: finished parts are kept, run again to continue") from None
     except OSError as error:
         fail(f"could not write to --dataset-dir ({error}); finished parts are kept, run again to continue")
     print(f"{path} ({path.stat().st_size / 2**20:.0f} MiB)")

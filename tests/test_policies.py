@@ -122,7 +122,7 @@ def test_evaluating_value_flows_plays_the_policy_of_its_phase_or_the_one_asked_f
     for words in ([], ["--eval-policy", "act"]):
         args, saved = module.parse_args(["--evaluate", str(folder), *words])
         policies.evaluate(module.Agent, args, saved, module.INFERENCE, torch.device("cpu"), module.acting)
-    assert [policy for _, _, policy, _ in played] == ["act_online", "act"]  # the run ended online
+    assert [policy for _, _, policy, _ in played[0]] == ["act_online", "act"]  # the run ended online
 
 
 @pytest.mark.parametrize("name", NAMES)
