@@ -23,7 +23,7 @@ import tyro
 
 from benchmarks import scores, tables
 from benchmarks.tables import markdown
-from common import fail
+from common import arguments, fail
 from common.curves import draw as draw_curve
 from common.runs import write_text
 
@@ -374,13 +374,7 @@ def run_command(info):
     always = ["online_timesteps", "seed", "num_seeds", "dataset_source", "eval_interval"]
     names = [name for name in always if args[name] != defaults[name]]
     names += [name for name in info["changed"] if name in defaults and name not in ("env_id", *names)]
-    for name in names:
-        flag = name.replace("_", "-")
-        if isinstance(args[name], bool):
-            words += f" --{flag}" if args[name] else f" --no-{flag}"
-        else:
-            words += f" --{flag} {' '.join(map(str, args[name])) if isinstance(args[name], list) else args[name]}"
-    return words
+    return " ".join([words, *arguments.as_flags({name: args[name] for name in names})])
 
 
 def measured_text(rows, reported):

@@ -124,9 +124,21 @@ def check_numbers(args, above_zero=(), at_least_zero=()):
             fail(f"{_flag(args, name)}: must be {bound} zero")
 
 
+def as_flags(values):
+    """{name: value} as a command line's words: layer_norm False, dims (8, 8) -> --no-layer-norm --dims 8 8."""
+    words = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, (tuple, list)) else [value])]
+    return words
+
+
 def _flag(args, name):
     """An argument as the command line has it: --batch-size 256."""
-    return f"--{name.replace('_', '-')} {getattr(args, name)}"
+    return " ".join(as_flags({name: getattr(args, name)}))
 
 
 def algorithm(args):

@@ -52,9 +52,10 @@ class Stacked:
             batch, noise: {name: (S, ...)}.
             trains: names of the networks, the attributes of the agent; others than it has are a ValueError.
         """
-        if unknown := set(trains) - {name.split(".")[0] for name in self.parameters}:
+        networks = {name: name.split(".")[0] for name in self.parameters}
+        if unknown := set(trains) - set(networks.values()):
             raise ValueError(f"trains={trains}: the agent has no network {', '.join(sorted(unknown))}")
-        parameters = {name: p if name.split(".")[0] in trains else p.detach() for name, p in self.parameters.items()}
+        parameters = {name: p if networks[name] in trains else p.detach() for name, p in self.parameters.items()}
         losses, metrics = self._vectorised(loss, self.compiled)(parameters, batch, noise)
         losses.sum().backward()
         return {name: value.detach() for name, value in metrics.items()}

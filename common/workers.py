@@ -118,7 +118,7 @@ def serve(connection):
             try:
                 if kind == "make":
                     slots, options = values
-                    made = {slot: [envs.make_env(*options), None] for slot in slots}  # with its global random state
+                    made = {slot: (envs.make_env(*options), np.random.MT19937()) for slot in slots}
                     reply = made[slots[0]][0].spec.max_episode_steps
                 else:
                     reply = {slot: _answer(made[slot], kind, value) for slot, value in values.items()}
@@ -128,17 +128,16 @@ def serve(connection):
 
 
 def _answer(place, kind, value):
-    """A slot's reply; `place` is [environment, state of numpy's global generator], which teleport mazes draw from."""
-    env, state = place
+    """A slot's reply; `place` is (environment, its own generator), which becomes numpy's global one: mazes draw from
+    that at a reset, and teleport mazes in each step.
+    """
+    env, generator = place
+    np.random.set_bit_generator(generator)
     if kind == "reset":
-        ob = envs.reset_env(env, value)[0]
-        place[1] = np.random.get_state()
-        return ob
+        return envs.reset_env(env, value)[0]
     if kind == "render":
         return env.render()
-    np.random.set_state(state)
     ob, reward, terminated, truncated, info = env.step(value)
-    place[1] = np.random.get_state()
     return ob, float(reward), bool(terminated), bool(truncated), float(info["success"])
 
 

@@ -13,6 +13,7 @@ from conftest import ROOT, wait_for
 from benchmarks import tables
 from benchmarks.studies import quick_task as study
 from benchmarks.studies.return_accuracy import parse_variant
+from common import arguments
 
 SUCCESS = {"value_flows": (0.5, 0.7), "bcfm_lambda=0": (0.1, 0.2), "num_samples=1": (0.52, 0.71), "c51": (0.4, 0.9)}
 
@@ -198,7 +199,7 @@ def test_the_grids_are_arguments_of_their_files(grid):
     assert len(set(variants)) == len(variants) > 1
     for variant in variants:
         module, changes = parse_variant(variant, study.FILES)
-        args, _ = module.parse_args(["--quick", *study.words_of(changes)])
+        args, _ = module.parse_args(["--quick", *arguments.as_flags(changes)])
         assert {name: getattr(args, name) for name in changes} == changes
 
 

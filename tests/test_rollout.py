@@ -114,7 +114,8 @@ def test_an_environment_that_draws_from_numpys_generator_does_not_see_the_others
             return np.random.random(), 0.0, False, False, {"success": 0.0}
 
     monkeypatch.setattr(envs, "reset_env", lambda env, seed: (np.random.seed(seed), {}))
-    places = [[Env(), None] for _ in range(3)]
+    before = np.random.get_bit_generator()
+    places = [(Env(), np.random.MT19937()) for _ in range(3)]
     reset = lambda slot: workers._answer(places[slot], "reset", 10 + slot)
     step = lambda slot: workers._answer(places[slot], "step", None)[0]
     alone = []
@@ -124,7 +125,9 @@ def test_an_environment_that_draws_from_numpys_generator_does_not_see_the_others
     for slot in range(3):
         reset(slot)
     together = [[step(slot) for slot in range(3)] for _ in range(4)]
+    np.random.set_bit_generator(before)
     assert [list(steps) for steps in zip(*together)] == alone and len(set(map(tuple, alone))) == 3
+    assert alone[0] == np.random.RandomState(10).random(4).tolist()
 
 
 def test_a_module_in_the_current_folder_does_not_hide_the_projects(tmp_path, monkeypatch):

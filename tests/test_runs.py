@@ -133,6 +133,18 @@ def test_resuming_a_finished_run_changes_nothing(finished):
     assert files() == before
 
 
+def test_a_resumed_run_keeps_what_made_it_before(finished, tmp_path):
+    run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
+    info = json.loads((run_dir / "args.json").read_text())
+    older = info["versions"] | {"torch": "1.0"}
+    (run_dir / "args.json").write_text(json.dumps(info | {"versions": older}))
+    resumed = run("floq", "--resume", run_dir)
+    after = json.loads((run_dir / "args.json").read_text())
+    assert after["versions"] == info["versions"]
+    assert [(part["until"], part["versions"]) for part in after["earlier"]] == [(420, older)]
+    assert "the run had torch 1.0, it continues with" in resumed.stderr
+
+
 def test_one_checkpoint_a_step(flags, finished, tmp_path):
     """Also at a step that is evaluated and saved; the evaluation that follows a step's checkpoint is not made again."""
     steps = [checkpoint.load(finished)["step"]]

@@ -80,15 +80,6 @@ class QuickArgs:
     """csv and PNG get this path's stem (default: no files)"""
 
 
-def words_of(changes):
-    """{argument: value} as flags of a command line."""
-    words = []
-    for name, value in changes.items():
-        flag = name.replace("_", "-")
-        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return words
-
-
 def run(variant, options):
     """Trains a variant, or continues; returns its run directory and the step of its first non-finite loss or None.
 
@@ -110,7 +101,7 @@ def run(variant, options):
             return run_dir, stopped_at()
         words = ["--quick", "--num-seeds", options.seeds, "--eval-episodes", options.episodes, "--runs-dir", folder]
         words += ["--total-timesteps", options.updates] if options.updates else []
-        words += words_of(changes)
+        words += arguments.as_flags(changes)
         if run_dir and (run_dir / "checkpoint.pt").exists():
             words = ["--resume", run_dir]
         command = [sys.executable, "-m", export.module_path(module.Agent), *map(str, words)]

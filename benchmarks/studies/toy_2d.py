@@ -43,7 +43,7 @@ import tyro
 
 import q_flow
 from benchmarks import tables
-from common import fail, num_cores
+from common import arguments, fail, num_cores
 from common.device import setup_torch
 from common.draws import CHUNK, Draws
 from common.stacked import Stacked
@@ -576,9 +576,7 @@ if __name__ == "__main__":
     for name in options.datasets:
         make_points(name, 10)  # refuses unknown names
     sizes = ("seeds", "fit_updates", "pretrain_batch_size", "batch_size", "width", "depth", "flow_steps")
-    for name in (*sizes, "reward_scale"):
-        if getattr(options, name) <= 0:
-            fail(f"--{name.replace('_', '-')} {getattr(options, name)}: must be above zero")
+    arguments.check_numbers(options, above_zero=(*sizes, "reward_scale"))
     if options.updates < 50 or options.pretrain_updates < 0 or options.batch_size > NUM_POINTS:
         fail(f"--updates must be at least 50, --pretrain-updates at least 0, --batch-size at most {NUM_POINTS}")
     if options.full:
