@@ -62,6 +62,8 @@ def test_variants_are_changes_to_an_algorithms_arguments(capsys):
     module, changes = return_accuracy.parse_variant("evor:td_target=published,latents=target,num_ensembles=1")
     assert module.__name__ == "evor"
     assert changes == {"td_target": "published", "latents": "target", "num_ensembles": 1}
+    _, changes = return_accuracy.parse_variant("evor:value_hidden_dims=(16,32),tau=0.1,latents=data")
+    assert changes == {"value_hidden_dims": (16, 32), "tau": 0.1, "latents": "data"}
     for variant, message in (("floq", "learns no return distribution"), ("evor:bcfm=1", "has no argument bcfm")):
         with pytest.raises(SystemExit) as stop:
             return_accuracy.parse_variant(variant)
@@ -74,17 +76,30 @@ def test_the_script_writes_a_table_and_a_picture(tmp_path):
     done = run_module("benchmarks.studies.return_accuracy", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     header, *rows = (tmp_path / "new" / "a.csv").read_text().splitlines()
-    assert header.startswith("mdp,gamma,variant,state,seed_index,wasserstein,mean_error,") and len(rows) == 2 * 2 * (
-        3 + 4
-    )
+    assert header.startswith("mdp,gamma,variant,updates,state,seed_index,wasserstein,mean_error,") and len(
+        rows
+    ) == 2 * 2 * (3 + 4)
     assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "new" / "a.partial").exists() and "| variant | coin, 0.9 | chain, 0.9 |" in done.stdout
+
+
+def test_measures_within_a_training_are_those_of_shorter_trainings(tmp_path):
+    words = "--mdps coin --gammas 0.9 --variants evor c51 --seeds 2 --no-compile --output".split()
+    rows = {}
+    for name, updates in (("both", ["7", "--measure-after", "3", "7", "20"]), ("short", ["3"])):
+        done = run_module("benchmarks.studies.return_accuracy", *words, str(tmp_path / name), "--updates", *updates)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows[name] = (tmp_path / f"{name}.csv").read_text().splitlines()[1:]
+    of = lambda updates: [row for row in rows["both"] if row.split(",")[3] == updates]
+    assert of("3") == rows["short"] and len(of("7")) == len(of("3")) == len(rows["both"]) / 2 == 2 * 2 * 3
+    assert (tmp_path / "both_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "short_curves.png").exists()
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr(sys, "argv", ["return_accuracy", "--output", str(tmp_path / "file" / "a")])
-    monkeypatch.setattr(return_accuracy, "train", None)
+    monkeypatch.setattr(return_accuracy, "training", None)
     with pytest.raises(SystemExit) as stop:
         return_accuracy.main()
     assert stop.value.code == 2 and "file is not writable" in capsys.readouterr().err
@@ -94,15 +109,15 @@ def test_a_study_continues_with_what_it_has_finished(tmp_path, monkeypatch, caps
     """The second of two trainings fails; the same command then makes that one alone."""
     words = "--mdps chain --gammas 0.9 --seeds 2 --updates 1 --no-compile --variants evor evor:num_ensembles=1 --output"
     monkeypatch.setattr(sys, "argv", ["return_accuracy", *words.split(), str(tmp_path / "a")])
-    trained, train = [], return_accuracy.train
+    trained, training = [], return_accuracy.training
 
     def train_or_fail(module, args, *others):
         trained.append(args.num_ensembles)
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return train(module, args, *others)
+        return training(module, args, *others)
 
-    monkeypatch.setattr(return_accuracy, "train", train_or_fail)
+    monkeypatch.setattr(return_accuracy, "training", train_or_fail)
     with pytest.raises(KeyboardInterrupt):
         return_accuracy.main()
     first = (tmp_path / "a.csv").read_text()
@@ -126,7 +141,9 @@ def test_a_study_continues_with_what_it_has_finished(tmp_path, monkeypatch, caps
 def test_the_summary_has_intervals_over_seeds():
     measures = {"mean_error_share": 0.02, "low_mode": 0.5, "high_mode": 0.25}
     rows = [
-        {"mdp": mdp, "gamma": 0.9, "variant": "x", "state": state, "seed_index": s, "wasserstein": str(s + state)}
+        {"mdp": mdp, "gamma": 0.9, "variant": "x", "updates": n, "state": state, "seed_index": s}
+        | {"wasserstein": str(s + state if n == 9 else 100)}
+        for n in (3, 9)
         for mdp in ("chain", "coin")
         for state in (0, 1)
         for s in (0, 1, 2)

@@ -4,6 +4,7 @@
     python -m benchmarks.studies.return_accuracy --output docs/evor_returns # also a csv file and a picture
     python -m benchmarks.studies.return_accuracy --mdps coin --variants value_flows:bcfm_lambda=0 value_flows
     python -m benchmarks.studies.return_accuracy --variants value_flows c51:loss=cross_entropy iqn:kappa=0.01
+    python -m benchmarks.studies.return_accuracy --variants evor iqn:kappa=0.01 --measure-after 250 500 1000 --output a
 
 The MDPs (actions change nothing in them, so that there is one policy):
 
@@ -11,14 +12,16 @@ The MDPs (actions change nothing in them, so that there is one policy):
     coin       three states in a row without reward, then a fair coin of +1 or -1: two modes
     geometric  one state, each step costs 1 and is the last with probability 1/10: a long tail
 
-A variant is FILE:field=value,field=value, changes to the arguments of evor, value_flows, or the baselines c51 and iqn.
-All have equal networks, batches, learning rates and numbers of updates. The error of the mean is also given as a share
-of the MDP's range of returns, which is (largest - smallest of its true returns, geometric's tail cut at one in a
-thousand).
+A variant is FILE:field=value,field=value, changes to the arguments of evor, value_flows, or the baselines c51 and iqn
+(`evor:value_hidden_dims=(16,16)`). --measure-after measures within a training too, and draws the distances against the
+updates, OUTPUT_curves.png. Networks, batches, learning rates and numbers of updates are equal unless a variant changes
+them. The error of the mean is also given as a share of the MDP's range of returns, which is (largest - smallest of its
+true returns, geometric's tail cut at one in a thousand).
 """
 
 import ast
 import itertools
+import re
 import time
 from dataclasses import dataclass, fields, replace
 
@@ -28,10 +31,10 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks import tables
-from benchmarks.scores import interval_text
+from benchmarks.scores import interval, interval_text
 from benchmarks.speed import module_of
 from benchmarks.studies.return_figures import return_samples
-from common import fail
+from common import arguments, fail
 from common.draws import CHUNK, Draws
 from common.files import written_whole
 from common.stacked import Stacked
@@ -57,6 +60,8 @@ class AccuracyArgs:
     """seeds, trained side by side"""
     updates: int = 2_000
     """updates of each training"""
+    measure_after: tuple[int, ...] = ()
+    """measure after these updates too"""
     compile: bool = True
     """compile the losses with torch.compile"""
     output: str | None = None
@@ -125,7 +130,7 @@ def parse_variant(variant, algorithms=ALGORITHMS):
         reason = "learns no return distribution" if algorithms is ALGORITHMS else "is unknown"
         fail(f"--variants {variant}: {name} {reason}; known: {', '.join(algorithms)}")
     module, changes = module_of(name), {}
-    for word in filter(None, words.split(",")):
+    for word in filter(None, re.split(r",(?![^(]*\))", words)):  # at commas outside of brackets
         field, _, value = word.partition("=")
         if field not in {known.name for known in fields(module.Args)}:
             fail(f"--variants {variant}: {name}.py has no argument {field}")
@@ -148,6 +153,14 @@ def small_args(module, gamma=0.9, **changes):
 
 def train(module, args, mdp, updates, seeds, compiled=False):
     """Trains one agent per seed on an MDP; returns the agents, and the step of the first non-finite loss or None."""
+    ((agents, _, diverged),) = training(module, args, mdp, (updates,), seeds, compiled)
+    return agents, diverged
+
+
+def training(module, args, mdp, stops, seeds, compiled=False):
+    """Trains one agent per seed on an MDP. Yields (agents, updates so far, None) after each of the numbers of updates
+    `stops`; at a non-finite loss (agents, updates, updates) instead, which ends the training.
+    """
     rewards = mdp["rewards"]
     lowest, highest = min(rewards.min().item(), 0.0), max(rewards.max().item(), 0.0)  # after the end rewards are zero
     make_agent = lambda: module.Agent(args, mdp["observations"].shape[1], 1, lowest, highest)
@@ -155,13 +168,17 @@ def train(module, args, mdp, updates, seeds, compiled=False):
     agents.compiled = compiled
     mdp = mdp | {"returns": rewards_to_go(mdp, args.gamma)}  # for EVOR's latents of the data
     draw = Draws(agents.agent, args, seeds, len(rewards), "cpu")
-    for step in range(updates):
+    for step in range(max(stops) + 1):
+        if step in stops:
+            yield agents, step, None
+        if step == max(stops):
+            return
         noise = draw(step)
         indices = noise.pop("indices")  # (S, B)
         metrics = module.update(agents, {key: value[indices] for key, value in mdp.items()}, noise)
         if step % CHUNK == 0 and not torch.isfinite(metrics["critic/critic_loss"]).all():
-            return agents, step
-    return agents, None
+            yield agents, step, step
+            return
 
 
 def learned_returns(agents, mdp, state, n=2_000):
@@ -244,17 +261,53 @@ def draw(output, pictures):
     figure.savefig(output, dpi=90)
 
 
+def draw_curves(output, rows):
+    """Saves the W1 distances against the updates, mean over states, on logarithmic axes: a line per variant and a band,
+    the 95% interval over seeds; one panel per MDP and discount.
+    """
+    from matplotlib.figure import Figure
+
+    places = list(dict.fromkeys((row["mdp"], row["gamma"]) for row in rows))
+    figure = Figure(figsize=(3.6 * len(places) + 0.4, 3.2), layout="constrained")
+    for axes, place in zip(figure.subplots(1, len(places), squeeze=False)[0], places):
+        here = [row for row in rows if (row["mdp"], row["gamma"]) == place]
+        for variant in dict.fromkeys(row["variant"] for row in here):
+            points = {}
+            for row in here:
+                if row["variant"] == variant:
+                    points.setdefault(row["updates"], []).append(row)
+            means = {updates: interval(of_seeds(found, "wasserstein")) for updates, found in sorted(points.items())}
+            mean, half = np.array(list(means.values())).T
+            (line,) = axes.plot(list(means), mean, marker=".", label=variant)
+            low = np.maximum(mean - np.nan_to_num(half), mean / 10)  # a band that crosses zero has no logarithm
+            axes.fill_between(list(means), low, mean + np.nan_to_num(half), color=line.get_color(), alpha=0.2)
+        axes.set(xscale="log", yscale="log", xlabel="updates", title=f"{place[0]}, $\\gamma$ = {place[1]:g}")
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].set(ylabel="$W_1$ to the true returns")
+    figure.axes[0].legend(fontsize="x-small")
+    figure.savefig(output, dpi=110)
+
+
+def of_seeds(rows, name):
+    """A measure's mean over states, for each seed in their order."""
+    seeds = sorted({row["seed_index"] for row in rows})
+    return [np.mean([float(row[name]) for row in rows if row["seed_index"] == s]) for s in seeds]
+
+
 def spread(rows, name, digits, scale=1, unit=""):
     """A measure's mean over states and seeds, as text; of several seeds with its 95% interval over them."""
-    seeds = sorted({row["seed_index"] for row in rows})
-    values = [scale * np.mean([float(row[name]) for row in rows if row["seed_index"] == s]) for s in seeds]
-    return interval_text(values, f".{digits}f", unit)
+    return interval_text([scale * value for value in of_seeds(rows, name)], f".{digits}f", unit)
 
 
 def summary(rows):
     """A markdown table of variants against MDPs: W1; the error of the mean as a share of the range; of the coin also
-    the shares near both modes.
+    the shares near both modes. All are those of the trainings' ends.
     """
+    ends = {}
+    for row in rows:
+        key = row["mdp"], row["gamma"], row["variant"]
+        ends[key] = max(ends.get(key, 0), row["updates"])
+    rows = [row for row in rows if row["updates"] == ends[row["mdp"], row["gamma"], row["variant"]]]
     places, lines = dict.fromkeys((row["mdp"], row["gamma"]) for row in rows), []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         lines.append([f"`{variant}`"])
@@ -275,8 +328,8 @@ def read_partial(path, settings):
         return {}
     saved = torch.load(path, weights_only=True)
     if saved["settings"] != settings:
-        began = "--seeds {} --updates {}".format(*saved["settings"])
-        fail(f"{path} is of a study with {began} that was cut off; continue it, delete it, or name another --output")
+        began = f"{path} is of a study with {saved['settings']} that was cut off"
+        fail(f"{began}; continue it, delete it, or name another --output")
     return {key: (rows, [returns.numpy() for returns in picture]) for key, (rows, picture) in saved["finished"].items()}
 
 
@@ -290,12 +343,16 @@ def write_partial(path, settings, finished):
 def main():
     """The study that the command line asks for."""
     options = tyro.cli(AccuracyArgs, description=__doc__)
-    if options.seeds < 1 or options.updates < 1 or not all(0 < gamma < 1 for gamma in options.gammas):
-        fail("--seeds and --updates must be above zero, --gammas between 0 and 1")
+    arguments.check_numbers(options, above_zero=("seeds", "updates", "measure_after"))
+    if not all(0 < gamma < 1 for gamma in options.gammas):
+        fail("--gammas must lie between 0 and 1")
+    stops = sorted({options.updates, *(number for number in options.measure_after if number < options.updates)})
     mdps = {name: make_mdp(name) for name in options.mdps}
     variants = {variant: parse_variant(variant) for variant in options.variants}
     trainings = list(itertools.product(mdps, options.gammas, variants))
-    stem, settings = options.output and tables.output_path(options.output), (options.seeds, options.updates)
+    stem = options.output and tables.output_path(options.output)
+    within = {"measure_after": stops[:-1]} if stops[1:] else {}
+    settings = " ".join(arguments.as_flags({"seeds": options.seeds, "updates": options.updates} | within))
     partial = stem and tables.beside(stem, ".partial")
     finished = read_partial(partial, settings)
     bar = tqdm(trainings, unit=" trainings")
@@ -305,12 +362,15 @@ def main():
         (name, gamma, variant), start = key, time.perf_counter()
         module, changes = variants[variant]
         args, seeds = small_args(module, gamma, **changes), list(range(options.seeds))
-        agents, diverged = train(module, args, mdps[name], options.updates, seeds, options.compile)
-        rows = accuracy(agents, mdps[name], gamma)
         digits = lambda row: {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-        keys = {"mdp": name, "gamma": gamma, "variant": variant}
+        measured = []
+        for agents, updates, diverged in training(module, args, mdps[name], stops, seeds, options.compile):
+            rows = accuracy(agents, mdps[name], gamma)
+            keys = {"mdp": name, "gamma": gamma, "variant": variant, "updates": updates}
+            measured += [keys | digits(row) for row in rows]
+            ended = "" if diverged is None else f"  non-finite at step {diverged}"
         picture = learned_returns(agents, mdps[name], 0), true_returns(mdps[name], 0, gamma)
-        finished[key] = [keys | digits(row) for row in rows], picture
+        finished[key] = measured, picture
         if stem:  # as it goes: what was trained is not lost
             write_partial(partial, settings, finished)
             rows_so_far = [row for one in trainings if one in finished for row in finished[one][0]]
@@ -318,7 +378,6 @@ def main():
         column = lambda name: np.array([row[name] for row in rows])
         distance, share = column("wasserstein"), 100 * column("mean_error_share")
         modes = f"  modes {column('low_mode').min():.2f} + {column('high_mode').min():.2f}" if name == "coin" else ""
-        ended = "" if diverged is None else f"  non-finite at step {diverged}"
         bar.write(
             f"{name} {gamma:g} {variant}: W1 {distance.mean():.3f} (worst {distance.max():.3f})  "
             f"mean off by {share.mean():.1f}% (worst {share.max():.1f}%) of the range{modes}"
@@ -330,6 +389,8 @@ def main():
         for name, gamma, variant in trainings:
             pictures.setdefault((name, gamma), {})[variant] = finished[name, gamma, variant][1]
         draw(tables.beside(stem, ".png"), pictures)
+        if len(stops) > 1:
+            draw_curves(tables.beside(stem, "_curves.png"), [row for key in trainings for row in finished[key][0]])
         if finished.keys() <= set(trainings):  # else it holds trainings of another list
             partial.unlink(missing_ok=True)
 
