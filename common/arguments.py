@@ -83,8 +83,6 @@ def _of_stored_run(read, args, flag, may_change):
     """A run's stored arguments, changed by the command line in the fields `may_change`, and the run's checkpoint."""
     run_dir = args.resume if flag == "--resume" else args.evaluate
     saved = checkpoint.load(run_dir) if flag == "--resume" else export.read_any(run_dir, flag)
-    if saved["algorithm"] != algorithm(args):
-        fail(f"{flag} {run_dir} is a run of {saved['algorithm']}.py")
     names = sorted(field.name for field in fields(args))
     stored = stored_args(type(args), saved, f"{flag} {run_dir}")
     args = read(stored)
@@ -105,8 +103,11 @@ def _of_stored_run(read, args, flag, may_change):
 def stored_args(Args, saved, where):
     """The arguments of a checkpoint or an exported folder, `where` for messages; those that it lacks have the default.
 
-    Arguments that this version of the file lacks end the program with exit code 2: the policy would be another one.
+    Another algorithm's, and arguments that this version of the file lacks (the policy would be another one), end the
+    program with exit code 2.
     """
+    if saved["algorithm"] != algorithm(Args()):
+        fail(f"{where} is a run of {saved['algorithm']}.py, not of {algorithm(Args())}.py")
     if unknown := sorted(saved["args"].keys() - {field.name for field in fields(Args)}):
         fail(f"{where} is of another version of {saved['algorithm']}.py, which had {', '.join(unknown)}")
     return Args(**saved["args"])

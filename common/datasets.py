@@ -148,10 +148,7 @@ def check_file(path, env, advice):
     """Ends with exit code 2 unless the npz file is whole and its arrays fit the environment; names file and key, and
     adds the advice.
     """
-
-    def refuse(message):
-        fail(f"{path}{message}; {advice}")
-
+    refuse = lambda message: fail(f"{path}{message}; {advice}")
     try:
         file = np.load(path)
         keys = file.files  # a single array (.npy) has none

@@ -88,9 +88,8 @@ def _fetch(url, path):
         with open(part, "ab" if done else "wb") as file:
             with shown(response, total=total, initial=done, desc=f"downloading {path.name}") as source:
                 shutil.copyfileobj(source, file, 2**20)
-    received = part.stat().st_size
-    if total is not None and received < total:
-        raise EOFError(f"connection closed after {received} of {total} bytes")
+    if total is not None and part.stat().st_size < total:
+        raise EOFError(f"connection closed after {part.stat().st_size} of {total} bytes")
     try:
         if sha256 is None:
             check_zip(part)
@@ -98,9 +97,7 @@ def _fetch(url, path):
             raise ValueError(f"its file has SHA-256 {found}, OGBench's has {sha256}")
     except DAMAGE as error:
         part.unlink()
-        if done:
-            raise EOFError(f"its bytes do not continue the partial file ({error})") from None
-        if sha256 is None:
+        if done or sha256 is None:  # bytes that do not belong together, or came broken
             raise EOFError(f"what arrived is not a whole npz file ({error})") from None
         raise
     os.replace(part, path)

@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 
+import gymnasium
 import numpy as np
 
 from common import fail
@@ -40,8 +41,6 @@ def is_pixels(env_id):
 def known_env_ids():
     """Every single-task environment id with its dataset type, e.g. `cube-single-play-singletask-task2-v0`."""
     import_ogbench()
-    import gymnasium
-
     ids = []
     for name in gymnasium.registry:
         if match := re.fullmatch(r"([\w-]+)-(singletask(?:-task\d)?)-v0", name):
@@ -51,8 +50,8 @@ def known_env_ids():
     return ids
 
 
-def check_env_id(env_id):
-    """Ends with exit code 2 unless `env_id` is a single-task id; names the nearest ids, or the single-task form."""
+def check_env_id(env_id, where="--env-id"):
+    """Ends with exit code 2 unless `env_id`, of `where`, is a single-task id; names the nearest, or the id's tasks."""
     import_ogbench(render=is_pixels(env_id))  # before anything switches OpenGL off
     ids = known_env_ids()
     if env_id in ids:
@@ -60,9 +59,9 @@ def check_env_id(env_id):
     single_task = re.sub(r"-v0$", "-singletask-v0", env_id)
     if single_task in ids:
         tasks = f"{single_task} (the default task) or {single_task[:-3]}-task1-v0 ... -task5-v0"
-        fail(f"--env-id {env_id} is goal-conditioned; these algorithms need one task: {tasks}")
+        fail(f"{where} {env_id} is goal-conditioned; these algorithms need one task: {tasks}")
     near = difflib.get_close_matches(env_id, ids, n=3, cutoff=0.4)
-    fail(f"--env-id {env_id} is unknown to ogbench" + (f"; nearest: {', '.join(near)}" if near else ""))
+    fail(f"{where} {env_id} is unknown to ogbench" + (f"; nearest: {', '.join(near)}" if near else ""))
 
 
 def dataset_name(env_id):
@@ -80,12 +79,10 @@ def stack_frames(env, num_frames):
 
     The first frame of an episode is repeated.
     """
-    from gymnasium import spaces, wrappers
-
-    env = wrappers.FrameStackObservation(env, num_frames)  # (num_frames, 64, 64, 3)
+    env = gymnasium.wrappers.FrameStackObservation(env, num_frames)  # (num_frames, 64, 64, 3)
     channels_last = lambda frames: np.concatenate(frames, axis=-1)
     low, high = map(channels_last, (env.observation_space.low, env.observation_space.high))
-    return wrappers.TransformObservation(env, channels_last, spaces.Box(low, high, dtype=low.dtype))
+    return gymnasium.wrappers.TransformObservation(env, channels_last, gymnasium.spaces.Box(low, high, dtype=low.dtype))
 
 
 def make_env(env_id, success_timing="post", frame_stack=1, render=False):
@@ -100,8 +97,6 @@ def make_env(env_id, success_timing="post", frame_stack=1, render=False):
         render: whether `env.render()` will be called; needs OpenGL (EGL on a headless machine).
     """
     import_ogbench(render=render or is_pixels(env_id))
-    import gymnasium
-
     env = gymnasium.make(gym_id(env_id), success_timing=success_timing)
     return stack_frames(env, frame_stack) if frame_stack > 1 else env
 

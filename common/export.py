@@ -90,26 +90,19 @@ def read(directory):
 
     Missing or damaged files, an unknown environment, or non-finite weights end the program with exit code 2.
     """
-    path = Path(directory) / CONFIG
     with_tuples = lambda entries: {name: tuple(v) if isinstance(v, list) else v for name, v in entries.items()}
     try:
+        path = Path(directory) / CONFIG
         config = json.loads(path.read_text(), object_hook=with_tuples)
-    except (OSError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        path = Path(directory) / WEIGHTS
+        weights = safetensors.torch.load_file(path)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:  # errors of JSON and Unicode are ValueErrors
         fail(f"{path} cannot be read ({error}); export the policy again")
     wrong = [n for n, kind in KEYS.items() if not isinstance(config, dict) or not isinstance(config.get(n), kind)]
     wrong += [n for n in ("env_id", "seed", "num_seeds") if not wrong and n not in config["args"]]
     if wrong:
-        fail(f"{path} has no proper {', '.join(wrong)}; export the policy again")
-    env_id = str(config["args"]["env_id"])
-    envs.import_ogbench(render=envs.is_pixels(env_id))
-    if env_id not in envs.known_env_ids():
-        fail(f"{path}: the environment {env_id} is unknown to ogbench; correct env_id there")
-
-    path = Path(directory) / WEIGHTS
-    try:
-        weights = safetensors.torch.load_file(path)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        fail(f"{path} cannot be read ({error}); export the policy again")
+        fail(f"{directory}/{CONFIG} has no proper {', '.join(wrong)}; export the policy again")
+    envs.check_env_id(str(config["args"]["env_id"]), f"{directory}/{CONFIG}: env_id")
     for name, value in weights.items():
         if not torch.isfinite(value).all():
             fail(f"{path}: the weights {name} are not finite; export the policy again, from an earlier checkpoint")

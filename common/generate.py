@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 from tqdm import tqdm
 
@@ -64,8 +65,6 @@ def check_collectable(dataset):
 def make_collection_env(dataset):
     """The environment that a dataset is collected in: no task, never terminating, episodes of the official length."""
     import_ogbench()
-    import gymnasium
-
     env_id, length = dataset.rsplit("-", 2)[0] + "-v0", OFFICIAL_SIZES[dataset][1]
     kwargs = {} if "maze" in dataset else {"mode": "data_collection"}
     return gymnasium.make(env_id, terminate_at_goal=False, max_episode_steps=length, **kwargs)

@@ -72,7 +72,12 @@ class Log:
         if not self.history:
             return None
         history = torch.stack(self.history).cpu()  # (updates, losses, S)
-        check_finite(history, self.names, self.step - len(history) + 1, self.seeds, self.run_dir)
+        if found := torch.nonzero(~torch.isfinite(history)).tolist():
+            update, loss, s = found[0]
+            value, step = history[update, loss, s].item(), self.step - len(history) + 1 + update
+            where = f"{self.names[loss]} is {value} at step {step} (seed {self.seeds[s]})"
+            earlier = f"a checkpoint in {self.run_dir} is from an earlier step"
+            raise SystemExit(f"error: {where}; training stops; {earlier}")
         self.history = []
         now = time.perf_counter()
         if self.warming_up:
@@ -128,17 +133,6 @@ class Log:
         for run in self.wandb_runs:
             run.finish()
         print(f"{result(self.run_dir)}; see {self.run_dir}/curve.png")
-
-
-def check_finite(history, names, first_step, seeds, run_dir):
-    """Ends with exit code 1 at the first non-finite loss of `history` (updates, losses, S), whose first update made
-    `first_step`; names the loss, its step and its seed.
-    """
-    if torch.isfinite(history).all():
-        return
-    update, loss, s = torch.nonzero(~torch.isfinite(history))[0].tolist()
-    found = f"{names[loss]} is {history[update, loss, s].item()} at step {first_step + update} (seed {seeds[s]})"
-    raise SystemExit(f"error: {found}; training stops; a checkpoint in {run_dir} is from an earlier step")
 
 
 def result(run_dir):

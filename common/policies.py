@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from common import envs, export, fail, rollout, runs
-from common.arguments import algorithm, stored_args
+from common.arguments import stored_args
 from common.files import check_writable
 from common.stacked import Stacked
 
@@ -67,8 +67,6 @@ def load(Agent, Args, directory, seed=None, acting=always_act):
         acting: function (args, step) of the name of the agent's method that acts.
     """
     saved = export.read_any(directory, "load:")
-    if saved["algorithm"] != algorithm(Args()):
-        fail(f"{directory} is a policy of {saved['algorithm']}.py, not of {algorithm(Args())}.py")
     args = stored_args(Args, saved, directory)
     agents = rebuild(Agent, args, saved, torch.device("cpu"), directory)
     seed = args.seed if seed is None else seed

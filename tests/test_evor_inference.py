@@ -86,9 +86,9 @@ def test_inference_scaling_of_a_run(online_runs, tmp_path, monkeypatch):
     failed = scale("--run", online_runs["floq"])
     assert failed.returncode == 2 and "is a run of floq.py, not of evor.py" in failed.stderr
     failed = scale(*words, "--tau-q", 0)
-    assert failed.returncode == 2 and "--tau-q (0.0,): must be above zero" in failed.stderr
+    assert failed.returncode == 2 and "--tau-q 0.0: must be above zero" in failed.stderr
     failed = scale(*words, "--action-noise", -1)
-    assert failed.returncode == 2 and "--action-noise (-1.0,): must be at least zero" in failed.stderr
+    assert failed.returncode == 2 and "--action-noise -1.0: must be at least zero" in failed.stderr
     other_run = shutil.copytree(online_runs["evor"], tmp_path / "other")  # another run with as many updates
     failed = scale("--run", other_run, *words[2:])
     assert failed.returncode == 2 and "scaling.csv has rows of another checkpoint" in failed.stderr

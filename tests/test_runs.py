@@ -374,11 +374,16 @@ def test_full_disk_keeps_both_checkpoints(tmp_path, monkeypatch, reported_by):
 
 
 def test_non_finite_loss_names_step_loss_and_seed(tmp_path):
-    history = torch.zeros(5, 3, 2)
-    log.check_finite(history, ["a", "b", "c"], 11, [7, 8], tmp_path)
-    history[3, 1, 1] = float("nan")
-    with pytest.raises(SystemExit, match=r"b is nan at step 14 \(seed 8\)"):
-        log.check_finite(history, ["a", "b", "c"], 11, [7, 8], tmp_path)
+    args = parse("floq", *f"--no-cuda --seed 7 --num-seeds 2 --log-interval 15 --runs-dir {tmp_path}".split())
+    identity = {"file": "x.npz", "source": "generated", "transitions": 1}
+    written = log.Log(args, None, torch.device("cpu"), identity)
+    for step in range(1, 30):
+        b = torch.tensor([0.0, torch.nan if step in (24, 26) else 1.0])
+        written.training(step, {"a": torch.zeros(2), "b": b, "c": torch.zeros(2)})
+    with pytest.raises(SystemExit, match=r"^error: b is nan at step 24 \(seed 8\); training stops; a checkpoint in"):
+        written.training(30, {"a": torch.full((2,), torch.inf), "b": torch.zeros(2), "c": torch.zeros(2)})
+    written.bar.close()
+    assert {row.split(",")[0] for row in (written.run_dir / "train.csv").read_text().splitlines()} == {"step", "15"}
 
 
 def test_diverging_training_stops_and_keeps_the_last_checkpoint(flags, tmp_path):
@@ -438,7 +443,7 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path, capsys):
         ("--env-id cube-single-play-v0", "goal-conditioned"),
         ("--batch-size 0", "--batch-size 0: must be above zero"),
         ("--critic-flow-steps -1", "--critic-flow-steps -1: must be above zero"),
-        ("--value-hidden-dims 64 0", "--value-hidden-dims (64, 0)"),
+        ("--value-hidden-dims 64 0", "--value-hidden-dims 64 0: must be above zero"),
         ("--num-seeds 0", "--num-seeds 0"),
         ("--gamma 1", "--gamma 1.0 must lie between 0 and 1"),
         ("--seed -1", "--seed -1: must be at least zero"),

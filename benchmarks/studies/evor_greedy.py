@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import evor
 from benchmarks import tables
-from common import checkpoint, fail, policies, rollout, runs
+from common import arguments, checkpoint, fail, policies, rollout, runs
 from common.device import setup_torch
 from common.stacked import Stacked
 
@@ -168,9 +168,8 @@ if __name__ == "__main__":
     if min((options.episodes, *options.num_actions)) < 1:
         fail("--episodes and --num-actions must be above zero")
     saved = checkpoint.load(options.run, "--run")
-    if saved["algorithm"] != "evor":
-        fail(f"--run {options.run} is a run of {saved['algorithm']}.py, not of evor.py")
-    args = replace(evor.Args(**saved["args"]), eval_episodes=options.episodes, capture_video=False)
+    args = arguments.stored_args(evor.Args, saved, f"--run {options.run}")
+    args = replace(args, eval_episodes=options.episodes, capture_video=False)
     output = tables.output_path(options.output or Path(options.run) / "greedy")
     csv_path = tables.beside(output, ".csv")
     run = {"run": Path(options.run).resolve().name}  # whose rows, in each of them

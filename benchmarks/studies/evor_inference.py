@@ -22,7 +22,7 @@ from tqdm import tqdm
 import evor
 from benchmarks import tables
 from benchmarks.scores import interval, interval_text
-from common import arguments, checkpoint, fail, policies, rollout, runs
+from common import arguments, checkpoint, policies, rollout, runs
 from common.device import setup_torch
 
 SWEEPS = {
@@ -132,11 +132,9 @@ def draw(path, rows, base):
 def main(options):
     """Evaluates what has no rows yet, and draws the picture."""
     payload = checkpoint.load(options.run, "--run")
-    if payload["algorithm"] != "evor":
-        fail(f"--run {options.run} is a run of {payload['algorithm']}.py, not of evor.py")
+    args = arguments.stored_args(evor.Args, payload, f"--run {options.run}")
     above_zero = [name for name in (*SWEEPS, "episodes") if name != "action_noise"]
     arguments.check_numbers(options, above_zero, at_least_zero=["action_noise"])
-    args = evor.Args(**payload["args"])
     args = replace(args, eval_episodes=options.episodes or args.eval_episodes, capture_video=False)
     base = {name: getattr(args, name, 0.0) for name in SWEEPS}  # no run has action noise
     output = tables.output_path(options.output or Path(options.run) / "inference_scaling")

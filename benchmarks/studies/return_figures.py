@@ -24,7 +24,7 @@ import tyro
 import evor
 import value_flows
 from benchmarks import tables
-from common import checkpoint, datasets, envs, fail, generate, policies
+from common import arguments, checkpoint, datasets, envs, fail, generate, policies
 from common import returns as returns_of
 from common.device import setup_torch
 
@@ -200,10 +200,8 @@ def draw(agents, s, data, num_samples, title, output):
 if __name__ == "__main__":
     options = tyro.cli(FiguresArgs, description=__doc__)
     payload = checkpoint.load(options.run, "--run")
-    if payload["algorithm"] != options.algorithm:
-        fail(f"--run {options.run} is a run of {payload['algorithm']}.py, not of {options.algorithm}.py")
     module = importlib.import_module(options.algorithm)
-    args = module.Args(**payload["args"])
+    args = arguments.stored_args(module.Args, payload, f"--run {options.run}")
     if envs.is_pixels(args.env_id):
         fail(f"--run {options.run} is a run on pixels; the figure is drawn for states")
     seeds = list(range(args.seed, args.seed + args.num_seeds))
