@@ -268,23 +268,28 @@ def draw_curves(output, rows):
     from matplotlib.figure import Figure
 
     places = list(dict.fromkeys((row["mdp"], row["gamma"]) for row in rows))
-    figure = Figure(figsize=(3.6 * len(places) + 0.4, 3.2), layout="constrained")
+    variants = {variant: f"C{i}" for i, variant in enumerate(dict.fromkeys(row["variant"] for row in rows))}
+    figure = Figure(figsize=(3.8 * len(places) + 0.4, 3.4 + 0.12 * len(variants)), layout="constrained")
     for axes, place in zip(figure.subplots(1, len(places), squeeze=False)[0], places):
-        here = [row for row in rows if (row["mdp"], row["gamma"]) == place]
-        for variant in dict.fromkeys(row["variant"] for row in here):
-            points = {}
-            for row in here:
-                if row["variant"] == variant:
-                    points.setdefault(row["updates"], []).append(row)
-            means = {updates: interval(of_seeds(found, "wasserstein")) for updates, found in sorted(points.items())}
-            mean, half = np.array(list(means.values())).T
-            (line,) = axes.plot(list(means), mean, marker=".", label=variant)
-            low = np.maximum(mean - np.nan_to_num(half), mean / 10)  # a band that crosses zero has no logarithm
-            axes.fill_between(list(means), low, mean + np.nan_to_num(half), color=line.get_color(), alpha=0.2)
         axes.set(xscale="log", yscale="log", xlabel="updates", title=f"{place[0]}, $\\gamma$ = {place[1]:g}")
-        axes.grid(alpha=0.3, which="both")
+        for variant, color in variants.items():
+            points = {}
+            for row in rows:
+                if (row["mdp"], row["gamma"], row["variant"]) == (*place, variant):
+                    points.setdefault(row["updates"], []).append(row)
+            if not points:
+                continue
+            updates = sorted(points)
+            mean, half = np.array([interval(of_seeds(points[number], "wasserstein")) for number in updates]).T
+            axes.plot(updates, mean, marker=".", color=color, label=variant)
+            low = np.maximum(mean - np.nan_to_num(half), mean / 10)  # a band that crosses zero has no logarithm
+            axes.fill_between(updates, low, mean + np.nan_to_num(half), color=color, alpha=0.2)
+            axes.set_xticks(updates, [f"{number:,}" for number in updates], fontsize="small")
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
     figure.axes[0].set(ylabel="$W_1$ to the true returns")
-    figure.axes[0].legend(fontsize="x-small")
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(output, dpi=110)
 
 
