@@ -98,6 +98,6 @@ def _fetch(url, path):
     except DAMAGE as error:
         part.unlink()
         if done or sha256 is None:  # bytes that do not belong together, or came broken
-            raise EOFError(f"what arrived is not a whole npz file ({error})") from None
+            raise EOFError(f"what arrived is not the whole file ({error})") from None
         raise
     os.replace(part, path)

@@ -76,9 +76,8 @@ def test_the_script_writes_a_table_and_a_picture(tmp_path):
     done = run_module("benchmarks.studies.return_accuracy", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     header, *rows = (tmp_path / "new" / "a.csv").read_text().splitlines()
-    assert header.startswith("mdp,gamma,variant,updates,state,seed_index,wasserstein,mean_error,") and len(
-        rows
-    ) == 2 * 2 * (3 + 4)
+    assert header.startswith("mdp,gamma,variant,updates,state,seed_index,wasserstein,mean_error,")
+    assert len(rows) == 2 * 2 * (3 + 4)
     assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "new" / "a.partial").exists() and "| variant | coin, 0.9 | chain, 0.9 |" in done.stdout
 

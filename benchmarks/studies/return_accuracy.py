@@ -153,13 +153,13 @@ def small_args(module, gamma=0.9, **changes):
 
 def train(module, args, mdp, updates, seeds, compiled=False):
     """Trains one agent per seed on an MDP; returns the agents, and the step of the first non-finite loss or None."""
-    ((agents, _, diverged),) = training(module, args, mdp, (updates,), seeds, compiled)
-    return agents, diverged
+    ((agents, updates, diverged),) = training(module, args, mdp, [updates], seeds, compiled)
+    return agents, updates if diverged else None
 
 
 def training(module, args, mdp, stops, seeds, compiled=False):
-    """Trains one agent per seed on an MDP. Yields (agents, updates so far, None) after each of the numbers of updates
-    `stops`; at a non-finite loss (agents, updates, updates) instead, which ends the training.
+    """Trains one agent per seed on an MDP. Yields (agents, updates so far, whether a loss is non-finite) after each of
+    the rising numbers of updates `stops`, and at a non-finite loss, which ends the training.
     """
     rewards = mdp["rewards"]
     lowest, highest = min(rewards.min().item(), 0.0), max(rewards.max().item(), 0.0)  # after the end rewards are zero
@@ -168,17 +168,15 @@ def training(module, args, mdp, stops, seeds, compiled=False):
     agents.compiled = compiled
     mdp = mdp | {"returns": rewards_to_go(mdp, args.gamma)}  # for EVOR's latents of the data
     draw = Draws(agents.agent, args, seeds, len(rewards), "cpu")
-    for step in range(max(stops) + 1):
-        if step in stops:
-            yield agents, step, None
-        if step == max(stops):
-            return
-        noise = draw(step)
-        indices = noise.pop("indices")  # (S, B)
-        metrics = module.update(agents, {key: value[indices] for key, value in mdp.items()}, noise)
-        if step % CHUNK == 0 and not torch.isfinite(metrics["critic/critic_loss"]).all():
-            yield agents, step, step
-            return
+    for start, stop in zip([0, *stops], stops):
+        for step in range(start, stop):
+            noise = draw(step)
+            indices = noise.pop("indices")  # (S, B)
+            metrics = module.update(agents, {key: value[indices] for key, value in mdp.items()}, noise)
+            if step % CHUNK == 0 and not torch.isfinite(metrics["critic/critic_loss"]).all():
+                yield agents, step, True
+                return
+        yield agents, stop, False
 
 
 def learned_returns(agents, mdp, state, n=2_000):
@@ -308,11 +306,9 @@ def summary(rows):
     """A markdown table of variants against MDPs: W1; the error of the mean as a share of the range; of the coin also
     the shares near both modes. All are those of the trainings' ends.
     """
-    ends = {}
-    for row in rows:
-        key = row["mdp"], row["gamma"], row["variant"]
-        ends[key] = max(ends.get(key, 0), row["updates"])
-    rows = [row for row in rows if row["updates"] == ends[row["mdp"], row["gamma"], row["variant"]]]
+    training_of = lambda row: (row["mdp"], row["gamma"], row["variant"])
+    ends = {training_of(row): row["updates"] for row in rows}  # a training's last rows are those of its end
+    rows = [row for row in rows if row["updates"] == ends[training_of(row)]]
     places, lines = dict.fromkeys((row["mdp"], row["gamma"]) for row in rows), []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         lines.append([f"`{variant}`"])
@@ -373,7 +369,7 @@ def main():
             rows = accuracy(agents, mdps[name], gamma)
             keys = {"mdp": name, "gamma": gamma, "variant": variant, "updates": updates}
             measured += [keys | digits(row) for row in rows]
-            ended = "" if diverged is None else f"  non-finite at step {diverged}"
+            ended = f"  non-finite at step {updates}" if diverged else ""
         picture = learned_returns(agents, mdps[name], 0), true_returns(mdps[name], 0, gamma)
         finished[key] = measured, picture
         if stem:  # as it goes: what was trained is not lost
