@@ -85,14 +85,29 @@ def test_the_script_writes_a_table_and_a_picture(tmp_path):
 def test_measures_within_a_training_are_those_of_shorter_trainings(tmp_path):
     words = "--mdps coin --gammas 0.9 --variants evor c51 --seeds 2 --no-compile --output".split()
     rows = {}
-    for name, updates in (("both", ["7", "--measure-after", "3", "7", "20"]), ("short", ["3"])):
+    for name, updates in (("both", ["7", "--measure-after", "3", "7", "20"]), ("short", ["3"]), ("long", ["7"])):
         done = run_module("benchmarks.studies.return_accuracy", *words, str(tmp_path / name), "--updates", *updates)
         assert done.returncode == 0, done.stderr[-2000:]
         rows[name] = (tmp_path / f"{name}.csv").read_text().splitlines()[1:]
     of = lambda updates: [row for row in rows["both"] if row.split(",")[3] == updates]
-    assert of("3") == rows["short"] and len(of("7")) == len(of("3")) == len(rows["both"]) / 2 == 2 * 2 * 3
+    assert of("3") == rows["short"] and of("7") == rows["long"]
+    assert len(of("7")) == len(of("3")) == len(rows["both"]) / 2 == 2 * 2 * 3
     assert (tmp_path / "both_curves.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "short_curves.png").exists()
+
+
+def test_a_training_ends_at_a_non_finite_loss(monkeypatch):
+    """Which is looked for every 50 updates."""
+    module, _ = return_accuracy.parse_variant("evor")
+    losses = iter([1.0] * 40 + [np.nan] * 100)
+    monkeypatch.setattr(module, "update", lambda *inputs: {"critic/critic_loss": torch.tensor([next(losses)])})
+    inputs = module, return_accuracy.small_args(module), return_accuracy.make_mdp("coin")
+    found = [measured[1:] for measured in return_accuracy.training(*inputs, [3, 45, 90], seeds=[0])]
+    assert found == [(3, False), (45, False), (50, True)]
+    losses = iter([1.0] * 40 + [np.nan] * 100)
+    assert return_accuracy.train(*inputs, 90, seeds=[0])[1] == 50
+    losses = iter([1.0] * 100)
+    assert return_accuracy.train(*inputs, 90, seeds=[0])[1] is None
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
