@@ -400,7 +400,7 @@ if __name__ == "__main__":
     one_update = lambda draws: update(agents, *replay.inputs(draws))  # the batch, and noise
     fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)  # torch.compile, CUDA graphs
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
-    act, draw_act_noise = agents.function("act"), agents.agent.draw_act_noise
+    act, draw_act_noise = graphs.FastPolicy(agents, "act", args.cudagraphs), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
     explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed
     stop = StopRequest()  # true after SIGTERM or Ctrl-C

@@ -1,4 +1,4 @@
-"""Faster updates: compiled losses, and CUDA graph capture of the whole update (on the CPU it is called as it is)."""
+"""Faster updates and policies: compiled losses, and CUDA graphs (on the CPU both are called as they are)."""
 
 import gc
 
@@ -53,11 +53,38 @@ class FastUpdate:
                     self.captured, flag = False, "cudagraphs"
                 with torch.no_grad():
                     torch._foreach_copy_(state, saved)
-                error = error if by_compiler else cause
-                reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-                slower = f"updates continue without it, more slowly (--no-{flag} silences this)"
-                warn(f"--{flag} fails here ({reason}); {slower}")
+                warn_of_failure(flag, error if by_compiler else cause, "updates continue")
                 del cause  # its traceback holds what the failed attempt has allocated
+
+
+class FastPolicy:
+    """A policy of the agents (of common/stacked.py, by its method's name), on a GPU replayed as one CUDA graph.
+
+    Eager, an action of ten flow steps launches hundreds of kernels from Python, which takes longer than the
+    environments' step. There is one graph for each shape of the inputs; it acts with the agents' present weights.
+    """
+
+    def __init__(self, agents, method, cudagraphs):
+        self.policy, self.known = agents.function(method), {}
+        self.captured = cudagraphs and agents.state_tensors()[0].is_cuda
+
+    def __call__(self, observations, noise):
+        """Actions (S, N, A); on a GPU the next call overwrites them."""
+        inputs, shapes = {"observations": observations, "noise": noise}, (observations.shape, noise.shape)
+        if self.captured and shapes not in self.known:
+            try:
+                act = lambda inputs: {"actions": self.policy(*inputs.values())}
+                self.known[shapes] = capture(act, inputs, state=[])
+            except Exception as error:  # torch has an exception for each way of failing
+                self.captured = False
+                warn_of_failure("cudagraphs", error.__context__ or error, "policies act")
+        return self.known[shapes](inputs)["actions"] if self.captured else self.policy(observations, noise)
+
+
+def warn_of_failure(flag, error, who):
+    """Warns that --FLAG failed with this error; `who` says what goes on without it: "policies act"."""
+    reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+    warn(f"--{flag} fails here ({reason}); {who} without it, more slowly (--no-{flag} silences this)")
 
 
 def capture(update, inputs, state, saved=None):
@@ -69,7 +96,7 @@ def capture(update, inputs, state, saved=None):
         update: function of a dictionary of tensors that changes `state` in place and returns a dictionary of tensors;
             no host synchronisation, no random numbers.
         inputs: example inputs, of the shapes that every call will have.
-        state: every tensor that `update` changes (weights, targets, optimizer state).
+        state: every tensor that `update` changes (weights, targets, optimizer state); none for a policy.
         saved: copies of them, with which they are left; None for their present values.
     """
     saved = [tensor.detach().clone() for tensor in state] if saved is None else saved
@@ -81,8 +108,9 @@ def capture(update, inputs, state, saved=None):
         for _ in range(3):
             update(static_inputs)
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.no_grad():
-        torch._foreach_copy_(state, saved)
+    if state:
+        with torch.no_grad():
+            torch._foreach_copy_(state, saved)
     gc.collect()  # so that no memory is freed within the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # which a failed capture would change

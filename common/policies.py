@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import envs, export, fail, rollout, runs
+from common import envs, export, fail, graphs, rollout, runs
 from common.arguments import stored_args
 from common.files import check_writable
 from common.stacked import Stacked
@@ -98,7 +98,8 @@ def evaluate(Agent, args, saved, inference, device, acting=always_act):
     settings = {name: getattr(args, name) for name in inference}
     episode_seeds = list(range(args.seed, args.seed + args.num_seeds))  # one for each agent
     evaluator = rollout.Evaluator(args, episode_seeds, device, directory)
-    rows = evaluator(agents.function(acting(args, step)), agents.agent.draw_act_noise, step)
+    policy = graphs.FastPolicy(agents, acting(args, step), args.cudagraphs)
+    rows = evaluator(policy, agents.agent.draw_act_noise, step)
     first = saved["args"]["seed"]
     rows = [settings | {"episodes_seed": row["seed"]} | row | {"seed": first + i} for i, row in enumerate(rows)]
     for row in rows:

@@ -214,3 +214,81 @@ def test_one_graph_for_each_set_of_inputs_and_options(monkeypatch):
         assert len(fast.known) == 1  # the graph of a phase that is over has no memory left
     assert captured == [["a"], ["a"], ["a", "b"]]
     assert seen == [("p",), ("p",), ("r",), ("r",), ("r",)]
+
+
+# --- Policies ---
+
+
+def acting_inputs(agents, num_environments, device="cpu"):
+    """Observations (2, P, 5) and an action's noise (2, P, ...) of two seeds."""
+    generator = torch.Generator().manual_seed(num_environments)
+    observations = torch.randn(2, num_environments, 5, generator=generator)
+    noise = torch.stack([agents.agent.draw_act_noise(generator, num_environments) for _ in range(2)])
+    return observations.to(device), noise.to(device)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_captured_policy_acts_with_the_present_weights_for_each_shape(algorithm, monkeypatch):
+    captured = []
+
+    def capture(act, inputs, state):  # as graphs.capture: its own inputs and outputs, which each replay overwrites
+        assert state == []
+        own = {name: value.clone() for name, value in inputs.items()}
+        outputs = {name: value.clone() for name, value in act(own).items()}
+        captured.append(own["observations"].shape)
+
+        def replay(inputs):
+            for name, value in own.items():
+                value.copy_(inputs[name])
+            for name, value in act(own).items():
+                outputs[name].copy_(value)
+            return outputs
+
+        return replay
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    agents = make_agents(small_args(algorithm), (0, 1))
+    policy = graphs.FastPolicy(agents, "act", cudagraphs=True)
+    assert not policy.captured  # there is no GPU
+    policy.captured = True
+    before = []
+    for number in range(3):
+        for num_environments in (4, 1):
+            inputs = acting_inputs(agents, num_environments)
+            actions = policy(*inputs)
+            assert torch.equal(actions, agents.function("act")(*inputs))
+        before.append(actions.clone())
+        update(agents, *stacked_inputs(agents, (0, 1), number))
+    assert captured == [(2, 4, 5), (2, 1, 5)]
+    assert not torch.equal(before[0], before[-1])
+
+
+def test_a_policy_acts_on_when_capturing_fails(monkeypatch, capsys):
+    def capture(*_, **__):
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        except RuntimeError:
+            raise RuntimeError("the capture was invalidated") from None
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    agents = make_agents(small_args("evor"), (0, 1))
+    policy, inputs = graphs.FastPolicy(agents, "act", cudagraphs=True), acting_inputs(agents, 4)
+    policy.captured = True
+    for _ in range(2):
+        assert torch.equal(policy(*inputs), agents.function("act")(*inputs))
+    warning = "--cudagraphs fails here (operation not permitted when stream is capturing); policies act without it"
+    assert capsys.readouterr().err.count(warning) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_policy_captured_on_a_gpu_acts_as_the_eager_one(algorithm):
+    agents = make_agents(small_args(algorithm), (0, 1), "cuda")
+    policy = graphs.FastPolicy(agents, "act", cudagraphs=True)
+    for number in range(3):
+        for num_environments in (4, 1):
+            inputs = acting_inputs(agents, num_environments, "cuda")
+            assert torch.equal(policy(*inputs), agents.function("act")(*inputs))
+        batches = stacked_inputs(agents, (0, 1), number)
+        update(agents, *[{name: value.cuda() for name, value in part.items()} for part in batches])
+    assert policy.captured and len(policy.known) == 2

@@ -199,8 +199,8 @@ OWN_LINES = {  # of the main programs, that floq's has not
     "q_flow": "",
     "value_flows": """
         raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device, acting))
-        act, draw_act_noise = agents.function("act_online"), agents.agent.draw_act_noise  # the policy that explores
-        rows = evaluator(agents.function(acting(args, step)), draw_act_noise, step, stop)
+        act, draw_act_noise = graphs.FastPolicy(agents, "act_online", args.cudagraphs), agents.agent.draw_act_noise
+        rows = evaluator(graphs.FastPolicy(agents, acting(args, step), args.cudagraphs), draw_act_noise, step, stop)
     """,
     "evor": """
         if args.td_target == "published" and args.latents == "data":
