@@ -7,6 +7,7 @@
     python -m benchmarks.speed --check                                  # exit code 1 below a stored efficiency
     python -m benchmarks.speed --profile --quick                        # where the time of an update goes
     python -m benchmarks.speed --against-one-seed --quick --num-seeds 8 # stacked seeds and one seed, in turn
+    python -m benchmarks.speed --compare --repeats 100                  # how far updates are from plain eager ones
     python -m benchmarks.speed --evaluation --num-seeds 3               # time evaluations instead
 
 Every setting is a process of its own. It times A B M A B M ...: an update of the setting, one of the same algorithm
@@ -84,6 +85,8 @@ class SpeedArgs:
     """show what the time of an update goes to instead: products, compiled loops, copies, Adam, the rest, the gaps"""
     against_one_seed: bool = False
     """time an update of the stacked seeds and updates of one seed in turn instead: how many times as long it takes"""
+    compare: bool = False
+    """compare gradients, and the weights after --repeats updates, with those of the plain eager version instead"""
     evaluation: bool = False
     """time an evaluation of 50 cube-single episodes a seed instead (untrained policies: full-length episodes)"""
     store: bool = False
@@ -132,8 +135,8 @@ def prepare(algorithm, num_seeds, precision, cuda, quick):
     """Sets torch up for a setting.
 
     Returns:
-        device; a function that waits for it; and make_update(variant), the agent's update as a function without
-        arguments, each call on other random rows of a random dataset.
+        device; a function that waits for it; and make(variant), new agents, always the same, and their update as a
+        function without arguments: its n-th call is on the n-th random rows of a random dataset.
     """
     module = module_of(algorithm)
     args = module.Args(**(module.QUICK if quick else module.TUNED.get("scene-play", {})))  # 4 x 512 in all four
@@ -152,7 +155,7 @@ def prepare(algorithm, num_seeds, precision, cuda, quick):
         "masks": torch.ones(N, device=device),
     }
 
-    def make_update(variant):
+    def make(variant):
         compiled, captured = VARIANTS[variant]
         make_agent = lambda: module.Agent(args, OBS_DIM, ACTION_DIM, -1.0, 0.0)
         agents = Stacked(make_agent, seeds, device, args.learning_rate)
@@ -163,9 +166,9 @@ def prepare(algorithm, num_seeds, precision, cuda, quick):
         update = lambda inputs: module.update(agents, *replay.inputs(inputs))
         if captured and cuda:
             update = graphs.capture(update, inputs(0), agents.state_tensors())
-        return lambda: update(inputs(next(numbers)))
+        return agents, lambda: update(inputs(next(numbers)))
 
-    return device, torch.cuda.synchronize if cuda else lambda: None, make_update
+    return device, torch.cuda.synchronize if cuda else lambda: None, make
 
 
 def timed(action, count, synchronize):
@@ -197,18 +200,18 @@ def named(algorithm, num_seeds, precision, variant, quick):
 
 def measure(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, quick=False):
     """Times updates on random data; returns the row of this setting as a dictionary."""
-    device, synchronize, make_update = prepare(algorithm, num_seeds, precision, cuda, quick)
+    device, synchronize, make = prepare(algorithm, num_seeds, precision, cuda, quick)
     cuda = device.type == "cuda"
     plain_precision = "highest" if cuda else torch.get_float32_matmul_precision()  # the CPU's exact one
     own_precision = torch.get_float32_matmul_precision()
 
     # The setting itself comes first, alone, so that start-up and memory are its own.
     start = time.perf_counter()
-    update = make_update(variant)
+    _, update = make(variant)
     timed(update, 3, synchronize)
     warm_up, peak = time.perf_counter() - start, peak_memory(device)
 
-    plain = make_update("eager")
+    _, plain = make("eager")
     torch.set_float32_matmul_precision(plain_precision)
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = NoModules()
@@ -257,8 +260,8 @@ def profile(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, qui
         that time and its number of operations (kernels on a GPU) an update. What is left is `gaps`: Python, and on a
         GPU whatever keeps it waiting.
     """
-    device, synchronize, make_update = prepare(algorithm, num_seeds, precision, cuda, quick)
-    update = make_update(variant)
+    device, synchronize, make = prepare(algorithm, num_seeds, precision, cuda, quick)
+    _, update = make(variant)
     timed(update, 3, synchronize)
     kind = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kind.CPU] + [kind.CUDA] * (device.type == "cuda")) as profiler:
@@ -288,8 +291,8 @@ def against_one_seed(algorithm, num_seeds, precision, variant, cuda=True, repeat
     """
     updates = {}
     for number in (1, num_seeds):
-        device, synchronize, make_update = prepare(algorithm, number, precision, cuda, quick)
-        updates[number] = make_update(variant)
+        device, synchronize, make = prepare(algorithm, number, precision, cuda, quick)
+        _, updates[number] = make(variant)
     seconds = {number: [] for number in updates}
     for i in range(-3, repeats):
         for number, update in updates.items():
@@ -303,6 +306,43 @@ def against_one_seed(algorithm, num_seeds, precision, variant, cuda=True, repeat
     row |= {"milliseconds_one_seed": 1e3 * statistics.median(seconds[1])}
     row |= {"times_one_seed": median, "quartile_low": low, "quartile_high": high}
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def compare(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, quick=False):
+    """How far a setting's updates are from those of the plain version (eager, no graph, exact float32).
+
+    Returns:
+        A row as a dictionary. Errors are the norm of the difference over the plain version's norm, the largest of all
+        weights: `gradient_error` of the first update's gradients, and `weights_error` after `repeats` updates, both in
+        exact float32; `precision_error`, of the first gradients at the setting's precision, eager. `compiled` is the
+        number of functions that were compiled: two losses, unless one was compiled again.
+    """
+    device, _, make = prepare(algorithm, num_seeds, precision, cuda, quick)
+    gradients = lambda agents: {n: p.grad.clone() for n, p in agents.parameters.items() if p.grad is not None}
+
+    def largest_error(found, plain):
+        if found.keys() != plain.keys():
+            raise RuntimeError(f"{algorithm}: other weights get a gradient: {sorted(found.keys() ^ plain.keys())}")
+        return max(((found[name] - plain[name]).norm() / plain[name].norm()).item() for name in plain)
+
+    if precision != "highest":
+        reduced, reduced_update = make("eager")
+        reduced_update()
+    if device.type == "cuda" or precision != "highest":  # else it is the CPU's exact one
+        torch.set_float32_matmul_precision("highest")
+    (plain, plain_update), (agents, update) = make("eager"), make(variant)
+    plain_update(), update()
+    first = gradients(plain)
+    row = named(algorithm, num_seeds, precision, variant, quick) | {"updates": repeats}
+    row |= {"gradient_error": largest_error(gradients(agents), first)}
+    for _ in range(repeats - 1):
+        plain_update(), update()
+    detached = lambda agents: {name: p.detach() for name, p in agents.parameters.items() if p.any()}
+    row |= {"weights_error": largest_error(detached(agents), detached(plain))}
+    row |= {"precision_error": 0.0 if precision == "highest" else largest_error(gradients(reduced), first)}
+    row = {name: float(f"{value:.2g}") if isinstance(value, float) else value for name, value in row.items()}
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return {"machine": machine_name(device)} | row | {"compiled": compiled, "torch": torch.__version__}
 
 
 def measure_evaluation(algorithm, num_seeds, cuda):
@@ -417,10 +457,23 @@ def against_table(rows):
     return tables.markdown(header, lines)
 
 
+def compare_table(rows):
+    """Rows of `compare` as a markdown table."""
+    header = ["size", "algorithm", "seeds", "variant", "precision", "gradients", "weights after so many updates"]
+    lines = []
+    for row in rows:
+        named = [row["size"], row["algorithm"], row["num_seeds"], row["variant"], row["precision"]]
+        weights = f"{row['weights_error']:.2g} ({row['updates']})"
+        errors = [f"{row['gradient_error']:.2g}", weights, f"{row['precision_error']:.2g}", row["compiled"]]
+        lines.append([*named, *errors])
+    return tables.markdown([*header, "gradients at the precision", "compiled"], lines)
+
+
 KINDS = {  # what can be asked of a setting: a function of it, and a table of its rows
     "measure": (measure, table),
     "profile": (profile, profile_table),
     "against_one_seed": (against_one_seed, against_table),
+    "compare": (compare, compare_table),
 }
 
 
@@ -458,11 +511,12 @@ def main():
             for num_seeds in options.num_seeds:
                 print(json.dumps(measure_evaluation(algorithm, num_seeds, options.cuda)), flush=True)
         raise SystemExit
-    if options.profile and options.against_one_seed:
-        fail("--profile and --against-one-seed exclude each other")
-    kind = "profile" if options.profile else "against_one_seed" if options.against_one_seed else "measure"
-    if kind != "measure" and (options.store or options.check or options.output):
-        fail("--profile and --against-one-seed are printed only: leave out --store, --check and --output")
+    kinds = [kind for kind in ("profile", "against_one_seed", "compare") if getattr(options, kind)]
+    if len(kinds) > 1:
+        fail("--profile, --against-one-seed and --compare exclude each other")
+    kind = kinds[0] if kinds else "measure"
+    if kind != "measure" and (options.store or options.check or (options.output and kind != "compare")):
+        fail("--profile, --against-one-seed and --compare are printed only (--compare also with --output)")
     if options.against_one_seed:
         options = replace(options, num_seeds=tuple(n for n in options.num_seeds if n > 1))
         if not options.num_seeds:
@@ -507,7 +561,8 @@ def main():
         print(KINDS[kind][1](rows))
     if options.output:
         tables.write(tables.beside(options.output, ".csv"), rows)
-        draw(tables.beside(options.output, ".png"), rows)
+        if kind == "measure":
+            draw(tables.beside(options.output, ".png"), rows)
     if options.store:
         draw(stored_path.with_suffix(".png"), rows_of_machine)
         print(f"saved {stored_path.name} and its picture in {RESULTS.name}")

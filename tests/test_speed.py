@@ -93,6 +93,45 @@ def test_stacked_seeds_against_one_seed(monkeypatch):
     assert "| quick | evor | eager, highest | 3 | " in speed.against_table([row])
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.01])
+def test_updates_are_compared_with_plain_eager_ones(scale, monkeypatch):
+    """By a compiler that scales the losses, and with them the gradients."""
+
+    def compile(function, options):
+        def scaled(*inputs):
+            losses, metrics = function(*inputs)
+            return scale * losses, metrics
+
+        return scaled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    row = speed.compare("evor", 2, "highest", "compile", cuda=False, repeats=3, quick=True)
+    assert row["gradient_error"] == pytest.approx(scale - 1, abs=1e-5) and row["precision_error"] == 0
+    assert (row["weights_error"] > 0) == (scale > 1) and row["weights_error"] < 1e-3  # Adam's step has no scale
+    assert (row["updates"], row["num_seeds"], row["compiled"]) == (3, 2, 0)
+    assert "| quick | evor | 2 | compile | highest |" in speed.compare_table([row])
+
+
+def test_a_weight_that_only_one_side_trains_ends_the_comparison(monkeypatch):
+    backward = speed.Stacked.backward
+    skips = lambda agents, loss: agents.compiled and loss == "actor_loss"
+    monkeypatch.setattr(
+        speed.Stacked, "backward", lambda a, loss, *x, **k: {} if skips(a, loss) else backward(a, loss, *x, **k)
+    )
+    monkeypatch.setattr(torch, "compile", lambda function, options: function)
+    with pytest.raises(RuntimeError, match="evor: other weights get a gradient: "):
+        speed.compare("evor", 1, "highest", "compile", cuda=False, repeats=1, quick=True)
+
+
+@pytest.mark.parametrize(
+    "words", [("--profile", "--compare"), ("--compare", "--store"), ("--profile", "--output", "x")]
+)
+def test_what_the_modes_exclude(words, main, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(*words)
+    assert stopped.value.code == 2 and ("exclude each other" in (error := capsys.readouterr().err) or "only" in error)
+
+
 def test_check_compares_efficiency_with_the_stored_row_of_the_setting():
     stored = [ROW, ROW | {"num_seeds": 8, "efficiency": 0.6}]
     fine = [ROW | {"efficiency": 0.35, "updates_per_second": 1.0}, ROW | {"num_seeds": 8, "efficiency": 0.9}]
