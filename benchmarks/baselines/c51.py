@@ -95,7 +95,7 @@ class Args:
 
     # Speed
     compile: bool = True  # compile the losses: up to two minutes at first, then faster updates
-    cudagraphs: bool = True  # replay the whole update as one CUDA graph (on a GPU)
+    cudagraphs: bool = True  # replay updates and policies as CUDA graphs (on a GPU)
     matmul_precision: Literal["highest", "high", "medium"] | None = None
     """float32 products: highest (exact), high (TF32), medium (bfloat16); default: high where a GPU has TF32"""
 
