@@ -323,7 +323,8 @@ def compare(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, qui
     def largest_error(found, plain):
         if found.keys() != plain.keys():
             raise RuntimeError(f"{algorithm}: other weights get a gradient: {sorted(found.keys() ^ plain.keys())}")
-        return max(((found[name] - plain[name]).norm() / plain[name].norm()).item() for name in plain)
+        error = lambda name: (found[name] - plain[name]).norm() / plain[name].norm().clamp(min=1e-30)
+        return max(error(name).item() for name in plain)
 
     if precision != "highest":
         reduced, reduced_update = make("eager")
