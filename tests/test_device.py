@@ -288,7 +288,7 @@ def test_a_policy_captured_on_a_gpu_acts_as_the_eager_one(algorithm):
     for number in range(3):
         for num_environments in (4, 1):
             inputs = acting_inputs(agents, num_environments, "cuda")
-            assert torch.equal(policy(*inputs), agents.function("act")(*inputs))
+            torch.testing.assert_close(policy(*inputs), agents.function("act")(*inputs))
         batches = stacked_inputs(agents, (0, 1), number)
         update(agents, *[{name: value.cuda() for name, value in part.items()} for part in batches])
     assert policy.captured and len(policy.known) == 2
