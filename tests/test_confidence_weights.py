@@ -45,7 +45,8 @@ def test_what_is_read_off_is_the_slope_of_the_flow_and_its_weight(monkeypatch):
 
 @pytest.mark.parametrize(
     "correlations, expected",
-    [([0.98, 0.99, 0.97], "follow"), ([0.5, 0.6, 0.7], "follow in part"), ([0.9, -0.9, 0.1], "not resolved"),
+    [([0.98, 0.99, 0.97], "follow"), ([0.5, 0.6, 0.7], "follow in part"), ([0.8, 0.81, 0.79], "follow in part"),
+     ([0.9, -0.9, 0.1], "not resolved"),
      ([0.99], "not resolved")],
 )  # fmt: skip
 def test_the_rule(correlations, expected):
