@@ -181,7 +181,7 @@ def draw(path, rows):
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["variant"] for row in rows))
-    figure = Figure(figsize=(6.4, 0.8 + 0.4 * len(names)), layout="constrained")
+    figure = Figure(figsize=(6.4, 1.2 + 0.4 * len(names)), layout="constrained")
     axes = figure.subplots()
     for place, name in enumerate(names):
         success = success_of(rows, name)
