@@ -344,10 +344,11 @@ def update(agents, batch, noise, losses=("critic_loss", "actor_loss")):
     """
     agents.optimizer.zero_grad()
     metrics = {}
-    if "critic_loss" in losses:
-        metrics |= agents.backward("critic_loss", batch, noise, trains=("critic_flow",))
-    if "actor_loss" in losses:
-        metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow",))
+    with agents.side_by_side():  # neither loss waits for the other
+        if "critic_loss" in losses:
+            metrics |= agents.backward("critic_loss", batch, noise, trains=("critic_flow",))
+        if "actor_loss" in losses:
+            metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow",))
 
     # The EMA comes before Adam's step, as in the other three files: the targets lag by one update.
     agents.ema("target_critic_flow", "critic_flow", agents.agent.args.tau)

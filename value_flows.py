@@ -438,8 +438,9 @@ def update(agents, batch, noise):
     if agents.agent.is_pixels:
         batch = agents.function("augment")(batch, noise)
     agents.optimizer.zero_grad()
-    metrics = agents.backward("critic_loss", batch, noise, trains=("critic_flow",))
-    metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow", "actor_onestep_flow"))
+    with agents.side_by_side():  # neither loss waits for the other
+        metrics = agents.backward("critic_loss", batch, noise, trains=("critic_flow",))
+        metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow", "actor_onestep_flow"))
 
     # As released, the EMA comes before Adam's step: the targets lag by one update.
     agents.ema("target_critic_flow", "critic_flow", agents.agent.args.tau)

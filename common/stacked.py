@@ -1,5 +1,6 @@
 """S agents in one process: an agent is written for one seed, and torch.vmap runs it for all of them at once."""
 
+import contextlib
 import copy
 import types
 
@@ -32,12 +33,14 @@ class Stacked:
                 torch.manual_seed(seed)
                 agents.append(make_agent())
         self.agent, self.compiled, self.functions = agents[0], False, {}
+        self.streams, self.beside = {}, None  # {loss: its CUDA stream}; {loss: trains} within `side_by_side`, else None
         stacks, _ = torch.func.stack_module_state(agents)  # {name: (S, ...)}
         self.parameters = {name: nn.Parameter(p.detach().to(device), p.requires_grad) for name, p in stacks.items()}
         self.buffers = {name: buffer.to(device) for name, buffer in self.agent.named_buffers()}
 
         trained = [p for p in self.parameters.values() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, learning_rate, eps=1e-8, fused=True, capturable=trained[0].is_cuda)
+        self.on_gpu = trained[0].is_cuda
+        self.optimizer = torch.optim.Adam(trained, learning_rate, eps=1e-8, fused=True, capturable=self.on_gpu)
         for p in trained:  # Adam makes its state in the first step, which a CUDA graph would repeat
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
@@ -56,9 +59,40 @@ class Stacked:
         if unknown := set(trains) - set(networks.values()):
             raise ValueError(f"trains={trains}: the agent has no network {', '.join(sorted(unknown))}")
         parameters = {name: p if networks[name] in trains else p.detach() for name, p in self.parameters.items()}
-        losses, metrics = self._vectorised(loss, self.compiled)(parameters, batch, noise)
-        losses.sum().backward()
+        with self._stream_of(loss, trains):
+            losses, metrics = self._vectorised(loss, self.compiled)(parameters, batch, noise)
+            losses.sum().backward()
         return {name: value.detach() for name, value in metrics.items()}
+
+    @contextlib.contextmanager
+    def side_by_side(self):
+        """Losses that train different networks, none of which takes what another one returned: they have no order.
+
+        On a GPU each has a CUDA stream, for the small kernels of one loss leave room for another's. A network that two
+        of them train is a ValueError.
+        """
+        self.beside = {}
+        try:
+            yield
+            if self.on_gpu:
+                for loss in self.beside:
+                    torch.cuda.current_stream().wait_stream(self.streams[loss])
+        finally:
+            self.beside = None
+
+    def _stream_of(self, loss, trains):
+        """A context: within `side_by_side` the loss' own stream, which begins after all that was launched before it."""
+        if self.beside is None:
+            return contextlib.nullcontext()
+        for other, networks in self.beside.items():
+            if shared := set(trains) & set(networks):
+                raise ValueError(f"{other} and {loss}, side by side, both train {', '.join(sorted(shared))}")
+        self.beside[loss] = trains
+        if not self.on_gpu:
+            return contextlib.nullcontext()
+        stream = self.streams[loss] = self.streams.get(loss) or torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(stream)
 
     def ema(self, target, online, tau):
         """Moves the network `target` towards the network `online`: w <- (1 - tau) w + tau w_online."""

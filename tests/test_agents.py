@@ -1,7 +1,9 @@
 """What all algorithms have in common: MLP, initial weights, whose gradients go where, EMA, targets, stacked seeds."""
 
+import contextlib
 import math
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -289,6 +291,66 @@ def test_a_network_that_the_agent_lacks_is_not_trained_in_silence(algorithm):
             agents.backward("critic_loss", *stacked_inputs(agents), trains=trains)
 
 
+class Streams:
+    """Stands in for CUDA's streams: notes what each one launches, and which one waits for which."""
+
+    def __init__(self, monkeypatch):
+        self.events, self.made, self.current = [], 0, "main"
+        monkeypatch.setattr(torch.cuda, "Stream", self.make)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.named(self.current))
+        monkeypatch.setattr(torch.cuda, "stream", self.within)
+
+    def named(self, name):
+        wait = lambda other: self.events.append(f"{name} waits for {other.name}")
+        return types.SimpleNamespace(name=name, wait_stream=wait)
+
+    def make(self):
+        self.made += 1
+        return self.named(f"side {self.made}")
+
+    @contextlib.contextmanager
+    def within(self, stream):
+        before, self.current = self.current, stream.name
+        yield
+        self.current = before
+
+    def watch(self, monkeypatch, where, what):
+        original = getattr(where, what)
+        note = lambda *inputs, **named: self.events.append(f"{self.current}: {what}") or original(*inputs, **named)
+        monkeypatch.setattr(where, what, note)
+
+
+def test_on_a_gpu_each_loss_has_a_stream_and_the_rest_waits_for_both(algorithm, monkeypatch):
+    agents, alone = (make_agents(small_args(algorithm)) for _ in range(2))
+    streams = Streams(monkeypatch)
+    agents.on_gpu = True
+    for loss in ("critic_loss", "actor_loss"):
+        streams.watch(monkeypatch, type(agents.agent), loss)
+    for where, what in ((agents, "ema"), (agents.optimizer, "step")):
+        streams.watch(monkeypatch, where, what)
+    for number in range(2):
+        update(agents, *stacked_inputs(agents, update=number))
+        before = ["side 1 waits for main", "side 1: critic_loss", "side 2 waits for main", "side 2: actor_loss"]
+        after = ["main waits for side 1", "main waits for side 2", "main: ema", "main: step"]
+        assert streams.events == before + after
+        streams.events.clear()
+    for number in range(2):
+        update(alone, *stacked_inputs(alone, update=number))
+    assert all(torch.equal(a, b) for a, b in zip(agents.state_tensors(), alone.state_tensors()))
+
+
+def test_losses_side_by_side_train_different_networks(algorithm):
+    agents, (network, *_) = make_agents(small_args(algorithm)), CRITICS[algorithm]
+    inputs = stacked_inputs(agents)
+    for _ in range(2):  # a refusal leaves nothing behind
+        with pytest.raises(ValueError, match=f"critic_loss and actor_loss, side by side, both train {network}"):
+            with agents.side_by_side():
+                agents.backward("critic_loss", *inputs, trains=(network,))
+                agents.backward("actor_loss", *inputs, trains=(network,))
+    for _ in range(2):  # one after the other they may
+        agents.backward("critic_loss", *inputs, trains=(network,))
+
+
 def test_a_file_of_ones_own_may_use_any_module(algorithm):
     """Layers of torch start from the seed like the files' own, and train."""
     module = EVERY[algorithm]
@@ -383,6 +445,24 @@ def test_graph_replay_equals_eager_updates_and_uses_fresh_noise(algorithm, compi
     first = {name: value.clone() for name, value in replay(batch | noise).items()}
     second = replay(batch | on_gpu(7)[1])
     assert any(not torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_losses_side_by_side_are_those_that_take_turns(algorithm, captured, deterministic, monkeypatch):
+    side_by_side, in_turn = (make_agents(small_args(algorithm), (0, 1), "cuda") for _ in range(2))
+    monkeypatch.setattr(in_turn, "side_by_side", contextlib.nullcontext)
+    on_gpu = lambda n: [{k: v.cuda() for k, v in d.items()} for d in stacked_inputs(in_turn, (0, 1), n)]
+    batch, noise = on_gpu(0)
+    updates = [split_inputs(agents, set(batch)) for agents in (side_by_side, in_turn)]
+    if captured:
+        agents = (side_by_side, in_turn)
+        updates = [graphs.capture(u, batch | noise, a.state_tensors()) for u, a in zip(updates, agents)]
+    for number in range(100):
+        batch, noise = on_gpu(number)
+        one, other = (u(batch | noise) for u in updates)
+        assert all(torch.equal(one[name], other[name]) for name in other)
+    assert all(torch.equal(a, b) for a, b in zip(side_by_side.state_tensors(), in_turn.state_tensors()))
 
 
 def test_the_compiler_leaves_out_a_fusion_that_can_give_wrong_gradients(algorithm, monkeypatch):

@@ -346,8 +346,9 @@ def update(agents, batch, noise):
     names; to it, all others are constants (see common/stacked.py, also for `agents`).
     """
     agents.optimizer.zero_grad()
-    metrics = agents.backward("critic_loss", batch, noise, trains=("critic",))
-    metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow",))
+    with agents.side_by_side():  # neither loss waits for the other
+        metrics = agents.backward("critic_loss", batch, noise, trains=("critic",))
+        metrics |= agents.backward("actor_loss", batch, noise, trains=("actor_flow",))
 
     # As released, the EMA comes before Adam's step: the targets lag by one update.
     agents.ema("target_critic", "critic", agents.agent.args.tau)
