@@ -361,15 +361,11 @@ def unfinished_table(rows, reported):
     return markdown([*header, "published, at the end"], lines)
 
 
-def unfinished_picture(rows, folder=""):
-    """The picture of unfinished runs, which lies in a page's `folder`, and their commands."""
-    commands = "\n".join(run_command(row["members"][0]["info"]) for row in rows)
-    return f"![success so far]({folder}{SO_FAR})\n\n```\n{commands}\n```\n"
-
-
 def run_command(info):
     """The command that repeats a run; the settings that --env-id alone gives are left out."""
     args, words = info["args"], f"python {info['algorithm']}.py --env-id {info['args']['env_id']}"
+    if info["dataset"]["source"] == "generated":  # where --dataset-path named the file, too
+        args = args | {"dataset_source": "generated"}
     defaults = dataclasses.asdict(importlib.import_module(info["algorithm"]).Args())
     always = ["online_timesteps", "seed", "num_seeds", "dataset_source", "eval_interval"]
     names = [name for name in always if args[name] != defaults[name]]
@@ -396,8 +392,10 @@ def documents(rows, unfinished, reported):
     summary = "Published scores by verdict:\n\n" + verdict_table(rows) if any_measured else NOT_YET + "\n"
     measured = measured_text(rows, reported)
     if unfinished:
-        summary += f"\n{unfinished_picture(unfinished, 'docs/')}"
-        measured += f"\nUnfinished:\n\n{unfinished_table(unfinished, reported)}\n{unfinished_picture(unfinished)}"
+        commands = "\n".join(run_command(row["members"][0]["info"]) for row in unfinished)
+        summary += f"\n![success so far](docs/{SO_FAR})\n"
+        measured += f"\nUnfinished:\n\n{unfinished_table(unfinished, reported)}\n![success so far]({SO_FAR})\n"
+        measured += f"\n```\n{commands}\n```\n"
     complete = {"published": published_table(reported), "measured": measured, "reduced": reduced_table(rows)}
     return {"README.md": {"results": summary}, "docs/benchmarks.md": complete}
 
@@ -427,7 +425,8 @@ def draw_curves(path, rows, reported):
     for axes, row in zip(panels.flat, rows):
         phase = scores.PROTOCOLS[row["protocol"]][0]
         measured = [curve for run in row["members"] for curve in run["curves"][phase].values()]
-        draw_curve(axes, measured, f"here, {row['source']} data")
+        seeds = f"{len(measured)} seeds" if len(measured) > 1 else "1 seed"
+        draw_curve(axes, measured, f"here, {row['source']} data, {seeds}")
         for name, label in ((row["env_id"], "published"), (scores.environment(row["env_id"]), "published, five tasks")):
             published = None if row["changed"] else reported.get((row["method"], name, row["protocol"]))
             if published:
