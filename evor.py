@@ -384,7 +384,7 @@ if __name__ == "__main__":
     seeds = list(range(args.seed, args.seed + args.num_seeds))
 
     if args.evaluate is not None:
-        raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device))
+        raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device, compile=args.compile))
 
     # --- Data ---
     dataset, identity = datasets.load(args, device)
@@ -404,7 +404,7 @@ if __name__ == "__main__":
     one_update = lambda draws, losses: update(agents, *replay.inputs(draws), losses)  # the batch, and noise
     fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)  # torch.compile, CUDA graphs
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
-    act, draw_act_noise = graphs.FastPolicy(agents, "act", args.cudagraphs), agents.agent.draw_act_noise
+    act, draw_act_noise = graphs.FastPolicy(agents, "act", args.cudagraphs, args.compile), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
     explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed
     stop = StopRequest()  # true after SIGTERM or Ctrl-C

@@ -318,6 +318,8 @@ def compare(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, qui
         number of functions that were compiled: two losses, unless one was compiled again.
     """
     device, _, make = prepare(algorithm, num_seeds, precision, cuda, quick)
+    count_compiled = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled_before = count_compiled()
     gradients = lambda agents: {n: p.grad.clone() for n, p in agents.parameters.items() if p.grad is not None}
 
     def largest_error(found, plain):
@@ -342,7 +344,7 @@ def compare(algorithm, num_seeds, precision, variant, cuda=True, repeats=15, qui
     row |= {"weights_error": largest_error(detached(agents), detached(plain))}
     row |= {"precision_error": 0.0 if precision == "highest" else largest_error(gradients(reduced), first)}
     row = {name: float(f"{value:.2g}") if isinstance(value, float) else value for name, value in row.items()}
-    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled = count_compiled() - compiled_before
     return {"machine": machine_name(device)} | row | {"compiled": compiled, "torch": torch.__version__}
 
 
@@ -354,7 +356,8 @@ def measure_evaluation(algorithm, num_seeds, cuda):
     seeds = list(range(num_seeds))
     make_agent = lambda: module.Agent(args, OBS_DIM, ACTION_DIM, -1.0, 0.0)
     agents = Stacked(make_agent, seeds, device, args.learning_rate)
-    act, draw_act_noise = graphs.FastPolicy(agents, "act", args.cudagraphs), agents.agent.draw_act_noise
+    act = graphs.FastPolicy(agents, "act", args.cudagraphs, compile=algorithm == "evor")  # as the file does
+    draw_act_noise = agents.agent.draw_act_noise
     marks = [time.perf_counter()]
     evaluator = rollout.Evaluator(args, seeds, device, Path())
     evaluator.workers = Workers(args, num_seeds, args.eval_episodes)

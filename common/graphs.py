@@ -40,20 +40,18 @@ class FastUpdate:
                 self.known[key] = capture(update, draws, state, saved) if self.captured else update
                 return self.known[key](draws)
             except Exception as error:  # torch has an exception for each way of failing
-                cause = error.__context__ or error  # a broken capture raises a second error when it ends
-                if memory := [e for e in (error, cause) if "ried to allocate" in str(e)]:
+                if memory := [e for e in (error, error.__context__) if "ried to allocate" in str(e)]:
                     raise memory[0] from None
                 if not (self.agents.compiled or self.captured):
                     raise
-                compiler = ("torch._dynamo", "torch._inductor", "triton")
-                by_compiler = any(type(e).__module__.startswith(compiler) for e in (error, cause))
-                if self.agents.compiled and (by_compiler or not self.captured):
-                    self.agents.compiled, flag = False, "compile"
+                flag, cause = what_failed(error, self.agents.compiled, self.captured)
+                if flag == "compile":
+                    self.agents.compiled = False
                 else:
-                    self.captured, flag = False, "cudagraphs"
+                    self.captured = False
                 with torch.no_grad():
                     torch._foreach_copy_(state, saved)
-                warn_of_failure(flag, error if by_compiler else cause, "updates continue")
+                warn_of_failure(flag, cause, "updates continue")
                 del cause  # its traceback holds what the failed attempt has allocated
 
 
@@ -62,23 +60,52 @@ class FastPolicy:
 
     Eager, an action of ten flow steps launches hundreds of kernels from Python, which takes longer than the
     environments' step. There is one graph for each shape of the inputs; it acts with the agents' present weights.
+    Compiling pays where an action has much to compute. Where one of both fails, a warning says so and policies act
+    without it.
     """
 
-    def __init__(self, agents, method, cudagraphs):
-        self.policy, self.known = agents.function(method), {}
-        self.captured = cudagraphs and agents.state_tensors()[0].is_cuda
+    def __init__(self, agents, method, cudagraphs, compile=False):
+        self.agents, self.method, self.known = agents, method, {}
+        self.compiled, self.captured = compile, cudagraphs and agents.state_tensors()[0].is_cuda
+        if compile:
+            print("the first evaluation compiles the policy: up to a minute, less in later runs", flush=True)
 
     def __call__(self, observations, noise):
         """Actions (S, N, A); on a GPU the next call overwrites them."""
         inputs, shapes = {"observations": observations, "noise": noise}, (observations.shape, noise.shape)
-        if self.captured and shapes not in self.known:
+        while shapes not in self.known:
             try:
-                act = lambda inputs: {"actions": self.policy(*inputs.values())}
-                self.known[shapes] = capture(act, inputs, state=[])
+                self.known[shapes] = self._prepare(inputs)
             except Exception as error:  # torch has an exception for each way of failing
-                self.captured = False
-                warn_of_failure("cudagraphs", error.__context__ or error, "policies act")
-        return self.known[shapes](inputs)["actions"] if self.captured else self.policy(observations, noise)
+                if not (self.compiled or self.captured):
+                    raise
+                flag, cause = what_failed(error, self.compiled, self.captured)
+                if flag == "compile":
+                    self.compiled = False
+                else:
+                    self.captured = False
+                warn_of_failure(flag, cause, "policies act")
+                del cause  # its traceback holds what the failed attempt has allocated
+        return self.known[shapes](inputs)["actions"]
+
+    def _prepare(self, inputs):
+        """The policy for inputs of these shapes, compiled and captured as it can be."""
+        policy = self.agents.function(self.method, self.compiled)
+        act = lambda inputs: {"actions": policy(*inputs.values())}
+        if self.captured:
+            return capture(act, inputs, state=[])
+        if self.compiled:
+            act(inputs)  # which compiles it
+        return act
+
+
+def what_failed(error, compiled, captured):
+    """The flag that an error came from, "compile" or "cudagraphs", one of them being on, and the error's cause."""
+    cause = error.__context__ or error  # a broken capture raises a second error when it ends
+    compiler = ("torch._dynamo", "torch._inductor", "triton")
+    by_compiler = any(type(e).__module__.startswith(compiler) for e in (error, cause))
+    flag = "compile" if compiled and (by_compiler or not captured) else "cudagraphs"
+    return flag, error if by_compiler else cause
 
 
 def warn_of_failure(flag, error, who):

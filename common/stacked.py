@@ -100,16 +100,17 @@ class Stacked:
         with torch.no_grad():
             torch._foreach_lerp_(of(target), of(online), tau)  # all weights in one launch
 
-    def function(self, method):
+    def function(self, method, compiled=False):
         """A method for all seeds, without gradients: inputs and outputs have a leading axis S.
 
         Args:
             method: the name of the agent's method, or a function whose first argument is the agent.
+            compiled: whether it runs through torch.compile, which a name can do only.
         """
 
         @torch.no_grad()
         def stacked(*inputs):
-            return self._vectorised(method, compiled=False)(self.parameters, *inputs)
+            return self._vectorised(method, compiled)(self.parameters, *inputs)
 
         stacked.__name__ = method if isinstance(method, str) else method.__name__
         return stacked

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -278,6 +279,51 @@ def test_a_policy_acts_on_when_capturing_fails(monkeypatch, capsys):
         assert torch.equal(policy(*inputs), agents.function("act")(*inputs))
     warning = "--cudagraphs fails here (operation not permitted when stream is capturing); policies act without it"
     assert capsys.readouterr().err.count(warning) == 1
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_policy_acts_where_compiling_fails(captured, monkeypatch, capsys):
+    """It is not compiled again, and still captured where it can be."""
+    calls = []
+
+    def compile(function, options):
+        calls.append("compile")
+        raise graph_break("inductor cannot")
+
+    def capture(act, inputs, state):
+        outputs = act(inputs)
+        calls.append("captured")
+        return lambda inputs: calls.append("replayed") or outputs
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(graphs, "capture", capture)
+    agents = make_agents(small_args("evor"), (0, 1))
+    policy, inputs = graphs.FastPolicy(agents, "act", cudagraphs=True, compile=True), acting_inputs(agents, 4)
+    policy.captured = captured
+    for _ in range(2):
+        assert torch.equal(policy(*inputs), agents.function("act")(*inputs))
+    assert calls == ["compile"] + captured * ["captured", "replayed", "replayed"]
+    printed = capsys.readouterr()
+    assert printed.err.count("--compile fails here (inductor cannot); policies act without it") == 1
+    assert "the first evaluation compiles the policy" in printed.out
+
+
+def test_an_error_of_the_policy_itself_is_raised(monkeypatch):
+    agents = make_agents(small_args("evor"), (0, 1))
+    inputs = acting_inputs(agents, 4)
+    with pytest.raises(RuntimeError):
+        graphs.FastPolicy(agents, "act", cudagraphs=True)(inputs[0], inputs[1][..., :-1])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_policy_acts_as_the_eager_one_with_the_weights_of_the_moment():
+    agents = make_agents(small_args("evor", flow_steps=2, value_hidden_dims=(16,), actor_hidden_dims=(16,)), (0, 1))
+    policy = graphs.FastPolicy(agents, "act", cudagraphs=False, compile=True)
+    for number in range(3):
+        inputs = acting_inputs(agents, 4)
+        torch.testing.assert_close(policy(*inputs), agents.function("act")(*inputs))
+        update(agents, *stacked_inputs(agents, (0, 1), number))
+    assert policy.compiled and len(policy.known) == 1
 
 
 @pytest.mark.gpu

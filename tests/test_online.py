@@ -186,11 +186,11 @@ def test_each_phase_acts_with_its_own_policy(online_flags, tmp_path, monkeypatch
     evaluate, explore, acted = rollout.Evaluator.__call__, rollout.Explorer.__call__, []
 
     def spy_evaluate(evaluator, policy, draw_noise, step, stop):
-        acted.append(("evaluate", step, policy.policy.__name__))
+        acted.append(("evaluate", step, policy.method))
         return evaluate(evaluator, policy, draw_noise, step, stop)
 
     def spy_explore(explorer, policy, noise, step, on_failure):
-        acted.append(("explore", step, policy.policy.__name__))
+        acted.append(("explore", step, policy.method))
         return explore(explorer, policy, noise, step, on_failure)
 
     monkeypatch.setattr(rollout.Evaluator, "__call__", spy_evaluate)

@@ -73,7 +73,7 @@ def played(monkeypatch):
     asked, acting = [], []
 
     def play(evaluator, policy, draw_noise, step):
-        asked.append((evaluator.seeds, step, policy.policy.__name__, evaluator.video_dir))
+        asked.append((evaluator.seeds, step, policy.method, evaluator.video_dir))
         acting.append(draw_noise.__self__.args)
         result = {"success": 0.5, "episode_return": -1.0, "episode_length": 2.0, "episodes": 3}
         return [{"step": step, "seed": seed} | result for seed in evaluator.seeds]
