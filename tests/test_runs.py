@@ -203,16 +203,16 @@ OWN_LINES = {  # of the main programs, that floq's has not
         rows = evaluator(graphs.FastPolicy(agents, acting(args, step), args.cudagraphs), draw_act_noise, step, stop)
     """,
     "evor": """
-        raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device, compile=args.compile))
-        if args.td_target == "published" and args.latents == "data":
-        dataset["returns"] = torch.as_tensor(reward_to_go(dataset, args.gamma), dtype=torch.float32, device=device)
-        log = Log(args, resumed, device, identity, Agent.METRICS)
-        one_update = lambda draws, losses: update(agents, *replay.inputs(draws), losses)  # the batch, and noise
-        act, draw_act_noise = graphs.FastPolicy(agents, "act", args.cudagraphs, args.compile), agents.agent.draw_act_noise
-        losses = ("critic_loss", "actor_loss")
-        if args.bc_timesteps:  # the base policy first, then its returns
-        losses = ("actor_loss",) if step < args.bc_timesteps else ("critic_loss",)
-        metrics = fast_update(draws, losses)
+      raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device, compile=args.compile))
+      if args.td_target == "published" and args.latents == "data":
+      dataset["returns"] = torch.as_tensor(reward_to_go(dataset, args.gamma), dtype=torch.float32, device=device)
+      log = Log(args, resumed, device, identity, Agent.METRICS)
+      one_update = lambda draws, losses: update(agents, *replay.inputs(draws), losses)  # the batch, and noise
+      act, draw_act_noise = graphs.FastPolicy(agents, "act", args.cudagraphs, args.compile), agents.agent.draw_act_noise
+      losses = ("critic_loss", "actor_loss")
+      if args.bc_timesteps:  # the base policy first, then its returns
+      losses = ("actor_loss",) if step < args.bc_timesteps else ("critic_loss",)
+      metrics = fast_update(draws, losses)
     """,
 }
 
