@@ -67,19 +67,20 @@ def test_evaluating_a_run_repeats_its_last_evaluation(name, exported, tmp_path):
 
 @pytest.fixture
 def played(monkeypatch):
-    """[(seeds, step, name of the policy, folder of videos)] of the evaluations, none of which takes place, and the
-    arguments of the agents that would act.
+    """[(seeds, step, name of the policy, folder of videos)] of the evaluations, none of which takes place, the
+    arguments of the agents that would act, and whether their policies would be compiled.
     """
-    asked, acting = [], []
+    asked, acting, compiled = [], [], []
 
     def play(evaluator, policy, draw_noise, step):
         asked.append((evaluator.seeds, step, policy.method, evaluator.video_dir))
         acting.append(draw_noise.__self__.args)
+        compiled.append(policy.compiled)
         result = {"success": 0.5, "episode_return": -1.0, "episode_length": 2.0, "episodes": 3}
         return [{"step": step, "seed": seed} | result for seed in evaluator.seeds]
 
     monkeypatch.setattr(rollout.Evaluator, "__call__", play)
-    return asked, acting
+    return asked, acting, compiled
 
 
 def test_seed_is_that_of_the_episodes_and_videos_are_in_the_folder(exported, tmp_path, played):
@@ -97,11 +98,12 @@ def test_evaluate_changes_the_settings_of_acting(name, exported, tmp_path, playe
     _, folder = exported[name]
     shutil.copytree(folder, tmp_path / "folder", ignore=shutil.ignore_patterns("inference.csv"))
     flag, value = CHANGES[name]
-    run(name, "--evaluate", tmp_path / "folder", "--eval-episodes", 2, flag, value, "--export", tmp_path / "new")
+    flags = "--eval-episodes", 2, "--compile", flag, value, "--export", tmp_path / "new"
+    run(name, "--evaluate", tmp_path / "folder", *flags)
     setting = flag[2:].replace("-", "_")
     assert [row[setting] for row in read_csv(tmp_path / "folder/inference.csv")] == [str(value)] * 2
     assert getattr(ALGORITHMS[name].load(tmp_path / "new").args, setting) == value
-    assert [getattr(args, setting) for args in played[1]] == [value]
+    assert [getattr(args, setting) for args in played[1]] == [value] and played[2] == [name == "evor"]
 
 
 def test_value_flows_plays_either_policy(exported, tmp_path):
