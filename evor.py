@@ -187,6 +187,7 @@ class Agent(nn.Module):
     """
 
     ACTS = ("actor_flow", "target_critic_flow")  # the networks that acting needs
+    COMPILE_ACT = True  # an action rates 1,600 returns, which takes longer than the environment's step
     METRICS = ("critic/critic_loss", "critic/target_mean", "actor/bc_flow_loss")  # an update may have a part of them
 
     def __init__(self, args, obs_dim, action_dim, min_reward, max_reward):
@@ -384,7 +385,7 @@ if __name__ == "__main__":
     seeds = list(range(args.seed, args.seed + args.num_seeds))
 
     if args.evaluate is not None:
-        raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device, compile=args.compile))
+        raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device))
 
     # --- Data ---
     dataset, identity = datasets.load(args, device)
@@ -404,7 +405,7 @@ if __name__ == "__main__":
     one_update = lambda draws, losses: update(agents, *replay.inputs(draws), losses)  # the batch, and noise
     fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)  # torch.compile, CUDA graphs
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
-    act, draw_act_noise = graphs.FastPolicy(agents, "act", args.cudagraphs, args.compile), agents.agent.draw_act_noise
+    act, draw_act_noise = graphs.FastPolicy(agents, "act", args.cudagraphs), agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
     explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed
     stop = StopRequest()  # true after SIGTERM or Ctrl-C

@@ -356,8 +356,7 @@ def measure_evaluation(algorithm, num_seeds, cuda):
     seeds = list(range(num_seeds))
     make_agent = lambda: module.Agent(args, OBS_DIM, ACTION_DIM, -1.0, 0.0)
     agents = Stacked(make_agent, seeds, device, args.learning_rate)
-    act = graphs.FastPolicy(agents, "act", args.cudagraphs, compile=algorithm == "evor")  # as the file does
-    draw_act_noise = agents.agent.draw_act_noise
+    act, draw_act_noise = graphs.FastPolicy(agents, "act", args.cudagraphs), agents.agent.draw_act_noise
     marks = [time.perf_counter()]
     evaluator = rollout.Evaluator(args, seeds, device, Path())
     evaluator.workers = Workers(args, num_seeds, args.eval_episodes)

@@ -20,7 +20,7 @@ class FastUpdate:
         agents.compiled = compile
         if compile:  # later runs find torch's cache (TORCHINDUCTOR_CACHE_DIR, else in the system's temporary directory)
             print("compiling the losses: up to two minutes, less in later runs (disable with --no-compile)", flush=True)
-        self.captured = cudagraphs and agents.state_tensors()[0].is_cuda
+        self.captured = cudagraphs and agents.on_gpu
         self.known = {}  # an update for each set of inputs and options; of captured ones the last only
         self.new = False  # whether the last call compiled or captured, and so took longer than an update does
 
@@ -60,14 +60,15 @@ class FastPolicy:
 
     Eager, an action of ten flow steps launches hundreds of kernels from Python, which takes longer than the
     environments' step. There is one graph for each shape of the inputs; it acts with the agents' present weights.
-    Compiling pays where an action has much to compute. Where one of both fails, a warning says so and policies act
-    without it.
+    An agent whose actions have much to compute says so (`COMPILE_ACT`): with --compile they are compiled, too. Where
+    one of both fails, a warning says so and policies act without it.
     """
 
-    def __init__(self, agents, method, cudagraphs, compile=False):
+    def __init__(self, agents, method, cudagraphs):
         self.agents, self.method, self.known = agents, method, {}
-        self.compiled, self.captured = compile, cudagraphs and agents.state_tensors()[0].is_cuda
-        if compile:
+        self.compiled = agents.agent.args.compile and getattr(agents.agent, "COMPILE_ACT", False)
+        self.captured = cudagraphs and agents.on_gpu
+        if self.compiled:
             print("the first evaluation compiles the policy: up to a minute, less in later runs", flush=True)
 
     def __call__(self, observations, noise):
@@ -77,8 +78,6 @@ class FastPolicy:
             try:
                 self.known[shapes] = self._prepare(inputs)
             except Exception as error:  # torch has an exception for each way of failing
-                if not (self.compiled or self.captured):
-                    raise
                 flag, cause = what_failed(error, self.compiled, self.captured)
                 if flag == "compile":
                     self.compiled = False

@@ -75,7 +75,7 @@ def load(Agent, Args, directory, seed=None, acting=always_act):
     return Policy(agents.only(seed - args.seed), acting(args, saved["step"]), args)
 
 
-def evaluate(Agent, args, saved, inference, device, acting=always_act, compile=False):
+def evaluate(Agent, args, saved, inference, device, acting=always_act):
     """Evaluates a run or an exported folder anew (`--evaluate`), and exports its policy (`--export`).
 
     The same `--seed` and step make the same episodes as in training. A row per seed is added to inference.csv in the
@@ -86,7 +86,6 @@ def evaluate(Agent, args, saved, inference, device, acting=always_act, compile=F
         Agent, saved, device, acting: see `rebuild` and `load`.
         args: of this program: `evaluate` is the directory, `seed` the episodes' first.
         inference: names of the settings that --evaluate may change.
-        compile: whether the policy runs through torch.compile.
     """
     directory, step = Path(args.evaluate), saved["step"]
     check_writable(directory, "--evaluate")  # inference.csv and videos go there
@@ -99,7 +98,7 @@ def evaluate(Agent, args, saved, inference, device, acting=always_act, compile=F
     settings = {name: getattr(args, name) for name in inference}
     episode_seeds = list(range(args.seed, args.seed + args.num_seeds))  # one for each agent
     evaluator = rollout.Evaluator(args, episode_seeds, device, directory)
-    policy = graphs.FastPolicy(agents, acting(args, step), args.cudagraphs, compile)
+    policy = graphs.FastPolicy(agents, acting(args, step), args.cudagraphs)
     rows = evaluator(policy, agents.agent.draw_act_noise, step)
     first = saved["args"]["seed"]
     rows = [settings | {"episodes_seed": row["seed"]} | row | {"seed": first + i} for i, row in enumerate(rows)]

@@ -24,6 +24,7 @@ class Stacked:
         parameters: {name of an agent's parameter: (S, ...)}; those whose `requires_grad` is False are left to `ema`.
         optimizer: one Adam for all of them (Adam is elementwise, so several would be the same).
         compiled: whether losses run through torch.compile.
+        on_gpu: whether the weights are there.
     """
 
     def __init__(self, make_agent, seeds, device, learning_rate):

@@ -322,7 +322,7 @@ def make_expert():
 
 def small_args(algorithm, **changes):
     """Arguments of an algorithm with small networks."""
-    small = dict(batch_size=6, value_hidden_dims=(16, 16), actor_hidden_dims=(16, 16))
+    small = dict(compile=False, batch_size=6, value_hidden_dims=(16, 16), actor_hidden_dims=(16, 16))
     return replace(EVERY[algorithm].Args(), **small | SMALL_ARGS[algorithm] | changes)
 
 

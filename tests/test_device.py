@@ -168,7 +168,7 @@ def test_updates_continue_when_compiling_or_capturing_fails(algorithm, compiled,
 
 @pytest.mark.parametrize("is_cuda, cudagraphs", [*itertools.product((False, True), repeat=2)])
 def test_updates_are_captured_where_there_is_a_gpu_and_the_flag_says_so(is_cuda, cudagraphs):
-    agents = SimpleNamespace(state_tensors=lambda: [SimpleNamespace(is_cuda=is_cuda)])
+    agents = SimpleNamespace(on_gpu=is_cuda)
     assert graphs.FastUpdate(agents, None, False, cudagraphs).captured == (is_cuda and cudagraphs)
 
 
@@ -297,8 +297,8 @@ def test_a_policy_acts_where_compiling_fails(captured, monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(graphs, "capture", capture)
-    agents = make_agents(small_args("evor"), (0, 1))
-    policy, inputs = graphs.FastPolicy(agents, "act", cudagraphs=True, compile=True), acting_inputs(agents, 4)
+    agents = make_agents(small_args("evor", compile=True), (0, 1))
+    policy, inputs = graphs.FastPolicy(agents, "act", cudagraphs=True), acting_inputs(agents, 4)
     policy.captured = captured
     for _ in range(2):
         assert torch.equal(policy(*inputs), agents.function("act")(*inputs))
@@ -308,7 +308,7 @@ def test_a_policy_acts_where_compiling_fails(captured, monkeypatch, capsys):
     assert "the first evaluation compiles the policy" in printed.out
 
 
-def test_an_error_of_the_policy_itself_is_raised(monkeypatch):
+def test_an_error_of_the_policy_itself_is_raised():
     agents = make_agents(small_args("evor"), (0, 1))
     inputs = acting_inputs(agents, 4)
     with pytest.raises(RuntimeError):
@@ -317,8 +317,9 @@ def test_an_error_of_the_policy_itself_is_raised(monkeypatch):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_policy_acts_as_the_eager_one_with_the_weights_of_the_moment():
-    agents = make_agents(small_args("evor", flow_steps=2, value_hidden_dims=(16,), actor_hidden_dims=(16,)), (0, 1))
-    policy = graphs.FastPolicy(agents, "act", cudagraphs=False, compile=True)
+    few = dict(flow_steps=2, value_hidden_dims=(16,), actor_hidden_dims=(16,))
+    agents = make_agents(small_args("evor", compile=True, **few), (0, 1))
+    policy = graphs.FastPolicy(agents, "act", cudagraphs=False)
     for number in range(3):
         inputs = acting_inputs(agents, 4)
         torch.testing.assert_close(policy(*inputs), agents.function("act")(*inputs))
