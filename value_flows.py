@@ -497,7 +497,8 @@ if __name__ == "__main__":
     one_update = lambda draws: update(agents, *replay.inputs(draws))  # the batch, and noise
     fast_update = graphs.FastUpdate(agents, one_update, args.compile, args.cudagraphs)  # torch.compile, CUDA graphs
     draw = Draws(agents.agent, args, seeds, len(dataset["rewards"]), device)  # every random number of an update
-    act, draw_act_noise = graphs.FastPolicy(agents, "act_online", args.cudagraphs), agents.agent.draw_act_noise
+    acts = {name: graphs.FastPolicy(agents, name, args.cudagraphs) for name in ("act", "act_online")}
+    act, draw_act_noise = acts["act_online"], agents.agent.draw_act_noise
     evaluator = rollout.Evaluator(args, seeds, device, log.run_dir)  # episodes in worker processes
     explorer = rollout.Explorer(args, seeds, device)  # online: one environment per seed
     stop = StopRequest()  # true after SIGTERM or Ctrl-C
@@ -519,7 +520,7 @@ if __name__ == "__main__":
             save()
             saved = step
         if evaluation_due:
-            rows = evaluator(graphs.FastPolicy(agents, acting(args, step), args.cudagraphs), draw_act_noise, step, stop)
+            rows = evaluator(acts[acting(args, step)], draw_act_noise, step, stop)
             log.evaluation(rows, phase="offline" if step <= args.total_timesteps else "online")
             evaluated = evaluated if rows is None else step  # None: a signal came; evaluated again after --resume
         if stop and saved == step:

@@ -4,6 +4,8 @@
 and containers of them only, and is read with `torch.load(weights_only=True)`, so that a stranger's file runs no code.
 """
 
+import contextlib
+import os
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ import torch
 from common import fail, warn
 from common.files import DAMAGE, check_zip, written_whole
 
-LATEST, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
+LATEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_damaged.pt"
 
 
 def save(run_dir, payload):
@@ -56,3 +58,14 @@ def load(run_dir, flag="--resume"):
                 warn(f"{run_dir}: {'; '.join(problems)}; continuing from {name} at step {payload['step']}")
             return payload
     fail(f"{flag} {run_dir} has no usable checkpoint: {'; '.join(problems)}")
+
+
+def make_latest(run_dir, name):
+    """Makes the checkpoint `name`, which `load` has read, the latest: the next save keeps it as the previous one.
+
+    A damaged latest one is put aside as `checkpoint_damaged.pt`: the damage may be the reading's.
+    """
+    if name != LATEST:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(run_dir / LATEST, run_dir / DAMAGED)
+        os.replace(run_dir / name, run_dir / LATEST)

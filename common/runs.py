@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common import fail, versions, warn
+from common import checkpoint, fail, versions, warn
 from common.arguments import algorithm
 from common.files import try_lock, written_whole
 
@@ -95,8 +95,8 @@ def hold(run_dir):
 
 def _cut_back(run_dir, args, resumed, identity):
     """Takes the csv files of --resume back to the checkpoint; later rows will be written again."""
-    name, saved_at = resumed["file"]
-    if (run_dir / name).stat().st_mtime_ns != saved_at:  # it was read before the lock was taken
+    file, saved_at = resumed["file"]
+    if (run_dir / file).stat().st_mtime_ns != saved_at:  # it was read before the lock was taken
         fail(f"--resume {run_dir}: another process has trained this run in the meantime; give the command again")
     if identity["sha256"] != resumed["dataset"]["sha256"]:
         fail(f"--resume {run_dir}: the run's dataset is {resumed['dataset']}, found here: {identity}")
@@ -108,6 +108,7 @@ def _cut_back(run_dir, args, resumed, identity):
             if name == "eval.csv" and (rows := evaluation_after(path, size, resumed["step"], args.num_seeds)):
                 size, resumed["evaluated"] = size + rows, resumed["step"]
             os.truncate(path, size)
+    checkpoint.make_latest(run_dir, file)
 
 
 def evaluation_after(path, size, step, num_seeds):

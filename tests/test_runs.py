@@ -124,6 +124,7 @@ def test_sigterm_saves_and_the_run_can_go_on(flags, finished, tmp_path):
     assert_same_results(run_dir, finished)
     if "damaged" in resumed.stderr:
         assert "continuing from checkpoint_previous.pt" in resumed.stderr
+        assert (run_dir / "checkpoint_damaged.pt").read_bytes() == content
 
 
 def test_resuming_a_finished_run_changes_nothing(finished):
@@ -199,8 +200,9 @@ OWN_LINES = {  # of the main programs, that floq's has not
     "q_flow": "",
     "value_flows": """
         raise SystemExit(policies.evaluate(Agent, args, resumed, INFERENCE, device, acting))
-        act, draw_act_noise = graphs.FastPolicy(agents, "act_online", args.cudagraphs), agents.agent.draw_act_noise
-        rows = evaluator(graphs.FastPolicy(agents, acting(args, step), args.cudagraphs), draw_act_noise, step, stop)
+        acts = {name: graphs.FastPolicy(agents, name, args.cudagraphs) for name in ("act", "act_online")}
+        act, draw_act_noise = acts["act_online"], agents.agent.draw_act_noise
+        rows = evaluator(acts[acting(args, step)], draw_act_noise, step, stop)
     """,
     "evor": """
         if args.td_target == "published" and args.latents == "data":
@@ -317,6 +319,25 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         checkpoint.load(tmp_path)
     assert stop.value.code == 2 and "no usable checkpoint" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_does_not_replace_the_previous_one(tmp_path):
+    """Else a save that follows would leave one whole checkpoint, and for a moment none."""
+    for step in (1, 2):
+        checkpoint.save(tmp_path, payload(step))
+    checkpoint.make_latest(tmp_path, "checkpoint.pt")
+    assert checkpoint.load(tmp_path)["step"] == 2
+    (tmp_path / "checkpoint.pt").write_bytes(b"junk")
+    checkpoint.make_latest(tmp_path, checkpoint.load(tmp_path)["file"][0])
+    assert (tmp_path / "checkpoint_damaged.pt").read_bytes() == b"junk"
+    assert checkpoint.load(tmp_path)["file"][0] == "checkpoint.pt" and checkpoint.load(tmp_path)["step"] == 1
+    checkpoint.save(tmp_path, payload(3))
+    both = (checkpoint.PREVIOUS, checkpoint.LATEST)
+    steps = [torch.load(tmp_path / name, weights_only=True)["step"] for name in both]
+    assert steps == [1, 3]
+    (tmp_path / "checkpoint.pt").unlink()  # the moment between the two renames of a save
+    checkpoint.make_latest(tmp_path, checkpoint.load(tmp_path)["file"][0])
+    assert checkpoint.load(tmp_path)["step"] == 1 and (tmp_path / "checkpoint_damaged.pt").read_bytes() == b"junk"
 
 
 def test_a_checkpoint_runs_no_code(tmp_path, capsys):
