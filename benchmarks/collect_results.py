@@ -22,6 +22,7 @@ import tyro
 
 from benchmarks import scores, tables
 from common import arguments, envs, fail, generate, runs
+from common.files import check_writable
 
 # Arguments that name a run or its place. No number depends on them, nor on arguments.MAY_CHANGE but for its lengths.
 NAMES = {"exp_name", "seed", "num_seeds", "env_id", "quick", "log_interval", "evaluate", "torch_deterministic"}
@@ -130,6 +131,7 @@ def main(args):
     if not args.run_dirs:
         fail("no run directory given: python -m benchmarks.collect_results RUN_DIR ...")
     output = Path(args.output)
+    check_writable(output, "--output")
     claimed = {}  # (experiment, seed) -> (where, evaluations)
     for run in scores.read_results(output):
         identity, found = scores.experiment(run["info"]), (run["path"], run["path"].read_bytes())

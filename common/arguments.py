@@ -69,6 +69,8 @@ def parse(Args, tuned, tuned_online, quick, inference=(), words=None):
     check_numbers(args, ABOVE_ZERO, AT_LEAST_ZERO)
     if not 0 < args.gamma < 1 or not 0 < args.tau <= 1:
         fail(f"--gamma {args.gamma} must lie between 0 and 1, --tau {args.tau} above 0 and at most 1")
+    if "/" in args.exp_name:
+        fail(f"--exp-name {args.exp_name}: it is a part of the run directory's name and has no /")
     if saved is None:
         envs.check_env_id(args.env_id)
         check_writable(args.runs_dir, "--runs-dir")
@@ -110,6 +112,11 @@ def stored_args(Args, saved, where):
         fail(f"{where} is a run of {saved['algorithm']}.py, not of {algorithm(Args())}.py")
     if unknown := sorted(saved["args"].keys() - {field.name for field in fields(Args)}):
         fail(f"{where} is of another version of {saved['algorithm']}.py, which had {', '.join(unknown)}")
+    for name, value in saved["args"].items():
+        default = getattr(Args(), name)
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        if default is not None and not isinstance(value, kinds):
+            fail(f"{where} has {name} = {value!r}, which is no {type(default).__name__}")
     return Args(**saved["args"])
 
 

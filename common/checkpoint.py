@@ -39,7 +39,7 @@ def load(run_dir, flag="--resume"):
     Where there is none, the program ends with exit code 2; `flag`, which named run_dir, is for the messages.
     """
     run_dir = Path(run_dir)
-    if not run_dir.is_dir():
+    if not os.path.isdir(run_dir):  # also where a folder forbids to look
         fail(f"{flag} {run_dir} is not a directory")
     problems = []
     for name in (LATEST, PREVIOUS):
@@ -47,7 +47,7 @@ def load(run_dir, flag="--resume"):
             file = name, (run_dir / name).stat().st_mtime_ns
             check_zip(run_dir / name)  # torch.load does not look at checksums
             payload = torch.load(run_dir / name, map_location="cpu", weights_only=True)
-            payload["args"], payload["step"]
+            payload["algorithm"], payload["args"], payload["step"], payload["agent"]
             payload["file"] = file
         except FileNotFoundError:
             problems.append(f"{name} is missing")

@@ -5,8 +5,7 @@ downloaded. Generated ones (`common.generate`) carry `-generated-` in their name
 own loader and relabelling are used in both cases.
 """
 
-import contextlib
-import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from common import ROOT, envs, fail, generate, pixels, python_environment, warn
 from common.download import KNOWN, download
-from common.files import DAMAGE, sha256_of, try_lock
+from common.files import DAMAGE, check_writable, check_zip, only_one, sha256_of
 
 
 def load(args, device):
@@ -30,7 +29,7 @@ def find_dataset(args, make=True):
     """
     if args.dataset_path is not None:
         path = Path(args.dataset_path).expanduser()
-        if not path.is_file():
+        if not os.path.isfile(path):  # also where a folder forbids to look, at which Path's own raises
             fail(f"--dataset-path {path} is not a file")
         return path
     name = envs.dataset_name(args.env_id)
@@ -40,20 +39,19 @@ def find_dataset(args, make=True):
     generate.check_collectable(name)
     episodes = args.generated_episodes or generate.OFFICIAL_SIZES[name][0]
     path = generate.generated_path(name, args.dataset_dir, episodes, seed=0)
-    if make and not (path.exists() and generate.val_path(path).exists()):
+    if make and not os.path.exists(path):
+        check_writable(path.parent, "--dataset-dir")
         # A process of its own, so that the collecting workers load neither torch nor the algorithm.
         flags = ["--dataset", name, "--dataset-dir", str(path.parent.absolute()), "--num-episodes", str(episodes)]
         command = [sys.executable, "-m", "common.generate", *flags]
-        with only_one(path) as lock:  # the second of two processes finds everything made
-            # The collection holds the lock too: it goes on where this process alone is killed.
-            process = subprocess.Popen(command, env=python_environment(), cwd=ROOT, pass_fds=[lock.fileno()])
-            try:
-                status = process.wait()
-            except KeyboardInterrupt:  # which it gets too
-                process.wait()
-                raise
-            if status:
-                fail(f"collecting {name} failed (exit code {status}); run again: finished parts are kept")
+        process = subprocess.Popen(command, env=python_environment(), cwd=ROOT)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # which it gets too
+            process.wait()
+            raise
+        if status:
+            fail(f"collecting {name} failed (exit code {status}); run again: finished parts are kept")
     return path
 
 
@@ -62,29 +60,12 @@ def fetch(name, directory, make=True):
     (training needs the former only).
     """
     path = Path(directory).expanduser() / f"{name}.npz"
-    wanted = (generate.val_path(path), path) if make and not path.exists() else ()
-    for missing in (file for file in wanted if not file.exists()):
+    wanted = (generate.val_path(path), path) if make and not os.path.exists(path) else ()
+    for missing in (file for file in wanted if not os.path.exists(file)):
         with only_one(missing):
             if not missing.exists():  # else another process made it while this one waited
                 download(missing.name, missing.parent)
     return path
-
-
-@contextlib.contextmanager
-def only_one(path):
-    """Lets one process at a time make `path`: the jobs of a cluster may all start at once and want the same file."""
-    lock = path.with_name(path.name + ".lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")
-    except OSError as error:
-        fail(f"--dataset-dir {path.parent} is not writable: {error}")
-    with file:
-        if not try_lock(file, lock):
-            print(f"waiting for another process that is making {path.name}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
-        lock.unlink(missing_ok=True)
 
 
 def load_dataset(path, env_id, device, replaceable=False):
@@ -133,8 +114,11 @@ def load_dataset(path, env_id, device, replaceable=False):
         dataset["starts"] = pixels.trajectory_starts(data["terminals"]).to(device)
     found = sha256_of(path)
     official = KNOWN[path.name][1] if path.name in KNOWN else found
-    source = "official" if path.name == f"{envs.dataset_name(env_id)}.npz" and found == official else "custom"
-    source = "generated" if "-generated-" in path.name else source
+    name, source = envs.dataset_name(env_id), "custom"
+    if path.name == f"{name}.npz" and found == official:
+        source = "official"
+    elif path.name.startswith(f"{name}-generated-") and not path.stem.endswith("-val"):
+        source = "generated"
     # A warning, not an end: OGBench may publish a set anew, and a user may train on a changed one. The run says custom.
     if found != official:
         remedy = f"; for OGBench's, {advice}" if replaceable else ""
@@ -167,6 +151,8 @@ def check_file(path, env, advice):
         try:
             arrays[key] = array = file[key]
         except DAMAGE as error:
+            if isinstance(error, MemoryError) and is_whole(path):  # a damaged header may ask for any size
+                fail(f"{path}: key {key} does not fit into memory ({error})")
             refuse(f": key {key} is damaged ({error})")
         if array.ndim == 0 or len(array) != len(arrays["observations"]):
             refuse(f": key {key} has shape {array.shape}, observations have {arrays['observations'].shape}")
@@ -185,6 +171,15 @@ def check_file(path, env, advice):
         refuse(f": key observations holds {arrays['observations'].dtype}, frames must be uint8 (0 to 255)")
     if np.abs(arrays["actions"]).max() > 1.001:
         warn(f"{path}: actions lie outside [-1, 1] and are clipped")
+
+
+def is_whole(path):
+    """Whether an npz file's checksums are right."""
+    try:
+        check_zip(path)
+    except DAMAGE:
+        return False
+    return True
 
 
 def download_sets(

@@ -24,9 +24,11 @@ RENDERER = "egl" if sys.platform == "linux" else "glfw"  # of MuJoCo's; egl need
 def import_ogbench(render=False):
     """Imports ogbench, which registers its environments; `render=False` spares state observations an OpenGL context.
 
-    A `MUJOCO_GL` set by the user wins.
+    A `MUJOCO_GL` set by the user wins. `disable` does not where there is something to render: a parent process that did
+    not render (the launcher) may have set it.
     """
-    os.environ.setdefault("MUJOCO_GL", RENDERER if render else "disable")
+    if os.environ.get("MUJOCO_GL", "disable") == "disable":
+        os.environ["MUJOCO_GL"] = RENDERER if render else "disable"
     warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")
     import ogbench
 

@@ -5,6 +5,7 @@ A folder holds `policy.safetensors` (the weights that acting needs, each with a 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def check(directory, saved, seed=None):
     if seed is not None and seed not in seeds:
         fail(f"--export-seed {seed}: the run has seeds {seeds[0]} to {seeds[-1]}")
     check_writable(directory, "--export")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / WEIGHTS).exists():
+    others = [path for path in directory.glob("*") if path.suffix != ".part"]  # a killed write leaves such a file
+    if others and not (directory / WEIGHTS).exists():
         fail(f"--export {directory}: the folder holds something else; name a new or an empty one")
     return seeds
 
@@ -111,7 +113,7 @@ def read(directory):
 
 def read_any(directory, flag):
     """What `read` returns for a policy's folder, else the checkpoint of a run directory; `flag` is for messages."""
-    return read(directory) if (Path(directory) / CONFIG).exists() else checkpoint.load(directory, flag)
+    return read(directory) if os.path.exists(Path(directory) / CONFIG) else checkpoint.load(directory, flag)
 
 
 def card(config):

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import pickle
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,8 +16,8 @@ from tqdm import tqdm
 from common import fail, warn
 
 # What reading a damaged zip, npz or checkpoint file raises, by where the damage is.
-DAMAGE = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, MemoryError)
-DAMAGE += (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
+DAMAGE = (OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError, MemoryError)
+DAMAGE += (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, tokenize.TokenError)
 BAR_DELAY = 5  # seconds before a check of a file shows its progress
 # A binary file whose reads move a progress bar.
 shown = functools.partial(tqdm.wrapattr, method="read", bytes=False, unit="B", unit_scale=True)
@@ -43,6 +44,23 @@ def try_lock(file, path):
     except OSError as error:
         warn(f"{path} cannot be locked ({error}): two processes would not notice each other")
     return True
+
+
+@contextlib.contextmanager
+def only_one(path):
+    """Lets one process at a time make `path`: the jobs of a cluster may all start at once and want the same file."""
+    lock = path.with_name(path.name + ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")
+    except OSError as error:
+        fail(f"--dataset-dir {path.parent} is not writable: {error}")
+    with file:
+        if not try_lock(file, lock):
+            print(f"waiting for another process that is making {path.name}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+        lock.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,10 @@ file does not depend on the number of workers, and an interrupted collection con
 import functools
 import importlib
 import multiprocessing
+import os
 import shutil
 import signal
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -25,7 +27,7 @@ from tqdm import tqdm
 
 from common import fail, num_cores
 from common.envs import import_ogbench
-from common.files import written_whole
+from common.files import DAMAGE, only_one, written_whole
 
 EPISODES_PER_PART = 10  # an interrupted collection loses at most this many episodes per worker
 
@@ -184,6 +186,13 @@ def collect_maze(env, dataset, seed):
     return rows
 
 
+def _begin_worker():
+    """Lets Ctrl-C end a worker at once, and the end of the collection too, however that has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_too = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=end_too, daemon=True).start()
+
+
 def _collect_part(dataset, seed, split, part_path, episodes):
     """Worker: the given episodes of a split, concatenated in one file."""
     env = make_collection_env(dataset)
@@ -194,9 +203,16 @@ def _collect_part(dataset, seed, split, part_path, episodes):
 
 
 def _read(part):
-    """The arrays of a part; its file is closed, since a large set has more parts than a process may open."""
-    with np.load(part) as file:
-        return dict(file)
+    """The arrays of a part; its file is closed, since a large set has more parts than a process may open.
+
+    A damaged part is deleted, so that the next collection makes it again, and ends the program with exit code 2.
+    """
+    try:
+        with np.load(part) as file:
+            return dict(file)
+    except DAMAGE as error:
+        part.unlink()
+        fail(f"{part} was damaged and is deleted ({error}); run again to make it anew")
 
 
 def generate(
@@ -219,15 +235,21 @@ def generate(
     """
     check_collectable(dataset)
     num_episodes = OFFICIAL_SIZES[dataset][0] if num_episodes is None else num_episodes
-    if num_episodes < 1 or num_workers < 0:
-        fail(f"--num-episodes {num_episodes} --num-workers {num_workers}: at least 1 episode, and no negative number")
+    if num_episodes < 1 or num_workers < 0 or seed < 0:
+        numbers = f"--num-episodes {num_episodes} --num-workers {num_workers} --seed {seed}"
+        fail(f"{numbers}: at least 1 episode, and no negative number")
     train_path = generated_path(dataset, dataset_dir, num_episodes, seed)
-    train_path.parent.mkdir(parents=True, exist_ok=True)
+    # As with downloads, the validation file comes first: a run looks for the other one only.
+    files = ((1, val_path(train_path), max(1, num_episodes // 10)), (0, train_path, num_episodes))
+    if all(path.exists() for _, path, _ in files):
+        return train_path
 
-    files = ((train_path, num_episodes), (val_path(train_path), max(1, num_episodes // 10)))
-    context, at_once = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C workers end
-    with ProcessPoolExecutor(num_workers or num_cores(), context, signal.signal, at_once) as pool:
-        for split, (path, episodes) in enumerate(files):
+    context = multiprocessing.get_context("spawn")
+    with (
+        only_one(train_path),  # the second of two collections finds everything made
+        ProcessPoolExecutor(num_workers or num_cores(), context, _begin_worker) as pool,
+    ):
+        for split, path, episodes in files:
             if path.exists():
                 continue
             # A file is cut into parts, which the workers share out; finished parts survive an interruption.

@@ -92,15 +92,18 @@ def evaluate(Agent, args, saved, inference, device, acting=always_act):
     if args.export is not None:
         export.check(args.export, saved, args.export_seed)  # before the evaluation, which takes long
     path, columns = directory / "inference.csv", ",".join([*inference, "episodes_seed"])
-    if path.exists() and not path.read_text().startswith(columns + ","):
+    text = path.read_text() if path.exists() else ""
+    if text and not text.startswith(columns + ","):  # a full disk leaves an empty file
         fail(f"{path} does not begin with {columns}: it is of another version of {saved['algorithm']}.py; move it away")
     agents = rebuild(Agent, args, saved, device, directory)
     settings = {name: getattr(args, name) for name in inference}
     episode_seeds = list(range(args.seed, args.seed + args.num_seeds))  # one for each agent
-    evaluator = rollout.Evaluator(args, episode_seeds, device, directory)
+    trained, first = saved["args"], saved["args"]["seed"]
+    changed = "".join(f"-{name}-{value}" for name, value in settings.items() if value != trained.get(name))
+    videos = [f"seed{first + i}-episodes{seed}{changed}" for i, seed in enumerate(episode_seeds)]  # not the training's
+    evaluator = rollout.Evaluator(args, episode_seeds, device, directory, videos)
     policy = graphs.FastPolicy(agents, acting(args, step), args.cudagraphs)
     rows = evaluator(policy, agents.agent.draw_act_noise, step)
-    first = saved["args"]["seed"]
     rows = [settings | {"episodes_seed": row["seed"]} | row | {"seed": first + i} for i, row in enumerate(rows)]
     for row in rows:
         chosen = f", {settings}" if settings else ""

@@ -24,10 +24,12 @@ class Evaluator:
         args: the run's arguments: the environment, the number of episodes per seed, ...
         seeds, device: the S seeds and the torch device of their policies.
         run_dir: with --capture-video, a GIF of each seed's first episode goes to its folder `videos`.
+        video_names: what ends these files' names, one for each seed; None for `seed{seed}`.
     """
 
-    def __init__(self, args, seeds, device, run_dir):
+    def __init__(self, args, seeds, device, run_dir, video_names=None):
         self.args, self.seeds, self.device = args, seeds, device
+        self.video_names = video_names or [f"seed{seed}" for seed in seeds]
         self.video_dir = run_dir / "videos" if args.capture_video else None
         self.workers = None
 
@@ -99,14 +101,14 @@ class Evaluator:
                 first = begin(done)
                 bar.update(len(done))
         rows = []
-        for seed, played in zip(seeds, episodes):
+        for seed, name, played in zip(seeds, self.video_names, episodes):
             ends = [(episode.success, episode.episode_return, episode.length) for episode in played]
             success, episode_return, length = np.mean(ends, axis=0).tolist()
             row = {"step": step, "seed": seed, "success": success, "episode_return": episode_return}
             rows.append(row | {"episode_length": length, "episodes": len(played)})
             if played[0].frames:
                 try:
-                    save_gif(self.video_dir / f"step{step}-seed{seed}.gif", played[0].frames)
+                    save_gif(self.video_dir / f"step{step}-{name}.gif", played[0].frames)
                 except OSError as error:
                     warn(f"the video of seed {seed} is not saved ({error})")
         return rows

@@ -44,8 +44,6 @@ class Workers:
 
         environment = python_environment()
         environment.setdefault("OMP_NUM_THREADS", "1")
-        if render and environment.get("MUJOCO_GL") == "disable":
-            environment["MUJOCO_GL"] = envs.RENDERER
         for _ in range(num_workers):
             connection, child = Pipe()
             command = [sys.executable, "-m", "common.workers", str(child.fileno())]

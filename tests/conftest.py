@@ -35,7 +35,7 @@ import q_flow  # noqa: E402
 import value_flows  # noqa: E402
 from benchmarks.baselines import c51, fql, iqn  # noqa: E402
 from common import envs, generate  # noqa: E402
-from common.datasets import only_one  # noqa: E402
+from common.files import only_one  # noqa: E402
 from common.stacked import Stacked  # noqa: E402
 
 ALGORITHMS = {"floq": floq, "value_flows": value_flows, "q_flow": q_flow, "evor": evor}

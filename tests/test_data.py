@@ -1,11 +1,13 @@
 """Collected datasets: repeatable, readable by OGBench, rewards right; damaged files are refused by name and key."""
 
 import hashlib
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from conftest import ALGORITHMS, ROOT, assert_refused, children, parse, wait_for
 
 import floq
-from common import datasets, envs, generate
+from common import datasets, envs, files, generate
 
 
 def sha256(path):
@@ -226,6 +228,19 @@ def test_maze_rewards_are_those_of_the_goal_distance(maze_data):
     np.testing.assert_array_equal(dataset["masks"], 1.0 - success)
 
 
+def test_another_environments_generated_file_is_the_users_own(cube_data, tmp_path):
+    """It would pass for the published settings; and so would a validation file, which is smaller."""
+    own = "cube-single-play-v0-generated-1000ep-seed0"
+    for name, source in ((own, "generated"), (f"{own}-slim", "generated"), (f"{own}-val", "custom")):
+        path = tmp_path / f"{name}.npz"
+        path.write_bytes(cube_data.read_bytes())
+        assert datasets.load_dataset(path, "cube-single-play-singletask-v0", "cpu")[1]["source"] == source
+    assert (
+        datasets.load_dataset(tmp_path / f"{own}.npz", "cube-single-noisy-singletask-v0", "cpu")[1]["source"]
+        == "custom"
+    )
+
+
 def test_generated_data_is_made_once_and_named_so(tmp_path):
     words = ["--dataset-source", "generated", "--generated-episodes", "2", "--dataset-dir", str(tmp_path)]
     args = parse("floq", "--env-id", "pointmaze-medium-navigate-singletask-v0", *words)
@@ -233,6 +248,8 @@ def test_generated_data_is_made_once_and_named_so(tmp_path):
     path = find()
     stamp = path.stat().st_mtime_ns
     assert "-generated-2ep-" in path.name and find().stat().st_mtime_ns == stamp
+    generate.val_path(path).unlink()  # training does not need it
+    assert find() == path and not generate.val_path(path).exists()
 
 
 def test_an_interrupted_collection_leaves_no_process(tmp_path):
@@ -280,22 +297,69 @@ def test_processes_that_start_together_share_one_collection(tmp_path):
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".npz", ".npz"]
 
 
-def test_a_failed_collection_keeps_its_lock_for_those_that_wait(tmp_path, monkeypatch, capsys):
+def test_a_failed_collection_is_reported(tmp_path, monkeypatch, capsys):
     sizes = dict(dataset_source="generated", generated_episodes=30, dataset_dir=str(tmp_path))
     args = floq.Args(env_id="pointmaze-medium-navigate-singletask-v0", **sizes)
     monkeypatch.setattr(datasets.subprocess, "Popen", lambda *args, **kwargs: SimpleNamespace(wait=lambda: 3))
     with pytest.raises(SystemExit) as stop:
         datasets.find_dataset(args)
     assert stop.value.code == 2 and "failed (exit code 3)" in capsys.readouterr().err
+
+
+def test_a_failed_collection_keeps_its_lock_for_those_that_wait(tmp_path):
+    with pytest.raises(BrokenPipeError), files.only_one(tmp_path / "set.npz"):
+        raise BrokenPipeError
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]  # a new file would be another lock
+
+
+def test_collections_started_by_hand_share_one_too(tmp_path):
+    command = [sys.executable, "-m", "common.generate", "--dataset", "pointmaze-medium-navigate-v0"]
+    command += ["--num-episodes", "30", "--num-workers", "1", "--dataset-dir", str(tmp_path)]
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    processes = [subprocess.Popen(command, **pipe) for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sum("waiting for another process" in out for out, _ in outputs) <= 1
+    assert sum("100%" in err for _, err in outputs) == 1
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".npz", ".npz"]
+
+
+def test_a_killed_collection_leaves_no_process(tmp_path):
+    command = [sys.executable, "-m", "common.generate", "--dataset", "cube-single-play-v0", "--num-workers", "2"]
+    command += ["--num-episodes", "40", "--dataset-dir", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_for(process, lambda: list(tmp_path.glob("*.parts")) and len(children(process)) >= 2)
+    time.sleep(4)  # the workers have imported what they need, and collect
+    process.kill()
+    process.wait()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
+def test_a_collections_numbers_are_checked(tmp_path, capsys):
+    for numbers in (dict(num_episodes=0), dict(num_workers=-1), dict(seed=-1)):
+        with pytest.raises(SystemExit) as stop:
+            generate.generate("cube-single-play-v0", str(tmp_path), **numbers)
+        assert stop.value.code == 2 and "no negative number" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_part_of_a_collection_is_made_anew(tmp_path, capsys):
+    part = tmp_path / "000000.npz"
+    part.write_bytes(b"PK junk")
+    with pytest.raises(SystemExit) as stop:
+        generate._read(part)
+    assert stop.value.code == 2 and "run again" in capsys.readouterr().err and not part.exists()
 
 
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
     def flock(file, mode):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(datasets.fcntl, "flock", flock)
-    with datasets.only_one(tmp_path / "set.npz"):
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with files.only_one(tmp_path / "set.npz"):
         pass
     assert "cannot be locked" in capsys.readouterr().err
 
@@ -372,6 +436,40 @@ def test_incomplete_or_unfit_arrays_are_refused_by_key(maze_data, cube_data, tmp
     message = load_error(rewritten(maze_data, path, observations=rows["observations"].astype("U9")), capsys)
     assert "not numbers" in message
     assert "lacks the key button_states" in load_error(cube_data, capsys, "scene-play-singletask-v0")
+
+
+def test_too_little_memory_is_not_damage(maze_data, tmp_path, monkeypatch, capsys):
+    """Else a large set would be deleted and downloaded again and again. A damaged header may ask for any size."""
+    load = np.load
+
+    class Large(dict):
+        def __getitem__(self, key):
+            raise MemoryError("Unable to allocate 11.4 GiB")
+
+    def large(path):
+        with load(path) as file:
+            archive = Large.fromkeys(file.files)
+        archive.files = list(archive)
+        return archive
+
+    path = tmp_path / "set.npz"
+    path.write_bytes(maze_data.read_bytes())
+    monkeypatch.setattr(datasets.np, "load", large)
+    message = load_error(path, capsys)
+    assert "observations does not fit into memory (Unable to allocate 11.4 GiB)" in message and "another" not in message
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    assert "key observations is damaged" in load_error(path, capsys)
+
+
+def test_a_header_that_is_no_python_is_damage(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        for key in ("observations", "actions", "terminals", "qpos", "qvel"):
+            array = io.BytesIO()
+            np.save(array, np.zeros((4, 2)))
+            archive.writestr(f"{key}.npy", array.getvalue().replace(b"(4, 2)", b"(4, 2(").replace(b"}", b" "))
+    assert "key observations is damaged" in load_error(tmp_path / "set.npz", capsys)
 
 
 def test_frames_must_be_bytes(tmp_path, capsys):

@@ -120,6 +120,7 @@ def test_patterns_are_expanded(capsys):
     [
         ("--methods flow --env-ids scene-*", "--methods flow is unknown; nearest: q_flow, floq"),
         ("--methods floq --env-ids scene-* --seeds 0", "must be above zero"),
+        ("--methods floq --env-ids scene-* --seeds-per-job 0", "must be above zero"),
         ("--methods floq --env-ids scene-* -- --num_seeds=3", "--num_seeds=3 after --: the launcher sets it itself"),
         ("--methods q_flow floq --env-ids scene-play-* -- --noise-samples 2", "Unrecognized options: --noise-samples"),
         ("--methods q_flow --env-ids scene-play-* -- --time-embed-dim 3", "--time-embed-dim 3 must be even"),

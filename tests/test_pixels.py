@@ -243,7 +243,7 @@ def test_a_visual_dataset_loads_as_frames(opengl, cube_data, tmp_path):
     path = tmp_path / "visual-cube-single-play-v0.npz"
     np.savez(path, **arrays)
     command = [sys.executable, "-c", LOAD, path, tmp_path / "loaded.pt"]  # this process has switched OpenGL off
-    environment = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
+    environment = os.environ | {"MUJOCO_GL": "disable"}  # as the launcher does, which its jobs inherit
     done = subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     dataset = torch.load(tmp_path / "loaded.pt")

@@ -67,13 +67,13 @@ def test_evaluating_a_run_repeats_its_last_evaluation(name, exported, tmp_path):
 
 @pytest.fixture
 def played(monkeypatch):
-    """[(seeds, step, name of the policy, folder of videos)] of the evaluations, none of which takes place, the
-    arguments of the agents that would act, and whether their policies would be compiled.
+    """[(seeds, step, name of the policy, folder and names of videos)] of the evaluations, none of which takes place,
+    the arguments of the agents that would act, and whether their policies would be compiled.
     """
     asked, acting, compiled = [], [], []
 
     def play(evaluator, policy, draw_noise, step):
-        asked.append((evaluator.seeds, step, policy.method, evaluator.video_dir))
+        asked.append((evaluator.seeds, step, policy.method, evaluator.video_dir, evaluator.video_names))
         acting.append(draw_noise.__self__.args)
         compiled.append(policy.compiled)
         result = {"success": 0.5, "episode_return": -1.0, "episode_length": 2.0, "episodes": 3}
@@ -89,7 +89,11 @@ def test_seed_is_that_of_the_episodes_and_videos_are_in_the_folder(exported, tmp
     args, saved = ALGORITHMS["floq"].parse_args(["--evaluate", str(folder), "--seed", "7", "--capture-video"])
     policies.evaluate(ALGORITHMS["floq"].Agent, args, saved, (), torch.device("cpu"))
     rows = read_csv(folder / "inference.csv")
-    assert played[0] == [([7, 8], 230, "act", folder / "videos")]
+    names = ["seed0-episodes7", "seed1-episodes8"]  # training's seed1 is another video
+    assert played[0] == [([7, 8], 230, "act", folder / "videos", names)]
+    (folder / "inference.csv").write_text("")  # which a full disk leaves
+    policies.evaluate(ALGORITHMS["floq"].Agent, args, saved, (), torch.device("cpu"))
+    assert read_csv(folder / "inference.csv") == rows
     assert [(row["seed"], row["episodes_seed"]) for row in rows] == [("0", "7"), ("1", "8")]
 
 
@@ -104,6 +108,7 @@ def test_evaluate_changes_the_settings_of_acting(name, exported, tmp_path, playe
     assert [row[setting] for row in read_csv(tmp_path / "folder/inference.csv")] == [str(value)] * 2
     assert getattr(ALGORITHMS[name].load(tmp_path / "new").args, setting) == value
     assert [getattr(args, setting) for args in played[1]] == [value] and played[2] == [name == "evor"]
+    assert played[0][0][-1] == [f"seed{seed}-episodes{seed}-{setting}-{value}" for seed in (0, 1)]
 
 
 def test_value_flows_plays_either_policy(exported, tmp_path):
@@ -124,7 +129,7 @@ def test_evaluating_value_flows_plays_the_policy_of_its_phase_or_the_one_asked_f
     for words in ([], ["--eval-policy", "act"]):
         args, saved = module.parse_args(["--evaluate", str(folder), *words])
         policies.evaluate(module.Agent, args, saved, module.INFERENCE, torch.device("cpu"), module.acting)
-    assert [policy for _, _, policy, _ in played[0]] == ["act_online", "act"]  # the run ended online
+    assert [policy for _, _, policy, *_ in played[0]] == ["act_online", "act"]  # the run ended online
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -268,6 +273,8 @@ def test_what_is_no_policy_is_refused(exported, tmp_path):
     words = ["--evaluate", run_dir, "--export", tmp_path / "file"]
     assert_refused("floq", words, f"--export {tmp_path}/file is not writable: {tmp_path}/file is not a directory")
     (tmp_path / "other").mkdir()
+    (tmp_path / "other/policy.safetensors.part").touch()  # what a killed write leaves
+    assert export.check(tmp_path / "other", checkpoint.load(run_dir)) == [0, 1]
     (tmp_path / "other/README.md").write_text("mine")
     before = (run_dir / "inference.csv").read_bytes()
     words = ["--evaluate", run_dir, "--export", tmp_path / "other"]
@@ -321,7 +328,9 @@ DAMAGES = {
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json has no proper"),
     "no step": (damage_config(lambda c: c.pop("step")), "config.json has no proper step"),
     "unknown environment": (damage_config(lambda c: c["args"].update(env_id="moon-v0")), "moon-v0 is unknown"),
-    "widths no numbers": (damage_config(lambda c: c["args"].update(actor_hidden_dims="wide")), "do not fit floq.py"),
+    "widths no numbers": (damage_config(lambda c: c["args"].update(actor_hidden_dims="wide")), "is no tuple"),
+    "no gamma": (damage_config(lambda c: c["args"].update(gamma=None)), "gamma = None, which is no float"),
+    "seed no number": (damage_config(lambda c: c["args"].update(seed="x")), "seed = 'x', which is no int"),
     "other dimensions": (damage_config(lambda c: c["agent_inputs"].update(obs_dim=9)), FIRST),
     "no dimensions": (damage_config(lambda c: c["agent_inputs"].clear()), "do not fit floq.py"),
 }

@@ -285,6 +285,8 @@ def test_collected_run_and_its_identity(tmp_path, capsys):
     # In one call too: nothing is written then.
     twice = write_run(tmp_path / "d", [0.1], task=2), write_run(tmp_path / "e", [0.2], task=2)
     assert "claims the same" in refused(capsys, collect, tmp_path / "results", *twice)
+    (tmp_path / "file").touch()
+    assert "--output" in refused(capsys, collect, tmp_path / "file" / "results", twice[0])
     skipping = collect_results.CollectResultsArgs((str(tmp_path / "c"),), str(tmp_path / "results"), skip=True)
     collect_results.main(skipping)
     assert f"{tmp_path / 'c'}: left out" in capsys.readouterr().out

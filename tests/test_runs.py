@@ -340,6 +340,14 @@ def test_a_damaged_checkpoint_does_not_replace_the_previous_one(tmp_path):
     assert checkpoint.load(tmp_path)["step"] == 1 and (tmp_path / "checkpoint_damaged.pt").read_bytes() == b"junk"
 
 
+@pytest.mark.parametrize("content", [torch.zeros(3), [1], {"args": {}, "step": 5}, {"algorithm": "floq"}])
+def test_another_programs_checkpoint_is_refused(content, tmp_path, capsys):
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit) as stop:
+        checkpoint.load(tmp_path)
+    assert stop.value.code == 2 and "checkpoint.pt is damaged" in capsys.readouterr().err
+
+
 def test_a_checkpoint_runs_no_code(tmp_path, capsys):
     class Evil:
         def __reduce__(self):
@@ -504,6 +512,20 @@ def test_unwritable_run_directory(flags, tmp_path):
     path.touch(0o755)  # the permissions of a directory
     nowhere = [*flags, "--dataset-path", "/no/file", "--runs-dir", path / "runs"]
     assert_refused("floq", nowhere, f"--runs-dir {path}/runs is not writable: {path} is not a directory")
+
+
+def test_a_name_is_no_path():
+    assert_refused("floq", ["--env-id", ENV_ID, "--exp-name", "a/b"], "--exp-name a/b: it is a part of the run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look everywhere")
+def test_a_place_that_cannot_be_looked_at(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o000)
+    there = tmp_path / "closed/x"
+    for flag in ("--resume", "--evaluate"):
+        assert_refused("floq", [flag, there], f"{flag} {there} is not a directory")
+    assert_refused("floq", ["--env-id", ENV_ID, "--dataset-path", there], f"--dataset-path {there} is not a file")
+    assert_refused("floq", ["--env-id", ENV_ID, "--dataset-dir", there], f"--dataset-dir {there} is not writable")
 
 
 def test_a_directory_is_looked_at_before_it_is_needed(tmp_path, monkeypatch, capsys):

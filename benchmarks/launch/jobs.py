@@ -61,7 +61,8 @@ def make_jobs(options, extra):
 
     What an algorithm would refuse ends the program with code 2.
     """
-    if min(options.seeds, options.slots_per_device, options.seeds_per_job or 1) < 1 or options.max_restarts < 0:
+    per_job = 1 if options.seeds_per_job is None else options.seeds_per_job
+    if min(options.seeds, options.slots_per_device, per_job) < 1 or options.max_restarts < 0:
         fail("--seeds, --seeds-per-job and --slots-per-device must be above zero, --max-restarts at least zero")
     for word in extra:
         if word.split("=")[0].replace("_", "-") in OWN_FLAGS:
