@@ -14,6 +14,7 @@ from common import fail, warn
 from common.files import DAMAGE, check_zip, written_whole
 
 LATEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_damaged.pt"
+NEEDED = {"algorithm", "args", "step", "agent"}  # what every checkpoint holds
 
 
 def save(run_dir, payload):
@@ -47,7 +48,8 @@ def load(run_dir, flag="--resume"):
             file = name, (run_dir / name).stat().st_mtime_ns
             check_zip(run_dir / name)  # torch.load does not look at checksums
             payload = torch.load(run_dir / name, map_location="cpu", weights_only=True)
-            payload["algorithm"], payload["args"], payload["step"], payload["agent"]
+            if missing := NEEDED - set(payload if isinstance(payload, dict) else ()):  # another program's file
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
             payload["file"] = file
         except FileNotFoundError:
             problems.append(f"{name} is missing")

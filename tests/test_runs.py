@@ -345,7 +345,7 @@ def test_another_programs_checkpoint_is_refused(content, tmp_path, capsys):
     torch.save(content, tmp_path / "checkpoint.pt")
     with pytest.raises(SystemExit) as stop:
         checkpoint.load(tmp_path)
-    assert stop.value.code == 2 and "checkpoint.pt is damaged" in capsys.readouterr().err
+    assert stop.value.code == 2 and "checkpoint.pt is damaged (it lacks a" in capsys.readouterr().err
 
 
 def test_a_checkpoint_runs_no_code(tmp_path, capsys):
@@ -551,10 +551,9 @@ def test_two_processes_do_not_train_one_run(tmp_path, capsys):
 
 
 def test_a_run_that_was_trained_between_reading_and_locking_is_refused(tmp_path, capsys):
-    payload = {"agent": {}, "args": {}, "step": 1}
-    checkpoint.save(tmp_path, payload)
+    checkpoint.save(tmp_path, payload(1))
     resumed = checkpoint.load(tmp_path)
-    checkpoint.save(tmp_path, payload | {"step": 2})
+    checkpoint.save(tmp_path, payload(2))
     with pytest.raises(SystemExit) as stop:
         runs._cut_back(tmp_path, None, resumed, None)
     assert stop.value.code == 2 and "has trained this run in the meantime" in capsys.readouterr().err
@@ -700,7 +699,7 @@ def test_resume_refuses_a_csv_file_that_has_lost_rows(tmp_path, capsys):
     identity = {"sha256": "0" * 64}
     path = tmp_path / "train.csv"
     path.write_text("step,seed,loss\n10,0,0.5\n20,0,0.25\n")
-    origin = {"agent": {}, "args": {}, "step": 20, "dataset": identity, "csv_sizes": runs.csv_sizes(tmp_path)}
+    origin = payload(20) | {"dataset": identity, "csv_sizes": runs.csv_sizes(tmp_path)}
     checkpoint.save(tmp_path, origin)
     resumed = checkpoint.load(tmp_path)
     runs._cut_back(tmp_path, None, resumed, identity)  # which leaves what is whole
