@@ -301,11 +301,14 @@ def test_policies_of_images_are_evaluated_on_stacks_of_three_frames(monkeypatch,
 def test_video_of_each_seeds_first_episode(opengl, tmp_path):
     from PIL import Image
 
-    rows = evaluate(start(num_episodes=2, num_seeds=1, capture_video=True, run_dir=tmp_path), make_expert())
+    evaluator = start(num_episodes=2, num_seeds=1, capture_video=True, run_dir=tmp_path)
+    assert evaluator.video_names == [f"seed{seed}" for seed in evaluator.seeds]
+    evaluator.video_names = ["again"]
+    rows = evaluate(evaluator, make_expert())
     (first,) = evaluate(start(num_episodes=1, num_seeds=1), make_expert())
     for row in rows:
         assert row["success"] == 1.0 and row["episode_length"] != first["episode_length"]
-        with Image.open(tmp_path / "videos" / f"step5-seed{row['seed']}.gif") as image:
+        with Image.open(tmp_path / "videos" / "step5-again.gif") as image:
             frames = range(image.n_frames)  # equal neighbours are one, shown for longer
             durations = [image.seek(frame) or image.info["duration"] for frame in frames]
             assert sum(durations) == 50 * first["episode_length"] and image.size == (200, 200)
