@@ -105,15 +105,16 @@ def _of_stored_run(read, args, flag, may_change):
 def stored_args(Args, saved, where):
     """The arguments of a checkpoint or an exported folder, `where` for messages; those that it lacks have the default.
 
-    Another algorithm's, and arguments that this version of the file lacks (the policy would be another one), end the
-    program with exit code 2.
+    Another algorithm's, arguments that this version of the file lacks (the policy would be another one), and values of
+    another type than the default's end the program with exit code 2.
     """
-    if saved["algorithm"] != algorithm(Args()):
-        fail(f"{where} is a run of {saved['algorithm']}.py, not of {algorithm(Args())}.py")
+    defaults = Args()
+    if saved["algorithm"] != algorithm(defaults):
+        fail(f"{where} is a run of {saved['algorithm']}.py, not of {algorithm(defaults)}.py")
     if unknown := sorted(saved["args"].keys() - {field.name for field in fields(Args)}):
         fail(f"{where} is of another version of {saved['algorithm']}.py, which had {', '.join(unknown)}")
     for name, value in saved["args"].items():
-        default = getattr(Args(), name)
+        default = getattr(defaults, name)
         kinds = (int, float) if isinstance(default, float) else type(default)
         if default is not None and not isinstance(value, kinds):
             fail(f"{where} has {name} = {value!r}, which is no {type(default).__name__}")

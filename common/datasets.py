@@ -15,7 +15,7 @@ import torch
 
 from common import ROOT, envs, fail, generate, pixels, python_environment, warn
 from common.download import KNOWN, download
-from common.files import DAMAGE, check_writable, check_zip, only_one, sha256_of
+from common.files import DAMAGE, check_writable, is_whole, only_one, sha256_of
 
 
 def load(args, device):
@@ -171,15 +171,6 @@ def check_file(path, env, advice):
         refuse(f": key observations holds {arrays['observations'].dtype}, frames must be uint8 (0 to 255)")
     if np.abs(arrays["actions"]).max() > 1.001:
         warn(f"{path}: actions lie outside [-1, 1] and are clipped")
-
-
-def is_whole(path):
-    """Whether an npz file's checksums are right."""
-    try:
-        check_zip(path)
-    except DAMAGE:
-        return False
-    return True
 
 
 def download_sets(

@@ -91,6 +91,15 @@ def check_zip(path):
                     pass
 
 
+def is_whole(path):
+    """Whether a zip file's checksums are right."""
+    try:
+        check_zip(path)
+    except DAMAGE:
+        return False
+    return True
+
+
 def sha256_of(path):
     """SHA-256 of a file as 64 hexadecimal digits."""
     digest = hashlib.sha256()

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common import fail, num_cores
 from common.envs import import_ogbench
-from common.files import DAMAGE, only_one, written_whole
+from common.files import DAMAGE, is_whole, only_one, written_whole
 
 EPISODES_PER_PART = 10  # an interrupted collection loses at most this many episodes per worker
 
@@ -211,6 +211,8 @@ def _read(part):
         with np.load(part) as file:
             return dict(file)
     except DAMAGE as error:
+        if isinstance(error, OSError) or is_whole(part):  # too many open files, too little memory
+            raise
         part.unlink()
         fail(f"{part} was damaged and is deleted ({error}); run again to make it anew")
 

@@ -98,8 +98,8 @@ def evaluate(Agent, args, saved, inference, device, acting=always_act):
     agents = rebuild(Agent, args, saved, device, directory)
     settings = {name: getattr(args, name) for name in inference}
     episode_seeds = list(range(args.seed, args.seed + args.num_seeds))  # one for each agent
-    trained, first = saved["args"], saved["args"]["seed"]
-    changed = "".join(f"-{name}-{value}" for name, value in settings.items() if value != trained.get(name))
+    first = saved["args"]["seed"]
+    changed = "".join(f"-{name}-{value}" for name, value in settings.items() if value != saved["args"].get(name))
     videos = [f"seed{first + i}-episodes{seed}{changed}" for i, seed in enumerate(episode_seeds)]  # not the training's
     evaluator = rollout.Evaluator(args, episode_seeds, device, directory, videos)
     policy = graphs.FastPolicy(agents, acting(args, step), args.cudagraphs)

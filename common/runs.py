@@ -32,6 +32,7 @@ def start_run(args, resumed, device, identity):
     lock = hold(run_dir)
     if resumed is not None:
         _cut_back(run_dir, args, resumed, identity)
+        checkpoint.make_latest(run_dir, resumed["file"][0])
     git, here = shutil.which("git"), Path(__file__).parent
     commit = git and subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
     info = {
@@ -95,8 +96,8 @@ def hold(run_dir):
 
 def _cut_back(run_dir, args, resumed, identity):
     """Takes the csv files of --resume back to the checkpoint; later rows will be written again."""
-    file, saved_at = resumed["file"]
-    if (run_dir / file).stat().st_mtime_ns != saved_at:  # it was read before the lock was taken
+    path, saved_at = run_dir / resumed["file"][0], resumed["file"][1]
+    if not path.exists() or path.stat().st_mtime_ns != saved_at:  # it was read before the lock was taken
         fail(f"--resume {run_dir}: another process has trained this run in the meantime; give the command again")
     if identity["sha256"] != resumed["dataset"]["sha256"]:
         fail(f"--resume {run_dir}: the run's dataset is {resumed['dataset']}, found here: {identity}")
@@ -108,7 +109,6 @@ def _cut_back(run_dir, args, resumed, identity):
             if name == "eval.csv" and (rows := evaluation_after(path, size, resumed["step"], args.num_seeds)):
                 size, resumed["evaluated"] = size + rows, resumed["step"]
             os.truncate(path, size)
-    checkpoint.make_latest(run_dir, file)
 
 
 def evaluation_after(path, size, step, num_seeds):

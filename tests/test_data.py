@@ -231,14 +231,12 @@ def test_maze_rewards_are_those_of_the_goal_distance(maze_data):
 def test_another_environments_generated_file_is_the_users_own(cube_data, tmp_path):
     """It would pass for the published settings; and so would a validation file, which is smaller."""
     own = "cube-single-play-v0-generated-1000ep-seed0"
+    found = lambda path, env_id: datasets.load_dataset(path, env_id, "cpu")[1]["source"]
     for name, source in ((own, "generated"), (f"{own}-slim", "generated"), (f"{own}-val", "custom")):
         path = tmp_path / f"{name}.npz"
         path.write_bytes(cube_data.read_bytes())
-        assert datasets.load_dataset(path, "cube-single-play-singletask-v0", "cpu")[1]["source"] == source
-    assert (
-        datasets.load_dataset(tmp_path / f"{own}.npz", "cube-single-noisy-singletask-v0", "cpu")[1]["source"]
-        == "custom"
-    )
+        assert found(path, "cube-single-play-singletask-v0") == source
+    assert found(tmp_path / f"{own}.npz", "cube-single-noisy-singletask-v0") == "custom"
 
 
 def test_generated_data_is_made_once_and_named_so(tmp_path):
@@ -352,6 +350,18 @@ def test_a_damaged_part_of_a_collection_is_made_anew(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         generate._read(part)
     assert stop.value.code == 2 and "run again" in capsys.readouterr().err and not part.exists()
+
+
+def test_a_whole_part_is_kept_where_memory_runs_out(tmp_path, monkeypatch):
+    def load(part):
+        raise MemoryError("Unable to allocate 11.4 GiB")
+
+    part = tmp_path / "000000.npz"
+    np.savez(part, x=np.arange(3))
+    monkeypatch.setattr(generate.np, "load", load)
+    with pytest.raises(MemoryError):
+        generate._read(part)
+    assert part.exists()
 
 
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):

@@ -557,6 +557,11 @@ def test_a_run_that_was_trained_between_reading_and_locking_is_refused(tmp_path,
     with pytest.raises(SystemExit) as stop:
         runs._cut_back(tmp_path, None, resumed, None)
     assert stop.value.code == 2 and "has trained this run in the meantime" in capsys.readouterr().err
+    resumed = checkpoint.load(tmp_path) | {"file": ("checkpoint_previous.pt", 0)}
+    (tmp_path / "checkpoint_previous.pt").unlink()  # it was made the latest
+    with pytest.raises(SystemExit) as stop:
+        runs._cut_back(tmp_path, None, resumed, None)
+    assert stop.value.code == 2 and "has trained this run in the meantime" in capsys.readouterr().err
 
 
 def test_a_row_that_a_full_disk_cuts_off_is_taken_back(tmp_path):
